@@ -1,0 +1,49 @@
+// The keep map as kernels see it: bit j % 32 of word j / 32 says whether KV tile j is computed for a query tile.
+//
+// Functions here are always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy made
+// for one of them must never serve another.
+#pragma once
+
+#include <cstdint>
+
+namespace lite_attention {
+
+inline constexpr int64_t kTilesPerWord = 32;
+
+[[gnu::always_inline]] constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// A view of int32 [batch, heads, query tiles, words]; strides in words, 0 where a dimension is broadcast.
+struct KeepMapView {
+  const int32_t* words = nullptr;  // null: no map given
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t query_tile_stride = 0;
+  int64_t word_stride = 1;
+};
+
+// The map's row of one query tile.
+struct KeepMapRow {
+  const int32_t* words;
+  int64_t word_stride;
+
+  [[gnu::always_inline]] KeepMapRow(const KeepMapView& map, int64_t batch, int64_t head, int64_t query_tile)
+      : words(map.words == nullptr ? nullptr
+                                   : map.words + batch * map.batch_stride + head * map.head_stride +
+                                         query_tile * map.query_tile_stride),
+        word_stride(map.word_stride) {}
+
+  [[gnu::always_inline]] bool given() const { return words != nullptr; }
+
+  [[gnu::always_inline]] bool bit(int64_t tile) const {
+    return (static_cast<uint32_t>(words[(tile / kTilesPerWord) * word_stride]) >> (tile % kTilesPerWord)) & 1u;
+  }
+};
+
+// The KV tile a query tile visits first: the one on the diagonal of its visit group.
+[[gnu::always_inline]] constexpr int64_t first_visited_tile(int64_t query_tile, int64_t tile_m, int64_t tile_n,
+                                                            int64_t visit_rows, int64_t query_len, int64_t kv_len) {
+  const int64_t first_row = query_tile * tile_m / visit_rows * visit_rows;
+  return first_row * kv_len / query_len / tile_n;
+}
+
+}  // namespace lite_attention

@@ -1,0 +1,63 @@
+// What a kernel is told: plain pointers, sizes and strides. Kernels include this and know nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "keep_map.h"
+#include "tile_shape.h"
+
+namespace lite_attention {
+
+enum class DataType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// A [batch, length, heads, head_dim] tensor whose last stride is 1; strides in elements.
+struct TensorView {
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+struct ForwardParams {
+  DataType dtype = DataType::kFloat32;
+  int64_t batch = 0;
+  int64_t query_len = 0;
+  int64_t kv_len = 0;
+  int64_t query_heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  float scale = 1.0f;
+  TileShape tile{};
+
+  TensorView q, k, v;
+  const int32_t* kv_lens = nullptr;  // [batch], or null: every sequence has kv_len keys
+
+  KeepMapView keep;       // words null: every tile is visited
+  KeepMapView must_keep;  // words null: none
+
+  const float* threshold = nullptr;  // one value, or one a head; null: no drop decisions are taken
+  int64_t threshold_stride = 0;      // 0: one value for all heads
+  int32_t* next_keep = nullptr;      // contiguous [batch, heads, query tiles, words]; null with threshold
+
+  void* out = nullptr;   // contiguous [batch, query_len, query_heads, head_dim]
+  float* lse = nullptr;  // contiguous [batch, query_heads, query_len]
+
+  [[gnu::always_inline]] int64_t query_tiles() const { return ceil_div(query_len, tile.tile_m); }
+  [[gnu::always_inline]] int64_t kv_tiles() const { return ceil_div(kv_len, tile.tile_n); }
+  [[gnu::always_inline]] int64_t words() const { return ceil_div(kv_tiles(), kTilesPerWord); }
+};
+
+struct MergeParams {
+  DataType dtype = DataType::kFloat32;
+  int64_t parts = 0;
+  int64_t batch = 0;
+  int64_t query_len = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  const TensorView* outs = nullptr;  // [parts]
+  const TensorView* lses = nullptr;  // [parts], fp32 [batch, heads, query_len]; row_stride is the last dimension's
+  void* out = nullptr;               // contiguous [batch, query_len, heads, head_dim]
+  float* lse = nullptr;              // contiguous [batch, heads, query_len]
+};
+
+}  // namespace lite_attention

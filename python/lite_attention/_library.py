@@ -1,0 +1,169 @@
+"""The operators as torch sees them: loads the compiled library; defines schemas, fakes and autograd.
+
+The CPU kernels are registered by the library itself (cpp/ops.cpp). Every operator is functional: none writes its inputs.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "lite_attention"
+OLDEST_TORCH = (2, 10)
+# Raised whenever an operator's schema or meaning changes: Python files and a library of two builds must not meet.
+OPERATOR_INTERFACE = 1
+
+_SCHEMAS = {
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale) -> (Tensor out, Tensor lse)"
+    ),
+    "skip_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? must_keep, Tensor? kv_lens, Tensor threshold, float scale)"
+        " -> (Tensor out, Tensor lse, Tensor next_keep)"
+    ),
+    "merge_attention": "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+}
+# Dispatch keys of devices that have no kernel in this build; calls there get a sentence instead of a dispatcher dump.
+_DEVICES_WITHOUT_KERNEL = {"CUDA": "cuda", "XPU": "xpu", "MPS": "mps"}
+
+
+def _import_failure(problem: str, causes: list[str]) -> ImportError:
+    lines = [f"lite_attention cannot start: {problem}", "Likely causes:"]
+    lines += [f"  * {cause}" for cause in causes]
+    lines.append("Reinstall with `pip install --no-build-isolation .` from the source folder, in the environment you run.")
+    return ImportError("\n".join(lines))
+
+
+def _load_host_module() -> ModuleType:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise _import_failure(
+            f"torch {torch.__version__} is installed, expected {oldest} or newer",
+            [f"this environment was not upgraded: `pip install 'torch>={oldest}'`"],
+        )
+    try:
+        host = importlib.import_module("lite_attention._host")
+    except ImportError as error:
+        raise _import_failure(
+            f"its compiled part, lite_attention._host, is not there or does not load ({error})",
+            [
+                "the package was not installed, only its folder is on the path",
+                "it was built for another Python version or processor",
+                "an editable install whose build failed or was deleted",
+            ],
+        ) from error
+    built = getattr(host, "OPERATOR_INTERFACE", None)
+    if built != OPERATOR_INTERFACE:
+        raise _import_failure(
+            f"its compiled part implements operator interface {built}, expected {OPERATOR_INTERFACE}",
+            ["the Python files were updated without rebuilding", "two versions of lite_attention are installed"],
+        )
+    return host
+
+
+def _load_operators(host: ModuleType) -> None:
+    path = Path(str(host.__file__)).with_name("_ops.so")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise _import_failure(
+            f"its operator library {path.name} does not load ({error})",
+            [
+                f"torch {torch.__version__} lacks part of the stable interface the library was built for",
+                "the C++ runtime is older than the compiler that built the library",
+                "the file is missing or truncated",
+            ],
+        ) from error
+
+
+host = _load_host_module()
+__version__: str = host.VERSION
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+_load_operators(host)
+
+
+def _register_missing_kernels(name: str) -> None:
+    for key, device_type in _DEVICES_WITHOUT_KERNEL.items():
+
+        def no_kernel(*_: object, device_type: str = device_type) -> NoReturn:
+            raise NotImplementedError(
+                f"{name}: no kernel for device type '{device_type}' in this build; it has one for 'cpu'. "
+                "`python -m lite_attention.info` tells what this build can run"
+            )
+
+        _library.impl(name, no_kernel, key)
+
+
+def _register_forward_only(name: str) -> None:
+    def backward(ctx: object, *_: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), "
+            "or detach its inputs"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_library)
+
+
+for _name in _SCHEMAS:
+    _register_missing_kernels(_name)
+    _register_forward_only(_name)
+
+
+def _check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
+    """What must hold for the result's shape to be known; the kernels check the rest when they run."""
+    device = None
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        device = tensor.device if device is None else device
+        if tensor.device != device:
+            raise RuntimeError(f"{name}: {argument} is on {tensor.device}, expected {device}, every argument's device")
+        if argument in ("q", "k", "v", "keep", "must_keep") and tensor.dim() != 4:
+            raise RuntimeError(f"{name}: {argument} has {tensor.dim()} dimensions, expected 4")
+
+
+def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention", lib=_library)
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kv_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check_fake_inputs("attention", q=q, k=k, v=v, keep=keep, kv_lens=kv_lens)
+    return _out_and_lse(q)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::skip_attention", lib=_library)
+def _skip_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    must_keep: Tensor | None,
+    kv_lens: Tensor | None,
+    threshold: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fake_inputs(
+        "skip_attention", q=q, k=k, v=v, keep=keep, must_keep=must_keep, kv_lens=kv_lens, threshold=threshold
+    )
+    return *_out_and_lse(q), keep.new_empty(keep.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::merge_attention", lib=_library)
+def _merge_attention_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if not outs or len(outs) != len(lses):
+        raise RuntimeError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses, expected as many, at least one")
+    tensors = {f"outs[{part}]": out for part, out in enumerate(outs)}
+    tensors |= {f"lses[{part}]": lse for part, lse in enumerate(lses)}
+    _check_fake_inputs("merge_attention", **tensors)
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)

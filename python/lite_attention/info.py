@@ -1,0 +1,97 @@
+"""`python -m lite_attention.info`: versions, tile shapes, and which backends can run here or why they cannot."""
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lite_attention._library import __version__, host
+from lite_attention.tiles import SUPPORTED_DTYPES
+
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of kernels, whether it can run here, and why or why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """The kernels lite_attention has, in order of preference, each with the reason why it can or cannot run here."""
+    return [_sm90_backend(), _cpu_backend()]
+
+
+def _cpu_backend() -> Backend:
+    variants = ", ".join(host.cpu_variants())
+    return Backend("cpu", True, f"uses its {host.selected_cpu_variant()} build; this processor runs: {variants}")
+
+
+def _sm90_backend() -> Backend:
+    if not host.CUDA_ARCHITECTURES:
+        return Backend("sm_90a", False, "this build holds no CUDA kernels")
+    if torch.version.cuda is None:
+        return Backend("sm_90a", False, f"torch {torch.__version__} is built without CUDA")
+    if not torch.cuda.is_available():
+        return Backend("sm_90a", False, "torch sees no CUDA device")
+    capability = torch.cuda.get_device_capability()
+    if capability != HOPPER:
+        name = torch.cuda.get_device_name()
+        return Backend("sm_90a", False, f"{name} has compute capability {capability}, the kernels need {HOPPER}")
+    return Backend("sm_90a", True, torch.cuda.get_device_name())
+
+
+def report() -> dict[str, Any]:
+    """Everything the command prints, as plain data."""
+    return {
+        "lite_attention": __version__,
+        "revision": host.GIT_REVISION,
+        "torch": torch.__version__,
+        "torch at build": host.TORCH_BUILD_VERSION,
+        "cuda of torch": torch.version.cuda or "none",
+        "compiler": host.CXX_COMPILER,
+        "cuda architectures": host.CUDA_ARCHITECTURES or "none",
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads",
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES],
+        "tiles": [
+            {"head_dim up to": row[0], "tile_m": row[1], "tile_n": row[2], "visit_rows": row[3]}
+            for row in host.tile_shapes()
+        ],
+        "backends": [asdict(backend) for backend in backends()],
+    }
+
+
+def _print_text(facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        if isinstance(value, str):
+            print(f"{name:<20}{value}")
+    print(f"{'dtypes':<20}{', '.join(facts['dtypes'])}")
+    print("\ntile shapes")
+    for row in facts["tiles"]:
+        print("  " + ", ".join(f"{name} {value}" for name, value in row.items()))
+    print("\nbackends")
+    for backend in facts["backends"]:
+        print(f"  {backend['name']:<8}{'yes' if backend['available'] else 'no':<5}{backend['reason']}")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(prog="python -m lite_attention.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    arguments = parser.parse_args()
+    facts = report()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_text(facts)
+
+
+if __name__ == "__main__":
+    main()
