@@ -5,16 +5,19 @@
 # Reads      Python_EXECUTABLE (the interpreter torch is installed for)
 # Provides   TorchStable::TorchStable, TorchStable_VERSION, TorchStable_CUDA (torch's CUDA version, empty without)
 
+# -I: an isolated build (plain `pip install .`) hides the environment's packages behind PYTHONPATH; torch is meant to be
+# the one already installed there, not gigabytes downloaded for its headers.
 execute_process(
-  COMMAND ${Python_EXECUTABLE} -c
+  COMMAND ${Python_EXECUTABLE} -I -c
           "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
   OUTPUT_VARIABLE torch_facts
   RESULT_VARIABLE torch_failed
-  OUTPUT_STRIP_TRAILING_WHITESPACE)
+  OUTPUT_STRIP_TRAILING_WHITESPACE
+  ERROR_QUIET)
 
 if(torch_failed)
   set(TorchStable_NOT_FOUND_MESSAGE
-      "torch cannot be imported by ${Python_EXECUTABLE}; install torch >= 2.10 and build with --no-build-isolation")
+      "torch is not installed for ${Python_EXECUTABLE}. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation.")
 else()
   string(REPLACE "\n" ";" torch_facts "${torch_facts}")
   list(GET torch_facts 0 TorchStable_VERSION)

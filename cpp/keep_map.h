@@ -1,7 +1,7 @@
 // The keep map as kernels see it: bit j % 32 of word j / 32 says whether KV tile j is computed for a query tile.
 //
-// Functions here are always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy made
-// for one of them must never serve another.
+// Functions here are always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy
+// made for one of them must never serve another.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,9 @@ namespace lite_attention {
 
 inline constexpr int64_t kTilesPerWord = 32;
 
-[[gnu::always_inline]] constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+[[gnu::always_inline]] constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 // A view of int32 [batch, heads, query tiles, words]; strides in words, 0 where a dimension is broadcast.
 struct KeepMapView {
@@ -27,9 +29,9 @@ struct KeepMapRow {
   int64_t word_stride;
 
   [[gnu::always_inline]] KeepMapRow(const KeepMapView& map, int64_t batch, int64_t head, int64_t query_tile)
-      : words(map.words == nullptr ? nullptr
-                                   : map.words + batch * map.batch_stride + head * map.head_stride +
-                                         query_tile * map.query_tile_stride),
+      : words(map.words == nullptr
+                  ? nullptr
+                  : map.words + batch * map.batch_stride + head * map.head_stride + query_tile * map.query_tile_stride),
         word_stride(map.word_stride) {}
 
   [[gnu::always_inline]] bool given() const { return words != nullptr; }

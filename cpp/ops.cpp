@@ -1,7 +1,7 @@
 // The operators on CPU tensors: check the arguments, allocate the results, fill params, run the kernel.
 //
-// Schemas, fakes and autograd are in python/lite_attention/_library.py. Errors are std::runtime_error, a RuntimeError in
-// Python, whose text starts with the operator's name and names the argument, what it was and what was expected.
+// Schemas, fakes and autograd are in python/lite_attention/_library.py. Errors are std::runtime_error, a RuntimeError
+// in Python, whose text starts with the operator's name and names the argument, what it was and what was expected.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -189,7 +189,8 @@ void fill_threshold(const char* op, const Tensor& threshold, ForwardParams& para
   check_cpu(op, "threshold", threshold);
   check_dtype(op, "threshold", threshold, ScalarType::Float);
   if (threshold.dim() != 0 && !has_shape(threshold, {params.query_heads})) {
-    fail(op, "threshold has shape ", shape_of(threshold), ", expected [] or [", params.query_heads, "], one a query head");
+    fail(op, "threshold has shape ", shape_of(threshold), ", expected [] or [", params.query_heads,
+         "], one a query head");
   }
   params.threshold = threshold.const_data_ptr<float>();
   params.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
@@ -215,9 +216,7 @@ std::tuple<Tensor, Tensor> allocate_results(const Tensor& q, ForwardParams& para
   return {std::move(out), std::move(lse)};
 }
 
-void run_forward(const ForwardParams& params) {
-  cpu::forward(params, torch::stable::get_num_threads(), parallel_run);
-}
+void run_forward(const ForwardParams& params) { cpu::forward(params, torch::stable::get_num_threads(), parallel_run); }
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                          const std::optional<Tensor>& keep, const std::optional<Tensor>& kv_lens,

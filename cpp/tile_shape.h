@@ -13,8 +13,8 @@ struct TileShape {
   int32_t visit_rows;    // query rows that one kernel work item walks together; they share the first visited tile
 };
 
-// 64 rows are what one Hopper warpgroup decides alone; 192 (three warpgroups) share each K/V load. Above 128 columns the
-// accumulators leave room for two warpgroups and 64 keys.
+// 64 rows are what one Hopper warpgroup decides alone; 192 (three warpgroups) share each K/V load. Above 128 columns
+// the accumulators leave room for two warpgroups and 64 keys.
 inline constexpr std::array<TileShape, 2> kTileShapes{{
     {128, 64, 128, 192},
     {256, 64, 64, 128},

@@ -1,6 +1,6 @@
 """The operators as torch sees them: loads the compiled library; defines schemas, fakes and autograd.
 
-The CPU kernels are registered by the library itself (cpp/ops.cpp). Every operator is functional: none writes its inputs.
+The library registers the CPU kernels itself (cpp/ops.cpp). Every operator is functional: none writes its inputs.
 """
 
 import importlib
@@ -33,7 +33,7 @@ _DEVICES_WITHOUT_KERNEL = {"CUDA": "cuda", "XPU": "xpu", "MPS": "mps"}
 def _import_failure(problem: str, causes: list[str]) -> ImportError:
     lines = [f"lite_attention cannot start: {problem}", "Likely causes:"]
     lines += [f"  * {cause}" for cause in causes]
-    lines.append("Reinstall with `pip install --no-build-isolation .` from the source folder, in the environment you run.")
+    lines.append("Reinstall it from its source folder, in the environment you run: `pip install .`")
     return ImportError("\n".join(lines))
 
 
@@ -162,7 +162,7 @@ def _skip_attention_fake(
 @torch.library.register_fake(f"{NAMESPACE}::merge_attention", lib=_library)
 def _merge_attention_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not outs or len(outs) != len(lses):
-        raise RuntimeError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses, expected as many, at least one")
+        raise RuntimeError(f"merge_attention: {len(outs)} outs and {len(lses)} lses, expected as many, at least one")
     tensors = {f"outs[{part}]": out for part, out in enumerate(outs)}
     tensors |= {f"lses[{part}]": lse for part, lse in enumerate(lses)}
     _check_fake_inputs("merge_attention", **tensors)

@@ -1,15 +1,17 @@
 // Attention over kept tiles on the CPU, compiled once per instruction set (LITE_ATTENTION_CPU_VARIANT names the build).
 //
 // One work item is the visit group of one (batch, head): up to visit_rows query rows. It walks the KV tiles that any of
-// its query tiles visits, in the map's order; a 16-bit tile is widened to fp32 once and shared by the query tiles.
+// its query tiles visits, in the map's order; a tile's keys and values are brought into fp32 scratch once and shared by
+// the query tiles. The copy is what makes strides harmless: rows of many heads lie a power of two apart, which is where
+// a cache of few ways keeps only some of them.
 //
 // All per-query state is kept transposed, query rows along the vector lanes, a panel of kPanelRows rows at a time:
 //
 //     scores[key][row]      = sum over d of  k[key][d]    * q[d][row]      (broadcast k, vector q)
 //     accumulated[d][row]  += sum over keys  v[key][d]    * p[key][row]    (broadcast v, vector p)
 //
-// so that K and V are read in their own layout through their own strides, and the softmax needs no reduction across
-// lanes. Both products hold kPanelVectors x kBlock accumulators in registers.
+// so that neither K nor V is transposed and the softmax needs no reduction across lanes. Both products hold
+// kPanelVectors x kBlock accumulators in registers; V's columns are stored kBlock at a time, so that it streams.
 
 #include <cmath>
 
@@ -49,10 +51,11 @@ inline void score_block(const float* __restrict q_panel, const float* __restrict
   }
 }
 
-// accumulated[c][row] = accumulated[c][row] * correction[row] + sum over keys of v[key][c] * p[key][row], for kColumns.
+// accumulated[c][row] = accumulated[c][row] * correction[row] + sum over keys of v[key][c] * p[key][row], for kColumns
+// of a block's columns.
 template <int kColumns>
-inline void accumulate_block(const float* __restrict probabilities, const float* __restrict v, int64_t v_stride,
-                             int64_t keys, const Floats* correction, float* __restrict accumulated) {
+inline void accumulate_block(const float* __restrict probabilities, const float* __restrict v, int64_t keys,
+                             const Floats* correction, float* __restrict accumulated) {
   Floats sums[kColumns][kPanelVectors];
 #pragma GCC unroll 16
   for (int column = 0; column < kColumns; ++column) {
@@ -67,7 +70,7 @@ inline void accumulate_block(const float* __restrict probabilities, const float*
     for (int vec = 0; vec < kPanelVectors; ++vec) p[vec] = load(probabilities + key * kPanelRows + vec * kLanes);
 #pragma GCC unroll 16
     for (int column = 0; column < kColumns; ++column) {
-      const Floats factor = broadcast(v[key * v_stride + column]);
+      const Floats factor = broadcast(v[key * kBlock + column]);
 #pragma GCC unroll 4
       for (int vec = 0; vec < kPanelVectors; ++vec) sums[column][vec] += factor * p[vec];
     }
@@ -94,76 +97,104 @@ void score_tile(const float* q_panel, const float* k, int64_t k_stride, int64_t 
   }
 }
 
-void accumulate_tile(const float* probabilities, const float* v, int64_t v_stride, int64_t keys, int64_t head_dim,
+// v: [block of columns][tile_n][kBlock]; v_block_stride floats from one block of columns to the next.
+void accumulate_tile(const float* probabilities, const float* v, int64_t v_block_stride, int64_t keys, int64_t head_dim,
                      const Floats* correction, float* accumulated) {
   int64_t column = 0;
-  for (; column + kBlock <= head_dim; column += kBlock) {
-    accumulate_block<kBlock>(probabilities, v + column, v_stride, keys, correction, accumulated + column * kPanelRows);
+  for (; column + kBlock <= head_dim; column += kBlock, v += v_block_stride) {
+    accumulate_block<kBlock>(probabilities, v, keys, correction, accumulated + column * kPanelRows);
   }
-  for (; column + 4 <= head_dim; column += 4) {
-    accumulate_block<4>(probabilities, v + column, v_stride, keys, correction, accumulated + column * kPanelRows);
-  }
-  for (; column < head_dim; column += 2) {
-    accumulate_block<2>(probabilities, v + column, v_stride, keys, correction, accumulated + column * kPanelRows);
+  for (int64_t part = 0; column < head_dim;) {
+    if (head_dim - column >= 4) {
+      accumulate_block<4>(probabilities, v + part, keys, correction, accumulated + column * kPanelRows);
+      part += 4;
+      column += 4;
+    } else {
+      accumulate_block<2>(probabilities, v + part, keys, correction, accumulated + column * kPanelRows);
+      part += 2;
+      column += 2;
+    }
   }
 }
 
-// Turns scores into probabilities in place and carries the rows' maximum and sum on. Returns whether the drop rule keeps
-// the tile for the next pass: some valid row's maximum in the tile reaches within `threshold` of its running maximum.
+// Turns scores into probabilities in place and carries the rows' maximum and sum on. Returns whether the drop rule
+// keeps the tile for the next pass: some valid row's maximum in the tile reaches within `threshold` of its running
+// maximum.
 bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float scale, float threshold, float* row_max,
                   float* row_sum, Floats* correction) {
   const float scale_log2 = scale * kLog2E;
-  bool keep = false;
-  for (int vec = 0; vec < kPanelVectors; ++vec) {
-    float* column = scores + vec * kLanes;
-    Floats tile_max = broadcast(-kInfinity);
-    for (int64_t key = 0; key < keys; ++key) tile_max = max(tile_max, load(column + key * kPanelRows));
+  // Two chains a vector: one maximum waits on the last for as long as two of them take to issue.
+  constexpr int kChains = 2;
+  Floats maxima[kChains][kPanelVectors];
+  for (auto& chain : maxima) {
+    for (Floats& lanes : chain) lanes = broadcast(-kInfinity);
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
+      maxima[0][vec] = max(maxima[0][vec], score);
+    }
+    if (++key == keys) break;
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
+      maxima[1][vec] = max(maxima[1][vec], score);
+    }
+  }
 
+  bool keep = false;
+  Floats new_max[kPanelVectors];
+  Floats sums[kPanelVectors];
+  for (int vec = 0; vec < kPanelVectors; ++vec) {
+    const Floats tile_max = max(maxima[0][vec], maxima[1][vec]);
     const Floats old_max = load(row_max + vec * kLanes);
     const Ints valid = lane_numbers() + vec * kLanes < static_cast<int32_t>(valid_rows);
     keep |= any(((tile_max - old_max) * scale_log2 > threshold) & valid);
 
-    const Floats new_max = max(old_max, tile_max);
-    store(row_max + vec * kLanes, new_max);
+    new_max[vec] = max(old_max, tile_max);
+    store(row_max + vec * kLanes, new_max[vec]);
     // -inf before the first visited tile: the correction then scales zeros.
-    correction[vec] = exp2_nonpositive((old_max - new_max) * scale_log2);
-
-    Floats sum = load(row_sum + vec * kLanes) * correction[vec];
-    for (int64_t key = 0; key < keys; ++key) {
-      const Floats p = exp2_nonpositive((load(column + key * kPanelRows) - new_max) * scale_log2);
-      store(column + key * kPanelRows, p);
-      sum += p;
-    }
-    store(row_sum + vec * kLanes, sum);
+    correction[vec] = exp2_nonpositive((old_max - new_max[vec]) * scale_log2);
+    sums[vec] = load(row_sum + vec * kLanes) * correction[vec];
   }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      float* score = scores + key * kPanelRows + vec * kLanes;
+      const Floats p = exp2_nonpositive((load(score) - new_max[vec]) * scale_log2);
+      store(score, p);
+      sums[vec] += p;
+    }
+  }
+  for (int vec = 0; vec < kPanelVectors; ++vec) store(row_sum + vec * kLanes, sums[vec]);
   return keep;
 }
 
 // Where a worker keeps what one work item needs; all in fp32.
 struct Workspace {
-  int64_t panel_floats;        // head_dim * kPanelRows
-  int64_t query_tile_floats;   // all panels of a query tile
-  float* q;                    // [query tile][panel][head_dim][row]
-  float* accumulated;          // the same
-  float* row_max;              // [query tile][row]
-  float* row_sum;              // [query tile][row]
-  float* scores;               // [tile_n][row] of one panel
-  float* k;                    // [tile_n][head_dim], only for 16-bit inputs
-  float* v;                    // the same
-
-  static int64_t round_up(int64_t floats) { return ceil_div(floats, kLanes) * kLanes; }
+  int64_t panel_floats;       // head_dim * kPanelRows
+  int64_t query_tile_floats;  // all panels of a query tile
+  int64_t k_stride;           // an odd number of cache lines, so that rows spread over all of a cache's sets
+  int64_t v_block_stride;     // tile_n * kBlock
+  float* q;                   // [query tile][panel][head_dim][row]
+  float* accumulated;         // the same
+  float* row_max;             // [query tile][row]
+  float* row_sum;             // [query tile][row]
+  float* scores;              // [tile_n][row] of one panel
+  float* k;                   // [tile_n][k_stride]
+  float* v;                   // [block of columns][tile_n][kBlock]
 
   // Lays the parts out from `base` on; returns the size. With a null base only the size is meant.
   int64_t lay_out(const ForwardParams& params, float* base) {
+    constexpr int64_t kCacheLineFloats = 16;
     const int64_t rows = params.tile.visit_rows;
     const int64_t query_tiles = rows / params.tile.tile_m;
     panel_floats = params.head_dim * kPanelRows;
     query_tile_floats = params.head_dim * params.tile.tile_m;
-    const int64_t widened = params.dtype == DataType::kFloat32 ? 0 : round_up(params.tile.tile_n * params.head_dim);
+    k_stride = (ceil_div(params.head_dim, 2 * kCacheLineFloats) * 2 + 1) * kCacheLineFloats;
+    v_block_stride = params.tile.tile_n * kBlock;
     int64_t used = 0;
     const auto take = [&](int64_t floats) {
       float* part = base == nullptr ? nullptr : base + used;
-      used += round_up(floats);
+      used += ceil_div(floats, kCacheLineFloats) * kCacheLineFloats;
       return part;
     };
     q = take(query_tiles * query_tile_floats);
@@ -171,8 +202,8 @@ struct Workspace {
     row_max = take(rows);
     row_sum = take(rows);
     scores = take(params.tile.tile_n * kPanelRows);
-    k = take(widened);
-    v = take(widened);
+    k = take(params.tile.tile_n * k_stride);
+    v = take(ceil_div(params.head_dim, kBlock) * v_block_stride);
     return used;
   }
 };
@@ -197,9 +228,8 @@ class VisitGroup {
     const int64_t tiles = params_.kv_tiles();
     const int64_t existing_tiles = ceil_div(kv_len_, params_.tile.tile_n);
     clear_next_keep();
-    const int64_t first =
-        first_visited_tile(first_query_tile_, params_.tile.tile_m, params_.tile.tile_n, params_.tile.visit_rows,
-                           params_.query_len, params_.kv_len);
+    const int64_t first = first_visited_tile(first_query_tile_, params_.tile.tile_m, params_.tile.tile_n,
+                                             params_.tile.visit_rows, params_.query_len, params_.kv_len);
     for (int64_t step = 0; step < tiles; ++step) {
       const int64_t tile = first + step < tiles ? first + step : first + step - tiles;
       if (tile < existing_tiles) {
@@ -275,18 +305,18 @@ class VisitGroup {
   }
 
   void visit(int64_t tile) {
+    const int64_t keys = smaller(params_.tile.tile_n, kv_len_ - tile * params_.tile.tile_n);
     bool loaded = false;
-    KvTile kv{};
     for (int64_t query_tile = 0; query_tile < query_tiles_; ++query_tile) {
       const KeepMapRow keep = map_row(params_.keep, query_tile);
       const KeepMapRow must_keep = map_row(params_.must_keep, query_tile);
       const bool must = must_keep.given() && must_keep.bit(tile);
       if (keep.given() && !keep.bit(tile) && !must) continue;
       if (!loaded) {
-        kv = load_kv(tile);
+        load_kv(tile, keys);
         loaded = true;
       }
-      const bool near_maximum = attend(query_tile, kv);
+      const bool near_maximum = attend(query_tile, keys);
       if (params_.next_keep != nullptr && (must || !visited_any_[query_tile] || near_maximum)) {
         set_next_keep(query_tile, tile);
       }
@@ -294,45 +324,35 @@ class VisitGroup {
     }
   }
 
-  struct KvTile {
-    const float* k;
-    const float* v;
-    int64_t k_stride;
-    int64_t v_stride;
-    int64_t keys;
-  };
-
-  KvTile load_kv(int64_t tile) {
-    const int64_t first_key = tile * params_.tile.tile_n;
-    KvTile kv{};
-    kv.keys = smaller(params_.tile.tile_n, kv_len_ - first_key);
-    const Storage* k = rows_of(params_.k, first_key, kv_head_);
-    const Storage* v = rows_of(params_.v, first_key, kv_head_);
-    if constexpr (dtype == DataType::kFloat32) {
-      kv.k = k;
-      kv.v = v;
-      kv.k_stride = params_.k.row_stride;
-      kv.v_stride = params_.v.row_stride;
-    } else {
-      widen_rows(k, params_.k.row_stride, kv.keys, workspace_.k);
-      widen_rows(v, params_.v.row_stride, kv.keys, workspace_.v);
-      kv.k = workspace_.k;
-      kv.v = workspace_.v;
-      kv.k_stride = kv.v_stride = params_.head_dim;
-    }
-    return kv;
+  void prefetch_row(const Storage* row) const {
+    constexpr int64_t kCacheLineElements = 64 / sizeof(Storage);
+    for (int64_t d = 0; d < params_.head_dim; d += kCacheLineElements) __builtin_prefetch(row + d);
   }
 
-  void widen_rows(const Storage* source, int64_t stride, int64_t rows, float* target) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t d = 0; d < params_.head_dim; ++d) {
-        target[row * params_.head_dim + d] = Element<dtype>::widen(source[row * stride + d]);
+  void load_kv(int64_t tile, int64_t keys) {
+    constexpr int64_t kPrefetchedRows = 8;  // rows of one head lie apart, which the processor's own prefetcher misses
+    for (int64_t key = 0; key < keys; ++key) {
+      const int64_t row = tile * params_.tile.tile_n + key;
+      if (key + kPrefetchedRows < keys) {
+        prefetch_row(rows_of(params_.k, row + kPrefetchedRows, kv_head_));
+        prefetch_row(rows_of(params_.v, row + kPrefetchedRows, kv_head_));
       }
+      widen_row<dtype>(rows_of(params_.k, row, kv_head_), params_.head_dim, workspace_.k + key * workspace_.k_stride);
+
+      float values[kMaxHeadDim];
+      widen_row<dtype>(rows_of(params_.v, row, kv_head_), params_.head_dim, values);
+      float* target = workspace_.v + key * kBlock;
+      int64_t d = 0;
+      for (; d + kBlock <= params_.head_dim; d += kBlock, target += workspace_.v_block_stride) {
+        std::memcpy(target, values + d, kBlock * sizeof(float));
+      }
+      for (int64_t column = 0; d < params_.head_dim; ++d, ++column) target[column] = values[d];
     }
   }
 
-  bool attend(int64_t query_tile, const KvTile& kv) {
-    const float threshold = params_.threshold == nullptr ? kInfinity : params_.threshold[head_ * params_.threshold_stride];
+  bool attend(int64_t query_tile, int64_t keys) {
+    const float threshold =
+        params_.threshold == nullptr ? kInfinity : params_.threshold[head_ * params_.threshold_stride];
     const int64_t valid = valid_rows(query_tile);
     bool keep = false;
     for (int64_t panel = 0; panel < panels(); ++panel) {
@@ -341,10 +361,10 @@ class VisitGroup {
       const int64_t offset = query_tile * workspace_.query_tile_floats + panel * workspace_.panel_floats;
       const int64_t rows = query_tile * params_.tile.tile_m + first_row;
       Floats correction[kPanelVectors];
-      score_tile(workspace_.q + offset, kv.k, kv.k_stride, kv.keys, params_.head_dim, workspace_.scores);
-      keep |= softmax_tile(workspace_.scores, kv.keys, valid - first_row, params_.scale, threshold,
+      score_tile(workspace_.q + offset, workspace_.k, workspace_.k_stride, keys, params_.head_dim, workspace_.scores);
+      keep |= softmax_tile(workspace_.scores, keys, valid - first_row, params_.scale, threshold,
                            workspace_.row_max + rows, workspace_.row_sum + rows, correction);
-      accumulate_tile(workspace_.scores, kv.v, kv.v_stride, kv.keys, params_.head_dim, correction,
+      accumulate_tile(workspace_.scores, workspace_.v, workspace_.v_block_stride, keys, params_.head_dim, correction,
                       workspace_.accumulated + offset);
     }
     return keep;
@@ -396,7 +416,8 @@ void run_items(const ForwardParams& params, const Workspace& workspace, int64_t*
     const int64_t item = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED);
     if (item >= items) return;
     const int64_t batch_head = item / groups;
-    VisitGroup<dtype>(params, workspace, batch_head / params.query_heads, batch_head % params.query_heads, item % groups)
+    VisitGroup<dtype>(params, workspace, batch_head / params.query_heads, batch_head % params.query_heads,
+                      item % groups)
         .run();
   }
 }
@@ -405,12 +426,9 @@ void run(const ForwardParams& params, float* scratch, int64_t* next_item) {
   Workspace workspace{};
   workspace.lay_out(params, scratch);
   switch (params.dtype) {
-    case DataType::kFloat32:
-      return run_items<DataType::kFloat32>(params, workspace, next_item);
-    case DataType::kBFloat16:
-      return run_items<DataType::kBFloat16>(params, workspace, next_item);
-    case DataType::kFloat16:
-      return run_items<DataType::kFloat16>(params, workspace, next_item);
+    case DataType::kFloat32: return run_items<DataType::kFloat32>(params, workspace, next_item);
+    case DataType::kBFloat16: return run_items<DataType::kBFloat16>(params, workspace, next_item);
+    case DataType::kFloat16: return run_items<DataType::kFloat16>(params, workspace, next_item);
   }
 }
 

@@ -1,4 +1,5 @@
-// Exact merge of partial attention results over disjoint key sets: bound by memory, so one build serves every processor.
+// Exact merge of partial attention results over disjoint key sets: bound by memory, so one build serves every
+// processor.
 
 #include <algorithm>
 #include <cmath>
@@ -41,8 +42,8 @@ void merge_row(const MergeParams& params, int64_t batch, int64_t row, int64_t he
     }
   }
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  Storage* target = static_cast<Storage*>(params.out) +
-                    ((batch * params.query_len + row) * params.heads + head) * params.head_dim;
+  Storage* target =
+      static_cast<Storage*>(params.out) + ((batch * params.query_len + row) * params.heads + head) * params.head_dim;
   for (int64_t d = 0; d < params.head_dim; ++d) target[d] = Element<dtype>::narrow(sums[d] * inverse);
   params.lse[(batch * params.heads + head) * params.query_len + row] =
       total == 0.0f ? kNegativeInfinity : max + std::log(total);
@@ -76,12 +77,9 @@ void merge(const MergeParams& params, int64_t max_workers, ParallelRun parallel_
         const int64_t last = shared->items * (worker + 1) / shared->workers;
         float* own = shared->sums + worker * shared->params.head_dim;
         switch (shared->params.dtype) {
-          case DataType::kFloat32:
-            return merge_rows<DataType::kFloat32>(shared->params, first, last, own);
-          case DataType::kBFloat16:
-            return merge_rows<DataType::kBFloat16>(shared->params, first, last, own);
-          case DataType::kFloat16:
-            return merge_rows<DataType::kFloat16>(shared->params, first, last, own);
+          case DataType::kFloat32: return merge_rows<DataType::kFloat32>(shared->params, first, last, own);
+          case DataType::kBFloat16: return merge_rows<DataType::kBFloat16>(shared->params, first, last, own);
+          case DataType::kFloat16: return merge_rows<DataType::kFloat16>(shared->params, first, last, own);
         }
       },
       &context);

@@ -9,6 +9,10 @@
 
 #include "../../params.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace lite_attention {
 namespace {
 
@@ -59,7 +63,7 @@ inline Ints lane_numbers() {
 // 2^x for x <= 0, relative error below 3e-7; x under -125 gives 2^-125 or less, NaN gives NaN.
 inline Floats exp2_nonpositive(Floats x) {
   const Floats smallest = broadcast(-125.0f);
-  x = x < smallest ? smallest : x;
+  x = smallest > x ? smallest : x;
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
   const Floats magic = broadcast(12582912.0f);
   const Floats shifted = x + magic;
@@ -133,6 +137,21 @@ struct Element<DataType::kFloat16> {
     return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
   }
 };
+
+// `count` elements, a multiple of 8, into fp32.
+template <DataType dtype>
+inline void widen_row(const typename Element<dtype>::Storage* __restrict source, int64_t count,
+                      float* __restrict target) {
+#if defined(__F16C__)
+  if constexpr (dtype == DataType::kFloat16) {
+    for (int64_t i = 0; i < count; i += 8) {
+      _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) target[i] = Element<dtype>::widen(source[i]);
+}
 
 }  // namespace
 }  // namespace lite_attention

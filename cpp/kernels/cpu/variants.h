@@ -9,8 +9,8 @@ namespace lite_attention::cpu {
 // Names of the builds this processor can run, the fastest first.
 std::vector<std::string> runnable_variants();
 
-// The build in use: the fastest runnable one, or the one named by LITE_ATTENTION_CPU_VARIANT, which is read once. A name
-// that is unknown or not runnable throws std::runtime_error.
+// The build in use: the fastest runnable one, or the one named by LITE_ATTENTION_CPU_VARIANT, which is read once. A
+// name that is unknown or not runnable throws std::runtime_error.
 const std::string& selected_variant();
 
 }  // namespace lite_attention::cpu

@@ -1,0 +1,71 @@
+# One virtual environment, made on first use; every target sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Empty for the newest versions the package allows.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cpp' -o -name '*.h')
+SANITIZED := build/sanitized
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+.PHONY: demo
+demo: $(VENV)/demo.done ## Denoise a video with and without skipping; writes report/index.html
+	$(BIN)/python examples/video_dit/demo.py
+
+.PHONY: test
+test: $(VENV)/test.done ## Run the test suite
+	$(BIN)/python -m pytest
+
+.PHONY: test-sanitized
+test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan build of the CPU kernels
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(SANITIZED)/bin/python -m pytest tests/test_operators.py tests/test_errors.py tests/test_properties.py
+
+.PHONY: lint
+lint: $(VENV)/lint.done ## Check format, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+.PHONY: format
+format: $(VENV)/lint.done ## Rewrite sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+.PHONY: bench
+bench: $(VENV)/demo.done ## Measure the CPU kernels; writes benchmarks/results/
+	$(BIN)/python benchmarks/cpu_attention.py
+
+.PHONY: clean
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build report
+
+$(VENV)/base.done: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/package.done: $(VENV)/base.done $(BUILD_INPUTS)
+	$(PIP_INSTALL) --no-build-isolation --no-deps -C cmake.define.LITE_ATTENTION_WERROR=ON -e .
+	touch $@
+
+$(VENV)/demo.done $(VENV)/test.done $(VENV)/lint.done: $(VENV)/%.done: $(VENV)/package.done
+	$(PIP_INSTALL) --no-build-isolation -C cmake.define.LITE_ATTENTION_WERROR=ON -e '.[$*]'
+	touch $@
+
+# Its own environment, which sees the packages of the first but not its editable install.
+$(SANITIZED)/done: $(VENV)/test.done
+	$(PYTHON) -m venv $(SANITIZED)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(SANITIZED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
+	$(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --force-reinstall -C build-dir=build/sanitized-cmake -C cmake.define.LITE_ATTENTION_WERROR=ON \
+	  -C cmake.define.LITE_ATTENTION_SANITIZE=address,undefined .
+	touch $@
