@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import tile_shape
+from lite_attention.tiles import tile_shape
 
 WORD_BITS = 32
 
@@ -20,8 +21,8 @@ __all__ = [
     "WORD_BITS",
     "density",
     "full_keep_map",
-    "kept_tiles",
     "keep_map_shape",
+    "kept_tiles",
     "pack_keep_map",
     "parse_ranges",
     "tile_counts",
@@ -59,10 +60,10 @@ def pack_keep_map(keep: Tensor) -> Tensor:
     if keep.dtype != torch.bool:
         raise TypeError(f"pack_keep_map: keep has dtype {keep.dtype}, expected torch.bool")
     words = ceil_div(keep.shape[-1], WORD_BITS)
-    padded = torch.nn.functional.pad(keep, (0, words * WORD_BITS - keep.shape[-1]))
-    bits = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int32)
+    padded = F.pad(keep, (0, words * WORD_BITS - keep.shape[-1]))
+    bits: Tensor = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int32)
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=keep.device)
-    return (bits << shifts).sum(-1, dtype=torch.int32)
+    return torch.sum(bits << shifts, -1, dtype=torch.int32)
 
 
 def unpack_keep_map(packed: Tensor, kv_tiles: int) -> Tensor:
@@ -130,8 +131,8 @@ def parse_ranges(ranges: Sequence[int], kv_len: int, name: str = "ranges") -> li
     """
     if len(ranges) % 2 != 0:
         raise ValueError(
-            f"{name} has {len(ranges)} entries, expected an even number: [start, end, start, end, ...] (the last entry, "
-            f"{ranges[-1]!r}, has no partner)"
+            f"{name} has {len(ranges)} entries, expected an even number: [start, end, start, end, ...] "
+            f"(entry {len(ranges) - 1}, {ranges[-1]!r}, has no partner)"
         )
     for index, entry in enumerate(ranges):
         if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
@@ -149,32 +150,51 @@ def parse_ranges(ranges: Sequence[int], kv_len: int, name: str = "ranges") -> li
     return pairs
 
 
-def _token_cover(ranges: Tensor, kv_len: int) -> Tensor:
-    """bool ``[kv_len]``: which keys lie in any of the half-open ``ranges`` ``[count, 2]``."""
-    if ranges.dim() != 2 or ranges.shape[-1] != 2:
-        raise ValueError(f"ranges has shape {tuple(ranges.shape)}, expected [count, 2]")
-    token = torch.arange(kv_len, device=ranges.device).unsqueeze(-1)
-    low, high = ranges.amin(-1), ranges.amax(-1)
-    return ((token >= low) & (token < high)).any(-1)
+def _token_cover(ranges: Tensor | Sequence[tuple[int, int]], kv_len: int, device: torch.device | None) -> Tensor:
+    """Which keys lie in any of the half-open ranges: bool ``[kv_len]``."""
+    if isinstance(ranges, Tensor):
+        if ranges.dim() != 2 or ranges.shape[-1] != 2:
+            raise ValueError(f"ranges has shape {list(ranges.shape)}, expected [count, 2]")
+        token = torch.arange(kv_len, device=ranges.device).unsqueeze(-1)
+        low, high = ranges.amin(-1), ranges.amax(-1)
+        return ((token >= low) & (token < high)).any(-1)
+    # Compared as scalars, not copied as a tensor: a copy to the device may not happen while a CUDA graph is captured.
+    token = torch.arange(kv_len, device=device)
+    cover = torch.zeros(kv_len, dtype=torch.bool, device=device)
+    for low_key, high_key in ranges:
+        cover = cover | ((token >= low_key) & (token < high_key))
+    return cover
 
 
-def tiles_touched(ranges: Tensor, kv_len: int, tile_n: int) -> Tensor:
-    """bool ``[kv_tiles]``: KV tiles with at least one key in any range (rounds outward, as must-do does).
+def tiles_touched(
+    ranges: Tensor | Sequence[tuple[int, int]], kv_len: int, tile_n: int, device: torch.device | None = None
+) -> Tensor:
+    """KV tiles with at least one key in any range (rounds outward, as must-do does): bool ``[kv_tiles]``.
 
-    ``ranges`` is an integer tensor ``[count, 2]`` of half-open key ranges; a pair may be ascending or descending, an
-    empty pair covers nothing, and whatever lies past ``kv_len`` is ignored.
+    Args:
+        ranges: half-open key ranges: pairs from :func:`parse_ranges`, or an integer tensor ``[count, 2]``, whose pairs
+            may also be descending, empty (they cover nothing) or reach past ``kv_len`` (the rest counts).
+        kv_len: number of keys.
+        tile_n: keys per KV tile.
+        device: of the result; for a tensor of ranges, its own.
+
+    Raises:
+        ValueError: a tensor of ranges is not ``[count, 2]``.
     """
-    cover = _token_cover(ranges, kv_len)
+    cover = _token_cover(ranges, kv_len, device)
     kv_tiles = ceil_div(kv_len, tile_n)
-    return torch.nn.functional.pad(cover, (0, kv_tiles * tile_n - kv_len)).unflatten(0, (kv_tiles, tile_n)).any(-1)
+    padded = F.pad(cover, (0, kv_tiles * tile_n - kv_len))
+    return torch.any(padded.view(kv_tiles, tile_n), -1)
 
 
-def tiles_inside(ranges: Tensor, kv_len: int, tile_n: int) -> Tensor:
-    """bool ``[kv_tiles]``: KV tiles all of whose keys lie in the ranges taken together (rounds inward).
+def tiles_inside(
+    ranges: Tensor | Sequence[tuple[int, int]], kv_len: int, tile_n: int, device: torch.device | None = None
+) -> Tensor:
+    """KV tiles all of whose keys lie in the ranges taken together (rounds inward): bool ``[kv_tiles]``.
 
-    Arguments as for :func:`tiles_touched`. Of a ragged last tile only the keys that exist count.
+    Arguments and errors as for :func:`tiles_touched`. Of a ragged last tile only the keys that exist count.
     """
-    cover = _token_cover(ranges, kv_len)
+    cover = _token_cover(ranges, kv_len, device)
     kv_tiles = ceil_div(kv_len, tile_n)
-    padded = torch.nn.functional.pad(cover, (0, kv_tiles * tile_n - kv_len), value=True)
-    return padded.unflatten(0, (kv_tiles, tile_n)).all(-1)
+    padded = F.pad(cover, (0, kv_tiles * tile_n - kv_len), value=True)
+    return torch.all(padded.view(kv_tiles, tile_n), -1)

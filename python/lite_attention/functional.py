@@ -1,0 +1,107 @@
+"""The operators with Python's defaults: optional arguments by keyword, a scale that may be left out, float thresholds.
+
+Nothing here keeps state or knows a policy. Argument errors are the operators' own: RuntimeError with a text that names
+the operator, the argument, what was got and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "merge_attention", "skip_attention"]
+
+
+def _softmax_scale(q: Tensor, scale: float | None) -> float:
+    """The given scale, or 1/sqrt(D). For a D of 0 any number will do: the operator refuses such a q by name."""
+    if scale is not None:
+        return scale
+    head_dim = q.shape[-1] if q.dim() > 0 else 0
+    return 1.0 / math.sqrt(max(head_dim, 1))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept tiles; without a map, dense attention.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, fp32, bf16 or fp16; any strides whose last one is 1. D is a multiple of 8, at most 256.
+        k, v: ``[B, Sk, Hkv, D]`` of q's dtype and device, ``Hq % Hkv == 0``.
+        keep: keep map, int32 ``[B, Hq, query_tiles, words]`` (see :mod:`lite_attention.keep_map`).
+        kv_lens: int32 ``[B]``; keys at and past it do not exist (padded batches).
+        scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
+
+    Returns:
+        out ``[B, Sq, Hq, D]`` of q's dtype, contiguous, and lse, fp32 ``[B, Hq, Sq]``, the natural log of the softmax
+        denominator. A query tile without a kept tile gives out 0 and lse -inf.
+
+    Raises:
+        RuntimeError: an argument does not fit; the text names it.
+        NotImplementedError: the device has no kernel in this build.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.attention(q, k, v, keep, kv_lens, _softmax_scale(q, scale))
+    return result
+
+
+def skip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    threshold: float | Tensor,
+    *,
+    must_keep: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over the kept tiles that also returns the map to use in the next pass.
+
+    Args:
+        q, k, v, kv_lens, scale: as for :func:`attention`.
+        keep: keep map, int32 ``[B, Hq, query_tiles, words]``; it is not written.
+        threshold: in powers of two. A tile stays in the map if it raises the best score of any of its rows by more
+            than this: -inf keeps everything, 0 keeps what raises a row's maximum. A float, or an fp32 tensor on q's
+            device, 0-d or one value per query head. Under torch.compile prefer a tensor: every new float recompiles.
+        must_keep: keep map of tiles that are computed and stay kept whatever ``keep`` says; its first three sizes may
+            each be 1.
+
+    Returns:
+        out and lse as :func:`attention`, and next_keep, a keep map of ``keep``'s shape.
+
+    Raises:
+        RuntimeError: an argument does not fit; the text names it.
+        NotImplementedError: the device has no kernel in this build.
+    """
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((), threshold, dtype=torch.float32, device=q.device)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.lite_attention.skip_attention(
+        q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
+    )
+    return result
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Exact merge of attention results over disjoint sets of keys.
+
+    Args:
+        outs: at least one ``[B, Sq, H, D]``, all of one shape and dtype.
+        lses: as many fp32 ``[B, H, Sq]``, natural log, as the other operators return them.
+
+    Returns:
+        out and lse of attention over all the keys. Rows without any key give out 0 and lse -inf.
+
+    Raises:
+        RuntimeError: an argument does not fit; the text names it.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.merge_attention(list(outs), list(lses))
+    return result

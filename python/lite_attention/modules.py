@@ -1,0 +1,689 @@
+"""Attention modules that remember, from one denoising step to the next, which tiles may be skipped.
+
+The memory is one keep map per branch, held in registered buffers that stay out of the state_dict. Everything that
+changes between passes (maps, thresholds, resets, which shape a map belongs to) is a tensor that is written in place, so
+a compiled or captured forward reads today's values, and nothing in forward waits for the device.
+
+How a map is found, and why it is never stale:
+
+* A module owns ``MAP_SLOTS`` slots. A slot belongs to one (branch, shape) at a time and holds that pair's map; shape
+  means batch, lengths, heads, head dim, dtype and device.
+* Each (branch, shape) has a fixed number, its stamp. A pass writes its stamp beside the map it wrote and beside its
+  branch. A map counts only while both carry the pass's own stamp; otherwise the pass starts from the full map.
+  So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import operator
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention import tiles
+from lite_attention.keep_map import (
+    density,
+    keep_map_shape,
+    pack_keep_map,
+    parse_ranges,
+    tile_counts,
+    tiles_inside,
+    tiles_touched,
+    unpack_keep_map,
+)
+
+__all__ = ["MAP_SLOTS", "MAX_BRANCHES", "LiteAttention", "SeqParallelLiteAttention", "skip_branch"]
+
+# A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
+# graphs that torch.compile keeps of one function by default.
+MAP_SLOTS = 8
+MAX_BRANCHES = 8
+
+Ranges = Sequence[int] | Tensor
+_CheckedRanges = list[tuple[int, int]] | Tensor
+Threshold = float | Sequence[float] | Tensor
+
+_logger = logging.getLogger("lite_attention")
+_current_branch = 0
+
+
+class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
+    """Context manager: passes inside it use the skip state of branch ``branch``.
+
+    A branch is one independent stream of passes through a layer, for instance the conditional and the unconditional
+    pass of sequential guidance. Without it, passes use branch 0. The choice is one per process: threads that run
+    different branches at the same time pass ``branch=`` to the module instead.
+
+    Args:
+        branch: 0 to ``MAX_BRANCHES - 1``.
+
+    Raises:
+        TypeError, ValueError: ``branch`` is not such a number.
+    """
+
+    def __init__(self, branch: int) -> None:
+        self.branch = _checked_branch(branch, "skip_branch")
+        self._outer: list[int] = []
+
+    def __enter__(self) -> skip_branch:
+        global _current_branch
+        self._outer.append(_current_branch)
+        _current_branch = self.branch
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current_branch
+        _current_branch = self._outer.pop()
+
+
+def _checked_branch(branch: int, name: str) -> int:
+    if isinstance(branch, bool) or not isinstance(branch, (int, torch.SymInt)):
+        raise TypeError(f"{name}: branch has type {type(branch).__name__}, expected an int")
+    if not 0 <= branch < MAX_BRANCHES:
+        raise ValueError(f"{name}: branch is {branch}, expected 0 to {MAX_BRANCHES - 1}")
+    return branch
+
+
+class _Shape(NamedTuple):
+    """What a keep map depends on. A map of one shape says nothing about another."""
+
+    batch: int
+    query_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def map_shape(self) -> tuple[int, int, int, int]:
+        return keep_map_shape(self.batch, self.heads, self.query_len, self.kv_len, self.head_dim, self.dtype)
+
+    def kv_tiles(self) -> int:
+        return tile_counts(self.query_len, self.kv_len, self.head_dim, self.dtype)[1]
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
+            f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
+        )
+
+
+@functools.cache
+def _stamp(branch: int, shape: _Shape) -> int:
+    """A positive number that stands for (branch, shape): the same in every layer, process and run."""
+    text = f"{branch}|{tuple(map(str, shape))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
+
+
+class _MapSlot(nn.Module):
+    """Room for one packed keep map. A module of its own so that torch.compile meets it only once it is filled."""
+
+    words: Tensor
+    stamp: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner: tuple[int, _Shape] | None = None
+        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
+        self.register_buffer("stamp", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def give_to(self, branch: int, shape: _Shape) -> None:
+        self.owner = branch, shape
+        if self.words.shape != shape.map_shape() or self.words.device != shape.device:
+            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
+        if self.stamp.device != shape.device:
+            self.stamp = torch.zeros((), dtype=torch.int64, device=shape.device)
+        self.stamp.zero_()
+
+    def empty(self, device: torch.device) -> None:
+        self.owner = None
+        self.words = torch.empty(0, dtype=torch.int32, device=device)
+        self.stamp = torch.zeros((), dtype=torch.int64, device=device)
+
+
+# Every living module, so that compiling one layer can make room in its sisters (see LiteAttention._find_slot).
+_instances: weakref.WeakSet[LiteAttention] = weakref.WeakSet()
+
+
+class LiteAttention(nn.Module):
+    """Self-attention that skips the tiles which an earlier pass found not to matter.
+
+    Give every attention layer its own instance and call it once per pass (per denoising step and branch). The first
+    pass computes everything; each pass drops from the layer's keep map the tiles whose scores stayed more than
+    ``threshold`` under the row's best so far, and the next pass does not compute them.
+    Meant for the video-to-video self-attention of diffusion transformers. No gradients.
+
+    Args:
+        enable_skipping: False runs the dense operator and keeps no state.
+        threshold: in powers of two, at most 0. -10 drops what is below a thousandth of the row's best so far; lower
+            drops less, -inf nothing, 0 keeps only what raises a row's maximum. One number, or one per query head.
+        max_batch_size: largest batch a call may have.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+
+    Environment, read when an instance is made; unset, empty and ``FALSE`` mean off:
+        ``LITE_ATTENTION_VERBOSE`` logs state resets to the logger ``lite_attention``.
+        ``LITE_ATTENTION_DEBUG`` permits thresholds above 0.
+    """
+
+    _threshold: Tensor
+    _live: Tensor
+
+    def __init__(self, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4) -> None:
+        super().__init__()
+        if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int):
+            raise TypeError(f"LiteAttention: max_batch_size has type {type(max_batch_size).__name__}, expected an int")
+        if max_batch_size < 1:
+            raise ValueError(f"LiteAttention: max_batch_size is {max_batch_size}, expected at least 1")
+        self.max_batch_size = max_batch_size
+        self._enabled = bool(enable_skipping)
+        self._allow_positive_threshold = _flag("LITE_ATTENTION_DEBUG")
+        self._verbose = _flag("LITE_ATTENTION_VERBOSE")
+        if self._verbose:
+            _show_log()
+        self._last_shapes: dict[int, _Shape] = {}
+        self._oldest = 0
+        # Buffers outlive the mode they are made in; an inference tensor could not be written outside that mode.
+        with torch.inference_mode(False):
+            values = _checked_threshold(threshold, self._allow_positive_threshold)
+            self._threshold_values = values
+            self.register_buffer("_threshold", torch.tensor(values, dtype=torch.float32), persistent=False)
+            self.register_buffer("_live", torch.zeros(MAX_BRANCHES, dtype=torch.int64), persistent=False)
+            self._slots = nn.ModuleList(_MapSlot() for _ in range(MAP_SLOTS))
+        _instances.add(self)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        return_softmax_lse: bool = False,
+        must_do_list: Ranges | None = None,
+        must_skip_list: Ranges | None = None,
+        *,
+        kv_lens: Tensor | None = None,
+        branch: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One attention pass.
+
+        Args:
+            query: ``[batch, query_len, heads, head_dim]``, bf16, fp16 or fp32; the last stride is 1.
+            key, value: ``[batch, kv_len, kv_heads, head_dim]``; heads is a multiple of kv_heads.
+            scale: factor on q.k before the softmax, ``1/sqrt(head_dim)`` if None.
+            return_softmax_lse: also return the log of the softmax denominator.
+            must_do_list: key ranges that are computed in this call whatever the map says, rounded outward to tiles, and
+                that stay in the map. A flat list ``[start, end, ...]``, end exclusive, each pair ascending or
+                descending; or an integer tensor ``[count, 2]`` on query's device, which may change from call to call
+                without recompiling and whose values are clipped to the keys instead of checked.
+            must_skip_list: key ranges that are left out of this call, same forms, rounded inward: only tiles that lie
+                wholly inside. Their bits are kept for later calls. Where both lists name a tile, it is computed.
+            kv_lens: int32 ``[batch]``; keys at and past it do not exist (padded batches).
+            branch: whose skip state to use; None for the one of :class:`skip_branch`, or 0.
+
+        Returns:
+            out, of query's shape and dtype; with ``return_softmax_lse`` also lse, fp32 ``[batch, heads, query_len]``,
+            natural log over the keys that were computed. With skipping disabled both are dense, the must lists are
+            only checked, and the state is neither read nor written.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it.
+            RuntimeError: the operator refuses an argument; the text names it.
+        """
+        _check_inputs(query, key, value, self.max_batch_size)
+        branch = _current_branch if branch is None else _checked_branch(branch, "LiteAttention")
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        elif not isinstance(scale, (int, float, torch.SymFloat)):
+            raise TypeError(f"LiteAttention: scale has type {type(scale).__name__}, expected a float or None")
+        must_do = _checked_ranges(must_do_list, "must_do_list", query, key)
+        must_skip = _checked_ranges(must_skip_list, "must_skip_list", query, key)
+        if not self._enabled:
+            out, lse = torch.ops.lite_attention.attention(query, key, value, None, kv_lens, scale)
+        else:
+            out, lse = self._skipping_pass(query, key, value, scale, must_do, must_skip, kv_lens, branch)
+        return (out, lse) if return_softmax_lse else out
+
+    def _skipping_pass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        must_do_ranges: _CheckedRanges | None,
+        must_skip_ranges: _CheckedRanges | None,
+        kv_lens: Tensor | None,
+        branch: int,
+    ) -> tuple[Tensor, Tensor]:
+        # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
+        batch, query_len, heads, head_dim = map(operator.index, query.shape)
+        index, stamp = self._find_slot(
+            operator.index(branch),
+            batch,
+            query_len,
+            operator.index(key.shape[1]),
+            heads,
+            operator.index(key.shape[2]),
+            head_dim,
+            query.dtype,
+            query.device,
+            torch.compiler.is_compiling(),
+        )
+        threshold = self._threshold
+        if threshold.dim() == 1 and threshold.shape[0] != heads:
+            raise ValueError(
+                f"LiteAttention: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
+            )
+        slot: _MapSlot = self._slots[index]
+        live = self._live[branch]
+        # Both maps are one row of words for every batch, head and query tile: the operators broadcast it.
+        must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
+        must_skip = _row_of_words(must_skip_ranges, tiles_inside, query, key)
+
+        current = (live == stamp) & (slot.stamp == stamp)
+        keep = torch.where(current, slot.words, -1)
+        visible = keep
+        if must_skip is not None:
+            if must_do is not None:
+                must_skip = must_skip & ~must_do
+            visible = keep & ~must_skip
+        out, lse, next_keep = torch.ops.lite_attention.skip_attention(
+            query, key, value, visible, must_do, kv_lens, threshold, scale
+        )
+        if must_skip is not None:
+            next_keep = next_keep | (keep & must_skip)
+        slot.words.copy_(next_keep)
+        slot.stamp.fill_(stamp)
+        live.fill_(stamp)
+        return out, lse
+
+    @torch.compiler.assume_constant_result
+    def _find_slot(
+        self,
+        branch: int,
+        batch: int,
+        query_len: int,
+        kv_len: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        compiling: bool,
+    ) -> tuple[int, int]:
+        """(slot, stamp) of this branch and shape, making room for its map if there is none yet.
+
+        Under torch.compile this runs while the graph is traced and its result is a constant of the graph. What it says
+        never goes out of date for the shapes that the graph is guarded on: a slot taken by another pair since then has
+        another size, which retraces, or another stamp, which the graph sees as a full map.
+
+        A layer that makes room while it is traced makes the same room in the layers that have so far seen the same
+        shapes. Otherwise each of them would fail the guards of the one graph that fits them all, and be traced again.
+        """
+        shape = _Shape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device)
+        owner = (branch, shape)
+        stamp = _stamp(branch, shape)
+        last = self._last_shapes.get(branch)
+        if self._verbose and last is not None and last != shape:
+            _logger.info("branch %d: skip state reset, the inputs changed from (%s) to (%s)", branch, last, shape)
+        self._last_shapes[branch] = shape
+
+        owners = self._owners()
+        if owner in owners:
+            return owners.index(owner), stamp
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once on "
+                "inputs of this shape and branch before torch.export"
+            )
+        sisters = [other for other in _instances if other._owners() == owners and other._device() == self._device()]
+        with torch.inference_mode(False):
+            self._make_room(branch, shape)
+            for sister in sisters if compiling else ():
+                if sister is not self:
+                    sister._make_room(branch, shape)
+        return self._owners().index(owner), stamp
+
+    def _owners(self) -> list[tuple[int, _Shape] | None]:
+        return [slot.owner for slot in self._all_slots()]
+
+    def _all_slots(self) -> list[_MapSlot]:
+        return list(self._slots)  # type: ignore[arg-type]
+
+    def _device(self) -> torch.device:
+        return self._live.device
+
+    def _make_room(self, branch: int, shape: _Shape) -> None:
+        if self._device() != shape.device:
+            self._start_over(shape.device)
+        owners = self._owners()
+        if None in owners:
+            index = owners.index(None)
+        else:
+            index, self._oldest = self._oldest, (self._oldest + 1) % MAP_SLOTS
+        self._all_slots()[index].give_to(branch, shape)
+
+    def _start_over(self, device: torch.device) -> None:
+        """Threshold and empty state on a device, from what Python knows alone."""
+        self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
+        self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
+        self._oldest = 0
+        for slot in self._all_slots():
+            slot.empty(device)
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold, in powers of two: one number, or one per query head.
+
+        Takes effect from the next pass on, also in compiled and captured code, without recompiling (except when
+        changing between one number and one per head). Tiles dropped already stay dropped until a reset.
+
+        Raises:
+            TypeError, ValueError: not numbers, NaN, or above 0 without ``LITE_ATTENTION_DEBUG``.
+        """
+        values = _checked_threshold(threshold, self._allow_positive_threshold)
+        self._threshold_values = values
+        if isinstance(values, float) and self._threshold.dim() == 0:
+            self._threshold.fill_(values)
+            return
+        with torch.inference_mode(False):
+            new = torch.tensor(values, dtype=torch.float32, device=self._device())
+        if new.shape == self._threshold.shape:
+            self._threshold.copy_(new)
+        else:
+            self._threshold = new
+
+    @property
+    def threshold(self) -> float | tuple[float, ...]:
+        """The threshold in powers of two: one number, or one per query head."""
+        return self._threshold_values
+
+    def reset_skip_state(self, branch: int | None = None) -> None:
+        """Forget what was dropped, in one branch or in all of them: the next pass computes every tile.
+
+        Call it whenever a new video (or prompt) starts.
+        """
+        live = self._live if branch is None else self._live[_checked_branch(branch, "reset_skip_state")]
+        # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
+        live.abs_().neg_()
+
+    def enable_skip_optimization(self, enable: bool = True) -> None:
+        """Switch between skipping and dense attention. Dense passes leave the skip state as it is."""
+        self._enabled = bool(enable)
+
+    def skip_fraction(self, branch: int | None = None) -> Tensor:
+        """Share of tiles that the branch's next pass will skip: fp32, 0-d, on the state's device, without a sync.
+
+        0 before the first pass and after a reset. ``branch`` None means the one of :class:`skip_branch`, or 0.
+        """
+        branch = _current_branch if branch is None else _checked_branch(branch, "skip_fraction")
+        fraction = torch.zeros((), device=self._device())
+        for slot, shape in self._maps_of(branch):
+            skipped = 1.0 - density(slot.words, shape.kv_tiles())
+            fraction = torch.where(self._is_current(slot, branch, shape), skipped, fraction)
+        return fraction
+
+    def keep_map(self, branch: int | None = None) -> Tensor:
+        """The map that the branch's next pass will use: bool ``[batch, heads, query_tiles, kv_tiles]``.
+
+        Waits for the device. After a reset, all True. ``branch`` as for :meth:`skip_fraction`.
+
+        Raises:
+            RuntimeError: the branch has not run yet, so its shape is unknown.
+        """
+        branch = _current_branch if branch is None else _checked_branch(branch, "keep_map")
+        live = int(self._live[branch])
+        for slot, shape in self._maps_of(branch):
+            if abs(live) == _stamp(branch, shape):
+                if bool(self._is_current(slot, branch, shape)):
+                    return unpack_keep_map(slot.words, shape.kv_tiles())
+                return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
+        raise RuntimeError(f"keep_map: branch {branch} has no keep map yet, expected a skipping pass before")
+
+    def tile_shape(self, branch: int | None = None) -> tuple[int, int]:
+        """Rows of a query tile and keys of a KV tile in the branch's map.
+
+        Raises:
+            RuntimeError: the branch has not run yet, so its head dim and dtype are unknown.
+        """
+        branch = _current_branch if branch is None else _checked_branch(branch, "tile_shape")
+        if branch not in self._last_shapes:
+            raise RuntimeError(f"tile_shape: branch {branch} has no keep map yet, expected a skipping pass before")
+        shape = self._last_shapes[branch]
+        return tiles.tile_shape(shape.head_dim, shape.dtype)
+
+    def _maps_of(self, branch: int) -> list[tuple[_MapSlot, _Shape]]:
+        return [(slot, slot.owner[1]) for slot in self._all_slots() if slot.owner and slot.owner[0] == branch]
+
+    def _is_current(self, slot: _MapSlot, branch: int, shape: _Shape) -> Tensor:
+        stamp = _stamp(branch, shape)
+        return (self._live[branch] == stamp) & (slot.stamp == stamp)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiteAttention:
+        """As nn.Module's, but the threshold stays fp32 and a map that was moved starts over (``.to``, ``to_empty``)."""
+        threshold, live = self._threshold, self._live
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._live is not live:
+            self._start_over(self._live.device)
+        elif self._threshold is not threshold:
+            self._threshold = threshold
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _instances.add(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(enable_skipping={self._enabled}, threshold={self.threshold}, "
+            f"max_batch_size={self.max_batch_size})"
+        )
+
+
+class SeqParallelLiteAttention(nn.Module):
+    """LiteAttention for sequence parallelism: one skip state for each KV split that this rank meets.
+
+    It does no communication. Each call attends to one split of K and V; ask for the lse and merge the splits with
+    :func:`lite_attention.merge_attention`.
+
+    Args:
+        num_nodes: number of KV splits.
+        enable_skipping, threshold, max_batch_size: as for :class:`LiteAttention`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+    """
+
+    def __init__(
+        self, num_nodes: int, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4
+    ) -> None:
+        super().__init__()
+        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
+            raise TypeError(f"SeqParallelLiteAttention: num_nodes has type {type(num_nodes).__name__}, expected an int")
+        if num_nodes < 1:
+            raise ValueError(f"SeqParallelLiteAttention: num_nodes is {num_nodes}, expected at least 1")
+        self.splits = nn.ModuleList(LiteAttention(enable_skipping, threshold, max_batch_size) for _ in range(num_nodes))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        split_idx: int,
+        scale: float | None = None,
+        return_softmax_lse: bool = False,
+        must_do_list: Ranges | None = None,
+        must_skip_list: Ranges | None = None,
+        *,
+        kv_lens: Tensor | None = None,
+        branch: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One pass over one split of the keys.
+
+        Args:
+            split_idx: which split ``key`` and ``value`` are, 0 to ``num_nodes - 1``; not the rank of this process.
+
+        The other arguments, results and errors are those of :meth:`LiteAttention.forward`; key positions in the lists
+        and ``kv_lens`` count within the split.
+        """
+        result: Tensor | tuple[Tensor, Tensor] = self._split(split_idx)(
+            query,
+            key,
+            value,
+            scale,
+            return_softmax_lse,
+            must_do_list,
+            must_skip_list,
+            kv_lens=kv_lens,
+            branch=branch,
+        )
+        return result
+
+    def _split(self, split_idx: int) -> LiteAttention:
+        if isinstance(split_idx, bool) or not isinstance(split_idx, (int, torch.SymInt)):
+            raise TypeError(f"SeqParallelLiteAttention: split_idx has type {type(split_idx).__name__}, expected an int")
+        if not 0 <= split_idx < len(self.splits):
+            raise ValueError(
+                f"SeqParallelLiteAttention: split_idx is {split_idx}, expected 0 to {len(self.splits) - 1}"
+            )
+        return self.splits[operator.index(split_idx)]  # type: ignore[return-value]
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold of every split; see :meth:`LiteAttention.set_threshold`."""
+        for split in self._all():
+            split.set_threshold(threshold)
+
+    def reset_skip_state(self, branch: int | None = None) -> None:
+        """Forget what was dropped in every split, in one branch or in all of them."""
+        for split in self._all():
+            split.reset_skip_state(branch)
+
+    def enable_skip_optimization(self, enable: bool = True) -> None:
+        """Switch every split between skipping and dense attention."""
+        for split in self._all():
+            split.enable_skip_optimization(enable)
+
+    def skip_fraction(self, branch: int | None = None) -> Tensor:
+        """Mean over the splits of :meth:`LiteAttention.skip_fraction`."""
+        return torch.stack([split.skip_fraction(branch) for split in self._all()]).mean()
+
+    def keep_map(self, split_idx: int, branch: int | None = None) -> Tensor:
+        """The keep map of one split; see :meth:`LiteAttention.keep_map`."""
+        return self._split(split_idx).keep_map(branch)
+
+    def _all(self) -> list[LiteAttention]:
+        return list(self.splits)  # type: ignore[arg-type]
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "FALSE") not in ("", "FALSE")
+
+
+def _show_log() -> None:
+    """Let info messages reach the terminal if the application has not set up logging for them."""
+    if not _logger.hasHandlers():
+        _logger.addHandler(logging.StreamHandler())
+    if not _logger.isEnabledFor(logging.INFO):
+        _logger.setLevel(logging.INFO)
+
+
+def _checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+    if isinstance(threshold, Tensor):
+        if threshold.dim() > 1:
+            raise ValueError(f"threshold has shape {list(threshold.shape)}, expected [] or [heads]")
+        threshold = threshold.tolist()
+    many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
+    values: list[float] = []
+    for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
+        name = f"threshold[{index}]" if many else "threshold"
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
+        if math.isnan(entry):
+            raise ValueError(f"{name} is NaN, expected a number of at most 0")
+        if entry > 0 and not allow_positive:
+            raise ValueError(
+                f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
+                "set LITE_ATTENTION_DEBUG"
+            )
+        values.append(float(entry))
+    if not values:
+        raise ValueError("threshold is empty, expected one number, or one per query head")
+    return tuple(values) if many else values[0]
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, max_batch_size: int) -> None:
+    """What the state needs to hold, checked before anything is launched; the operator checks the rest."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"LiteAttention: {name} has type {type(tensor).__name__}, expected a tensor")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"LiteAttention: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"LiteAttention: {name} has dtype {tensor.dtype}, expected {query.dtype}, query's")
+        if tensor.device != query.device:
+            raise ValueError(f"LiteAttention: {name} is on {tensor.device}, expected {query.device}, query's device")
+        if tensor.numel() == 0:
+            raise ValueError(f"LiteAttention: {name} has shape {list(tensor.shape)}, expected no size of 0")
+    if query.dtype not in tiles.SUPPORTED_DTYPES:
+        raise TypeError(f"LiteAttention: query has dtype {query.dtype}, expected float32, bfloat16 or float16")
+    batch, _, heads, head_dim = query.shape
+    if batch > max_batch_size:
+        raise ValueError(f"LiteAttention: query has batch {batch}, expected at most max_batch_size={max_batch_size}")
+    if head_dim % tiles.HEAD_DIM_MULTIPLE != 0 or head_dim > tiles.MAX_HEAD_DIM:
+        raise ValueError(
+            f"LiteAttention: query has head_dim {head_dim}, expected a multiple of {tiles.HEAD_DIM_MULTIPLE} up to "
+            f"{tiles.MAX_HEAD_DIM}"
+        )
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(
+            f"LiteAttention: key has batch {key.shape[0]} and head_dim {key.shape[3]}, expected query's, {batch} and "
+            f"{head_dim}"
+        )
+    if heads % key.shape[2] != 0:
+        raise ValueError(f"LiteAttention: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
+    if value.shape != key.shape:
+        raise ValueError(f"LiteAttention: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
+
+
+def _checked_ranges(ranges: Ranges | None, name: str, query: Tensor, key: Tensor) -> _CheckedRanges | None:
+    if ranges is None:
+        return None
+    if isinstance(ranges, Tensor):
+        if ranges.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"LiteAttention: {name} has dtype {ranges.dtype}, expected torch.int32 or torch.int64")
+        if ranges.dim() != 2 or ranges.shape[1] != 2:
+            raise ValueError(
+                f"LiteAttention: {name} has shape {list(ranges.shape)}, expected [count, 2]: one [start, end] a row"
+            )
+        if ranges.device != query.device:
+            raise ValueError(f"LiteAttention: {name} is on {ranges.device}, expected {query.device}, query's device")
+        return ranges
+    if not isinstance(ranges, (list, tuple)):
+        raise TypeError(
+            f"LiteAttention: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
+        )
+    return parse_ranges(ranges, key.shape[1], f"LiteAttention: {name}") or None
+
+
+def _row_of_words(
+    ranges: _CheckedRanges | None, cover: Callable[..., Tensor], query: Tensor, key: Tensor
+) -> Tensor | None:
+    """The ranges as a packed map ``[1, 1, 1, words]``, by way of ``cover``: ranges -> bool per KV tile."""
+    if ranges is None:
+        return None
+    _, tile_n = tiles.tile_shape(query.shape[-1], query.dtype)
+    return pack_keep_map(cover(ranges, key.shape[1], tile_n, query.device)).view(1, 1, 1, -1)
