@@ -173,7 +173,7 @@ struct Workspace {
   int64_t panel_floats;       // head_dim * kPanelRows
   int64_t query_tile_floats;  // all panels of a query tile
   int64_t k_stride;           // an odd number of cache lines, so that rows spread over all of a cache's sets
-  int64_t v_block_stride;     // tile_n * kBlock
+  int64_t v_block_stride;     // tile_n * kBlock, and room for the last key's vectors to spill over
   float* q;                   // [query tile][panel][head_dim][row]
   float* accumulated;         // the same
   float* row_max;             // [query tile][row]
@@ -190,7 +190,7 @@ struct Workspace {
     panel_floats = params.head_dim * kPanelRows;
     query_tile_floats = params.head_dim * params.tile.tile_m;
     k_stride = (ceil_div(params.head_dim, 2 * kCacheLineFloats) * 2 + 1) * kCacheLineFloats;
-    v_block_stride = params.tile.tile_n * kBlock;
+    v_block_stride = params.tile.tile_n * kBlock + kCacheLineFloats;
     int64_t used = 0;
     const auto take = [&](int64_t floats) {
       float* part = base == nullptr ? nullptr : base + used;
@@ -254,6 +254,11 @@ class VisitGroup {
     return static_cast<const Storage*>(tensor.data) + batch_ * tensor.batch_stride + row * tensor.row_stride +
            head * tensor.head_stride;
   }
+  // Where `row` of a query tile begins in a [query tile][panel][head_dim][row] part of the workspace.
+  float* panel_rows(float* part, int64_t query_tile, int64_t row) const {
+    return part + query_tile * workspace_.query_tile_floats + row / kPanelRows * workspace_.panel_floats +
+           row % kPanelRows;
+  }
   KeepMapRow map_row(const KeepMapView& map, int64_t query_tile) const {
     return KeepMapRow(map, batch_, head_, first_query_tile_ + query_tile);
   }
@@ -288,13 +293,17 @@ class VisitGroup {
     for (int64_t query_tile = 0; query_tile < query_tiles_; ++query_tile) {
       const int64_t valid = valid_rows(query_tile);
       const int64_t first_row = (first_query_tile_ + query_tile) * params_.tile.tile_m;
-      for (int64_t row = 0; row < params_.tile.tile_m; ++row) {
-        float* target = workspace_.q + query_tile * workspace_.query_tile_floats +
-                        row / kPanelRows * workspace_.panel_floats + row % kPanelRows;
-        const Storage* source = row < valid ? rows_of(params_.q, first_row + row, head_) : nullptr;
-        for (int64_t d = 0; d < params_.head_dim; ++d) {
-          target[d * kPanelRows] = source == nullptr ? 0.0f : Element<dtype>::widen(source[d]);
+      for (int64_t row = 0; row < params_.tile.tile_m; row += 4) {
+        float rows[4][kMaxHeadDim] = {};  // rows past the last query stay zero: harmless and never stored
+        for (int64_t i = 0; i < smaller(4, valid - row); ++i) {
+          widen_row<dtype>(rows_of(params_.q, first_row + row + i, head_), params_.head_dim, rows[i]);
         }
+        float* target = panel_rows(workspace_.q, query_tile, row);
+        for (int64_t d = 0; d < params_.head_dim; d += 4) {
+          transpose_4x4(rows[0] + d, kMaxHeadDim, target + d * kPanelRows, kPanelRows);
+        }
+      }
+      for (int64_t row = 0; row < params_.tile.tile_m; ++row) {
         workspace_.row_max[query_tile * params_.tile.tile_m + row] = -kInfinity;
         workspace_.row_sum[query_tile * params_.tile.tile_m + row] = 0.0f;
       }
@@ -339,14 +348,13 @@ class VisitGroup {
       }
       widen_row<dtype>(rows_of(params_.k, row, kv_head_), params_.head_dim, workspace_.k + key * workspace_.k_stride);
 
-      float values[kMaxHeadDim];
+      float values[kMaxHeadDim + kBlock + kLanes];
       widen_row<dtype>(rows_of(params_.v, row, kv_head_), params_.head_dim, values);
       float* target = workspace_.v + key * kBlock;
-      int64_t d = 0;
-      for (; d + kBlock <= params_.head_dim; d += kBlock, target += workspace_.v_block_stride) {
-        std::memcpy(target, values + d, kBlock * sizeof(float));
+      for (int64_t d = 0; d < params_.head_dim; d += kBlock, target += workspace_.v_block_stride) {
+        // Whole vectors: what spills over a key's part of the block is the next key's, written after this one's.
+        for (int64_t column = 0; column < kBlock; column += kLanes) store(target + column, load(values + d + column));
       }
-      for (int64_t column = 0; d < params_.head_dim; ++d, ++column) target[column] = values[d];
     }
   }
 
@@ -373,22 +381,28 @@ class VisitGroup {
   void store_outputs() const {
     for (int64_t query_tile = 0; query_tile < query_tiles_; ++query_tile) {
       const int64_t valid = valid_rows(query_tile);
-      for (int64_t row = 0; row < valid; ++row) {
-        const int64_t position = (first_query_tile_ + query_tile) * params_.tile.tile_m + row;
-        const float sum = workspace_.row_sum[query_tile * params_.tile.tile_m + row];
-        const float max = workspace_.row_max[query_tile * params_.tile.tile_m + row];
-        const float inverse = visited_any_[query_tile] ? 1.0f / sum : 0.0f;
-        const float* source = workspace_.accumulated + query_tile * workspace_.query_tile_floats +
-                              row / kPanelRows * workspace_.panel_floats + row % kPanelRows;
-        Storage* target = static_cast<Storage*>(params_.out) +
-                          ((batch_ * params_.query_len + position) * params_.query_heads + head_) * params_.head_dim;
-        for (int64_t d = 0; d < params_.head_dim; ++d) {
-          target[d] = Element<dtype>::narrow(source[d * kPanelRows] * inverse);
+      for (int64_t row = 0; row < valid; row += 4) {
+        const float* source = panel_rows(workspace_.accumulated, query_tile, row);
+        float rows[4][kMaxHeadDim];
+        for (int64_t d = 0; d < params_.head_dim; d += 4) {
+          transpose_4x4(source + d * kPanelRows, kPanelRows, rows[0] + d, kMaxHeadDim);
         }
-        params_.lse[(batch_ * params_.query_heads + head_) * params_.query_len + position] =
-            visited_any_[query_tile] ? max * params_.scale + ::logf(sum) : -kInfinity;
+        for (int64_t i = 0; i < smaller(4, valid - row); ++i) store_row(query_tile, row + i, rows[i]);
       }
     }
+  }
+
+  void store_row(int64_t query_tile, int64_t row, float* values) const {
+    const int64_t position = (first_query_tile_ + query_tile) * params_.tile.tile_m + row;
+    const float sum = workspace_.row_sum[query_tile * params_.tile.tile_m + row];
+    const float max = workspace_.row_max[query_tile * params_.tile.tile_m + row];
+    const float inverse = visited_any_[query_tile] ? 1.0f / sum : 0.0f;
+    Storage* __restrict target =
+        static_cast<Storage*>(params_.out) +
+        ((batch_ * params_.query_len + position) * params_.query_heads + head_) * params_.head_dim;
+    for (int64_t d = 0; d < params_.head_dim; ++d) target[d] = Element<dtype>::narrow(values[d] * inverse);
+    params_.lse[(batch_ * params_.query_heads + head_) * params_.query_len + position] =
+        visited_any_[query_tile] ? max * params_.scale + ::logf(sum) : -kInfinity;
   }
 
   const ForwardParams& params_;

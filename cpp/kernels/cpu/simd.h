@@ -78,6 +78,31 @@ inline Floats exp2_nonpositive(Floats x) {
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
+// Four rows of four become four columns; strides in floats.
+inline void transpose_4x4(const float* __restrict source, int64_t source_stride, float* __restrict target,
+                          int64_t target_stride) {
+  using Quad = float __attribute__((vector_size(16)));
+  Quad rows[4];
+  for (int row = 0; row < 4; ++row) std::memcpy(&rows[row], source + row * source_stride, sizeof(Quad));
+#if defined(__clang__)
+  const auto interleave_low = [](Quad a, Quad b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); };
+  const auto interleave_high = [](Quad a, Quad b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); };
+#else
+  using QuadIndex = int32_t __attribute__((vector_size(16)));
+  const auto interleave_low = [](Quad a, Quad b) { return __builtin_shuffle(a, b, QuadIndex{0, 4, 1, 5}); };
+  const auto interleave_high = [](Quad a, Quad b) { return __builtin_shuffle(a, b, QuadIndex{2, 6, 3, 7}); };
+#endif
+  const Quad low_02 = interleave_low(rows[0], rows[2]);    // a0 c0 a1 c1
+  const Quad low_13 = interleave_low(rows[1], rows[3]);    // b0 d0 b1 d1
+  const Quad high_02 = interleave_high(rows[0], rows[2]);  // a2 c2 a3 c3
+  const Quad high_13 = interleave_high(rows[1], rows[3]);  // b2 d2 b3 d3
+  const Quad columns[4] = {interleave_low(low_02, low_13), interleave_high(low_02, low_13),
+                           interleave_low(high_02, high_13), interleave_high(high_02, high_13)};
+  for (int column = 0; column < 4; ++column) {
+    std::memcpy(target + column * target_stride, &columns[column], sizeof(Quad));
+  }
+}
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
