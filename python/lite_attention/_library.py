@@ -70,8 +70,9 @@ def _load_operators(host: ModuleType) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
+        reason = error.__cause__ or error  # torch wraps the loader's words
         raise _import_failure(
-            f"its operator library {path.name} does not load ({error})",
+            f"its operator library {path.name} does not load ({reason})",
             [
                 f"torch {torch.__version__} lacks part of the stable interface the library was built for",
                 "the C++ runtime is older than the compiler that built the library",
