@@ -344,7 +344,7 @@ class LiteAttention(nn.Module):
         owners = self._owners()
         if owner in owners:
             return owners.index(owner), stamp
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_exporting():
             raise RuntimeError(
                 f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once on "
                 "inputs of this shape and branch before torch.export"

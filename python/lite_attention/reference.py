@@ -18,7 +18,7 @@ from lite_attention.tiles import tile_shape, visit_rows
 
 LOG2_E = math.log2(math.e)
 
-__all__ = ["attention", "merge_attention", "skip_attention", "visit_order"]
+__all__ = ["attention", "decisions", "merge_attention", "skip_attention", "visit_order"]
 
 
 def visit_order(
@@ -142,16 +142,15 @@ def skip_attention(
     Returns:
         out and lse as :func:`attention`, and next_keep, a packed map of ``keep``'s shape.
     """
-    out, lse, next_keep, _ = skip_attention_with_margins(
-        q, k, v, keep, must_keep, kv_lens, threshold, scale, compute_dtype=compute_dtype
-    )
+    next_keep, margins = decisions(q, k, keep, must_keep, kv_lens, threshold, scale, compute_dtype=compute_dtype)
+    visited = pack_keep_map(margins > -math.inf)
+    out, lse = attention(q, k, v, visited, kv_lens, scale, compute_dtype=compute_dtype)
     return out, lse, next_keep
 
 
-def skip_attention_with_margins(
+def decisions(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     keep: Tensor,
     must_keep: Tensor | None,
     kv_lens: Tensor | None,
@@ -159,12 +158,14 @@ def skip_attention_with_margins(
     scale: float,
     *,
     compute_dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`skip_attention` plus the margins ``[B, Hq, query_tiles, kv_tiles]`` that its decisions compare.
+) -> tuple[Tensor, Tensor]:
+    """What :func:`skip_attention` decides, and by how much.
 
-    A tile's margin is the largest ``(m_tile - m_run) * scale * log2(e)`` over its rows: +inf for the first tile
-    visited, -inf for tiles not visited. A kernel that rounds differently may decide differently only where the margin
-    is within rounding of the threshold.
+    Returns:
+        next_keep, a packed map of ``keep``'s shape, and the margins ``[B, Hq, query_tiles, kv_tiles]`` that were
+        compared with the threshold: the largest ``(m_tile - m_run) * scale * log2(e)`` over a tile's rows, +inf for
+        the first tile visited, -inf for tiles not visited. A kernel that rounds differently may decide differently
+        only where the margin is within rounding of the threshold.
     """
     batch, query_len, heads, head_dim = q.shape
     kv_len, group = k.shape[1], heads // k.shape[2]
@@ -192,9 +193,7 @@ def skip_attention_with_margins(
     limit = threshold.to(compute_dtype).reshape(-1, 1, 1)
     first = margins == math.inf
     decided = visited & (must | first | (margins > limit))
-    next_keep = pack_keep_map(torch.where(exists, decided, kept))
-    out, lse = attention(q, k, v, pack_keep_map(visited), kv_lens, scale, compute_dtype=compute_dtype)
-    return out, lse, next_keep, margins
+    return pack_keep_map(torch.where(exists, decided, kept)), margins
 
 
 def merge_attention(

@@ -1,0 +1,152 @@
+"""Inputs for the tests and the rule by which a low-precision result is judged."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lite_attention import reference
+from lite_attention.keep_map import pack_keep_map, tile_counts
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("gaussian", "peaked", "heavy_tailed")
+
+
+class Case(NamedTuple):
+    """One attention problem. Readable as a pytest id."""
+
+    batch: int = 1
+    query_len: int = 300
+    kv_len: int = 300
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+
+    def __str__(self) -> str:
+        return f"B{self.batch}-Sq{self.query_len}-Sk{self.kv_len}-H{self.heads}of{self.kv_heads}-D{self.head_dim}"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def tiles(self, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+        return tile_counts(self.query_len, self.kv_len, self.head_dim, dtype)
+
+
+def make_qkv(case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous BSHD inputs. 'peaked': a few keys win by far; 'heavy_tailed': rare large entries."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    q = normal(case.batch, case.query_len, case.heads, case.head_dim)
+    k = normal(case.batch, case.kv_len, case.kv_heads, case.head_dim)
+    v = normal(case.batch, case.kv_len, case.kv_heads, case.head_dim)
+    if kind == "peaked":
+        near = torch.arange(case.query_len) * case.kv_len // case.query_len
+        q = 0.5 * q + 1.5 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
+    elif kind == "heavy_tailed":
+        # Student's t with 3 degrees of freedom, cut where fp16 scores would overflow.
+        q, k, v = (
+            (x / (torch.stack([normal(*x.shape) for _ in range(3)]).square().mean(0)).sqrt()).clamp(-12, 12)
+            for x in (q, k, v)
+        )
+    elif kind != "gaussian":
+        raise ValueError(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def correlated_passes(
+    case: Case, dtype: torch.dtype, passes: int, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs of consecutive denoising steps: smooth along the sequence, and changing little from pass to pass."""
+    random = torch.Generator().manual_seed(seed)
+    walk = [torch.randn(case.batch, s, h, case.head_dim, generator=random).cumsum(1) / 6
+            for s, h in ((case.query_len, case.heads), (case.kv_len, case.kv_heads))]  # fmt: skip
+    q, k = (x - x.mean(1, keepdim=True) for x in walk)
+    v = torch.randn(k.shape, generator=random)
+    for _ in range(passes):
+        yield q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (x + 0.1 * torch.randn(x.shape, generator=random) for x in (q, k, v))
+
+
+def random_map(case: Case, density: float, seed: int = 0, sizes: tuple[int, int, int] | None = None) -> Tensor:
+    """A packed map ``[*sizes, words]``, by default of the case's own sizes, with about this share of bits set."""
+    query_tiles, kv_tiles = case.tiles()
+    sizes = sizes or (case.batch, case.heads, query_tiles)
+    random = torch.Generator().manual_seed(seed)
+    return pack_keep_map(torch.rand(*sizes, kv_tiles, generator=random) < density)
+
+
+def worst(result: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference in fp64; infinities must agree exactly, NaN is as bad as it gets."""
+    result, exact = result.double(), exact.double()
+    infinite = torch.isinf(exact)
+    if result.isnan().any() or not torch.equal(result[infinite], exact[infinite]):
+        return math.inf
+    return float((result - exact)[~infinite].abs().max()) if not infinite.all() else 0.0
+
+
+def assert_as_good_as_naive(name: str, result: Tensor, exact: Tensor, naive: Tensor) -> None:
+    """FlashAttention's rule: at most twice the error of the same computation done naively in that precision."""
+    error, allowed = worst(result, exact), 2 * worst(naive, exact) + 1e-5
+    assert error <= allowed, f"{name}: error {error:.3g} above {allowed:.3g}"
+
+
+def check_attention(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    kv_lens: Tensor | None,
+    scale: float,
+) -> None:
+    """The values, shapes and dtypes of an attention result over the kept tiles."""
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    exact = reference.attention(q, k, v, keep, kv_lens, scale)
+    naive = reference.attention(q, k, v, keep, kv_lens, scale, compute_dtype=q.dtype)
+    assert_as_good_as_naive("out", out, exact[0], naive[0])
+    assert_as_good_as_naive("lse", lse, exact[1], naive[1])
+
+
+def score_rounding(q: Tensor, k: Tensor, scale: float) -> float:
+    """Margins, in powers of two, that fp32 accumulation of q.k may move: a bound on its rounding."""
+    largest = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
+    return 4 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * largest * scale * reference.LOG2_E
+
+
+def check_decisions(
+    next_keep: Tensor,
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor,
+    must_keep: Tensor | None,
+    kv_lens: Tensor | None,
+    threshold: Tensor,
+    scale: float,
+    most_unsure: float = 0.01,
+) -> Tensor:
+    """next_keep equals the oracle's, bit by bit, except where a margin is within rounding of the threshold.
+
+    Asserts that at most ``most_unsure`` of the visited tiles (or one tile) are that close. Returns the visited tiles.
+    """
+    expected, margins = reference.decisions(q, k, keep, must_keep, kv_lens, threshold, scale)
+    assert next_keep.dtype == torch.int32
+    assert next_keep.shape == expected.shape
+    visited = margins > -math.inf
+    distance = (margins - threshold.double().reshape(-1, 1, 1)).abs()
+    unsure = visited & (distance <= score_rounding(q, k, scale))
+    assert unsure.sum() <= max(1.0, most_unsure * float(visited.sum()))
+    tiles_same = reference.unpack_keep_map(next_keep ^ expected, margins.shape[-1]).logical_not()
+    assert bool((tiles_same | unsure).all()), "a decision differs where rounding cannot explain it"
+    # Compared as words too: bits past the last tile must be 0.
+    assert torch.equal(next_keep & ~pack_keep_map(unsure), expected & ~pack_keep_map(unsure))
+    return visited
