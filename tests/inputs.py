@@ -62,11 +62,12 @@ def make_qkv(case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int =
 def correlated_passes(
     case: Case, dtype: torch.dtype, passes: int, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs of consecutive denoising steps: smooth along the sequence, and changing little from pass to pass."""
+    """Inputs of consecutive denoising steps: smooth along the sequence, queries near their keys, changing little from pass to pass."""
     random = torch.Generator().manual_seed(seed)
-    walk = [torch.randn(case.batch, s, h, case.head_dim, generator=random).cumsum(1) / 6
-            for s, h in ((case.query_len, case.heads), (case.kv_len, case.kv_heads))]  # fmt: skip
-    q, k = (x - x.mean(1, keepdim=True) for x in walk)
+    k = torch.randn(case.batch, case.kv_len, case.kv_heads, case.head_dim, generator=random).cumsum(1)
+    k = (k - k.mean(1, keepdim=True)) / k.std(1, keepdim=True)
+    near = torch.arange(case.query_len) * case.kv_len // case.query_len
+    q = 2 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
     v = torch.randn(k.shape, generator=random)
     for _ in range(passes):
         yield q.to(dtype), k.to(dtype), v.to(dtype)
