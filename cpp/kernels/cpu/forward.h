@@ -7,12 +7,22 @@
 
 namespace lite_attention::cpu {
 
-// One build of forward.cpp. Work items are (batch, head, visit group) triples, claimed one at a time so that workers
-// whose tiles were dropped take more of them.
+// Consecutive (batch, KV head) pairs that are packed and attended to together, batch-major.
+struct Wave {
+  int64_t first_kv_head;
+  int64_t kv_heads;
+  float* packed;  // packed_floats for each of them
+};
+
+// One build of forward.cpp. Items are claimed one at a time from a shared counter, so that workers whose tiles were
+// dropped take more of them.
 struct ForwardKernel {
-  int64_t (*work_items)(const ForwardParams& params);
-  int64_t (*scratch_floats)(const ForwardParams& params);  // for one worker
-  void (*run)(const ForwardParams& params, float* scratch, int64_t* next_item);
+  int64_t (*packed_floats)(const ForwardParams& params);   // K and V of one (batch, KV head)
+  int64_t (*scratch_floats)(const ForwardParams& params);  // of one worker
+  int64_t (*pack_items)(const ForwardParams& params, const Wave& wave);
+  void (*pack)(const ForwardParams& params, const Wave& wave, int64_t* next_item);
+  int64_t (*attend_items)(const ForwardParams& params, const Wave& wave);
+  void (*attend)(const ForwardParams& params, const Wave& wave, float* scratch, int64_t* next_item);
 };
 
 // Runs body(context, worker) for workers 0 to workers-1, concurrently where it can.

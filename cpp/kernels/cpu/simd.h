@@ -32,6 +32,8 @@ constexpr int kVectorRegisters = 16;
 
 constexpr int kLanes = kVectorBytes / 4;
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
 
@@ -163,19 +165,35 @@ struct Element<DataType::kFloat16> {
   }
 };
 
-// `count` elements, a multiple of 8, into fp32.
+// kLanes elements in fp32.
 template <DataType dtype>
-inline void widen_row(const typename Element<dtype>::Storage* __restrict source, int64_t count,
-                      float* __restrict target) {
-#if defined(__F16C__)
-  if constexpr (dtype == DataType::kFloat16) {
-    for (int64_t i = 0; i < count; i += 8) {
-      _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
-    }
-    return;
-  }
+inline Floats widen_vector(const typename Element<dtype>::Storage* source) {
+  if constexpr (dtype == DataType::kFloat32) {
+    return load(source);
+  } else if constexpr (dtype == DataType::kBFloat16) {
+    using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
+    Halves halves;
+    std::memcpy(&halves, source, sizeof(halves));
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+  } else {
+#if defined(__AVX512F__)
+    // The masked form: GCC 12 takes the plain one's undefined third operand for an uninitialised variable.
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+    Floats vector;
+    for (int lane = 0; lane < kLanes; ++lane) vector[lane] = Element<dtype>::widen(source[lane]);
+    return vector;
 #endif
-  for (int64_t i = 0; i < count; ++i) target[i] = Element<dtype>::widen(source[i]);
+  }
+}
+
+template <DataType dtype>
+inline void widen_row(const typename Element<dtype>::Storage* source, int64_t count, float* target) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(target + i, widen_vector<dtype>(source + i));
+  for (; i < count; ++i) target[i] = Element<dtype>::widen(source[i]);
 }
 
 }  // namespace

@@ -1,0 +1,166 @@
+// The arithmetic of one panel of query rows against one KV tile: scores, softmax, weighted sum of V.
+//
+// All per-query state is kept transposed, query rows along the vector lanes, a panel of kPanelRows rows at a time:
+//
+//     scores[key][row]      = sum over d of  k[key][d]    * q[d][row]      (broadcast k, vector q)
+//     accumulated[d][row]  += sum over keys  v[key][d]    * p[key][row]    (broadcast v, vector p)
+//
+// so that neither K nor V is transposed and the softmax needs no reduction across lanes. Both products hold
+// kPanelVectors x kBlock accumulators in registers; V's columns are stored kBlock at a time, so that it streams.
+#pragma once
+
+#include "simd.h"
+
+namespace lite_attention {
+namespace {
+
+constexpr int kPanelVectors = 2;
+constexpr int kPanelRows = kPanelVectors * kLanes;
+// Two registers hold the panel's operand, one the broadcast; the rest accumulate.
+constexpr int kBlock = kVectorRegisters == 32 ? 12 : 6;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kInfinity = __builtin_inff();
+
+// scores[i][row] for kKeys keys.
+template <int kKeys>
+inline void score_block(const float* __restrict q_panel, const float* __restrict k, int64_t k_stride, int64_t head_dim,
+                        float* __restrict scores) {
+  Floats sums[kKeys][kPanelVectors] = {};
+  for (int64_t d = 0; d < head_dim; ++d) {
+    Floats q[kPanelVectors];
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kPanelVectors; ++vec) q[vec] = load(q_panel + d * kPanelRows + vec * kLanes);
+#pragma GCC unroll 16
+    for (int key = 0; key < kKeys; ++key) {
+      const Floats factor = broadcast(k[key * k_stride + d]);
+#pragma GCC unroll 4
+      for (int vec = 0; vec < kPanelVectors; ++vec) sums[key][vec] += factor * q[vec];
+    }
+  }
+#pragma GCC unroll 16
+  for (int key = 0; key < kKeys; ++key) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kPanelVectors; ++vec) store(scores + key * kPanelRows + vec * kLanes, sums[key][vec]);
+  }
+}
+
+// accumulated[c][row] = accumulated[c][row] * correction[row] + sum over keys of v[key][c] * p[key][row], for kColumns
+// of a block's columns.
+template <int kColumns>
+inline void accumulate_block(const float* __restrict probabilities, const float* __restrict v, int64_t keys,
+                             const Floats* correction, float* __restrict accumulated) {
+  Floats sums[kColumns][kPanelVectors];
+#pragma GCC unroll 16
+  for (int column = 0; column < kColumns; ++column) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      sums[column][vec] = load(accumulated + column * kPanelRows + vec * kLanes) * correction[vec];
+    }
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    Floats p[kPanelVectors];
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kPanelVectors; ++vec) p[vec] = load(probabilities + key * kPanelRows + vec * kLanes);
+#pragma GCC unroll 16
+    for (int column = 0; column < kColumns; ++column) {
+      const Floats factor = broadcast(v[key * kBlock + column]);
+#pragma GCC unroll 4
+      for (int vec = 0; vec < kPanelVectors; ++vec) sums[column][vec] += factor * p[vec];
+    }
+  }
+#pragma GCC unroll 16
+  for (int column = 0; column < kColumns; ++column) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      store(accumulated + column * kPanelRows + vec * kLanes, sums[column][vec]);
+    }
+  }
+}
+
+inline void score_tile(const float* q_panel, const float* k, int64_t k_stride, int64_t keys, int64_t head_dim,
+                       float* scores) {
+  int64_t key = 0;
+  for (; key + kBlock <= keys; key += kBlock) {
+    score_block<kBlock>(q_panel, k + key * k_stride, k_stride, head_dim, scores + key * kPanelRows);
+  }
+  for (; key + 4 <= keys; key += 4) {
+    score_block<4>(q_panel, k + key * k_stride, k_stride, head_dim, scores + key * kPanelRows);
+  }
+  for (; key < keys; ++key) {
+    score_block<1>(q_panel, k + key * k_stride, k_stride, head_dim, scores + key * kPanelRows);
+  }
+}
+
+// v: [block of columns][tile_n][kBlock]; v_block_stride floats from one block of columns to the next.
+inline void accumulate_tile(const float* probabilities, const float* v, int64_t v_block_stride, int64_t keys,
+                            int64_t head_dim, const Floats* correction, float* accumulated) {
+  int64_t column = 0;
+  for (; column + kBlock <= head_dim; column += kBlock, v += v_block_stride) {
+    accumulate_block<kBlock>(probabilities, v, keys, correction, accumulated + column * kPanelRows);
+  }
+  for (int64_t part = 0; column < head_dim;) {
+    if (head_dim - column >= 4) {
+      accumulate_block<4>(probabilities, v + part, keys, correction, accumulated + column * kPanelRows);
+      part += 4;
+      column += 4;
+    } else {
+      accumulate_block<2>(probabilities, v + part, keys, correction, accumulated + column * kPanelRows);
+      part += 2;
+      column += 2;
+    }
+  }
+}
+
+// Turns scores into probabilities in place and carries the rows' maximum and sum on. Returns whether the drop rule
+// keeps the tile for the next pass: some valid row's maximum in the tile reaches within `threshold` of its running
+// maximum.
+inline bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float scale, float threshold, float* row_max,
+                         float* row_sum, Floats* correction) {
+  const float scale_log2 = scale * kLog2E;
+  // Two chains a vector: one maximum waits on the last for as long as two of them take to issue.
+  constexpr int kChains = 2;
+  Floats maxima[kChains][kPanelVectors];
+  for (auto& chain : maxima) {
+    for (Floats& lanes : chain) lanes = broadcast(-kInfinity);
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
+      maxima[0][vec] = max(maxima[0][vec], score);
+    }
+    if (++key == keys) break;
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
+      maxima[1][vec] = max(maxima[1][vec], score);
+    }
+  }
+
+  bool keep = false;
+  Floats new_max[kPanelVectors];
+  Floats sums[kPanelVectors];
+  for (int vec = 0; vec < kPanelVectors; ++vec) {
+    const Floats tile_max = max(maxima[0][vec], maxima[1][vec]);
+    const Floats old_max = load(row_max + vec * kLanes);
+    const Ints valid = lane_numbers() + vec * kLanes < static_cast<int32_t>(valid_rows);
+    keep |= any(((tile_max - old_max) * scale_log2 > threshold) & valid);
+
+    new_max[vec] = max(old_max, tile_max);
+    store(row_max + vec * kLanes, new_max[vec]);
+    // -inf before the first visited tile: the correction then scales zeros.
+    correction[vec] = exp2_nonpositive((old_max - new_max[vec]) * scale_log2);
+    sums[vec] = load(row_sum + vec * kLanes) * correction[vec];
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int vec = 0; vec < kPanelVectors; ++vec) {
+      float* score = scores + key * kPanelRows + vec * kLanes;
+      const Floats p = exp2_nonpositive((load(score) - new_max[vec]) * scale_log2);
+      store(score, p);
+      sums[vec] += p;
+    }
+  }
+  for (int vec = 0; vec < kPanelVectors; ++vec) store(row_sum + vec * kLanes, sums[vec]);
+  return keep;
+}
+
+}  // namespace
+}  // namespace lite_attention
