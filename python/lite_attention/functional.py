@@ -1,7 +1,7 @@
 """The operators with Python's defaults: optional arguments by keyword, a scale that may be left out, float thresholds.
 
-Nothing here keeps state or knows a policy. Argument errors are the operators' own: RuntimeError with a text that names
-the operator, the argument, what was got and what was expected.
+Nothing here keeps state or knows a policy. Argument errors are the operators' own, RuntimeError with a text that names
+the operator, the argument, what was got and what was expected; TypeError for what is no dense tensor at all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ def _softmax_scale(q: Tensor, scale: float | None) -> float:
         return scale
     head_dim = q.shape[-1] if q.dim() > 0 else 0
     return 1.0 / math.sqrt(max(head_dim, 1))
+
+
+def _check_tensors(operator: str, **tensors: Tensor | None) -> None:
+    """What the dispatcher would refuse in words of its own: things that are no dense tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} has type {type(tensor).__name__}, expected a tensor")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{operator}: {name} has layout {tensor.layout}, expected torch.strided")
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def attention(
@@ -46,9 +59,10 @@ def attention(
         denominator. A query tile without a kept tile gives out 0 and lse -inf.
 
     Raises:
-        RuntimeError: an argument does not fit; the text names it.
+        RuntimeError, TypeError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
+    _check_tensors("attention", q=q, k=k, v=v, **_given(keep=keep, kv_lens=kv_lens))
     result: tuple[Tensor, Tensor] = torch.ops.lite_attention.attention(q, k, v, keep, kv_lens, _softmax_scale(q, scale))
     return result
 
@@ -79,10 +93,15 @@ def skip_attention(
         out and lse as :func:`attention`, and next_keep, a keep map of ``keep``'s shape.
 
     Raises:
-        RuntimeError: an argument does not fit; the text names it.
+        RuntimeError, TypeError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
+    _check_tensors("skip_attention", q=q, k=k, v=v, keep=keep, **_given(must_keep=must_keep, kv_lens=kv_lens))
     if not isinstance(threshold, Tensor):
+        if not isinstance(threshold, (int, float, torch.SymFloat)):
+            raise TypeError(
+                f"skip_attention: threshold has type {type(threshold).__name__}, expected a number or tensor"
+            )
         threshold = torch.full((), threshold, dtype=torch.float32, device=q.device)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.lite_attention.skip_attention(
         q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
@@ -101,7 +120,12 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         out and lse of attention over all the keys. Rows without any key give out 0 and lse -inf.
 
     Raises:
-        RuntimeError: an argument does not fit; the text names it.
+        RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
     """
-    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.merge_attention(list(outs), list(lses))
+    outs, lses = list(outs), list(lses)
+    if not outs:
+        raise ValueError("merge_attention: outs is empty, expected at least one partial result")
+    _check_tensors("merge_attention", **{f"outs[{part}]": out for part, out in enumerate(outs)})
+    _check_tensors("merge_attention", **{f"lses[{part}]": lse for part, lse in enumerate(lses)})
+    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.merge_attention(outs, lses)
     return result

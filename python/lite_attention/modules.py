@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lite_attention import tiles
+from lite_attention import functional, tiles
 from lite_attention.keep_map import (
     density,
     keep_map_shape,
@@ -245,14 +245,12 @@ class LiteAttention(nn.Module):
         """
         _check_inputs(query, key, value, self.max_batch_size)
         branch = _current_branch if branch is None else _checked_branch(branch, "LiteAttention")
-        if scale is None:
-            scale = query.shape[-1] ** -0.5
-        elif not isinstance(scale, (int, float, torch.SymFloat)):
+        if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
             raise TypeError(f"LiteAttention: scale has type {type(scale).__name__}, expected a float or None")
         must_do = _checked_ranges(must_do_list, "must_do_list", query, key)
         must_skip = _checked_ranges(must_skip_list, "must_skip_list", query, key)
         if not self._enabled:
-            out, lse = torch.ops.lite_attention.attention(query, key, value, None, kv_lens, scale)
+            out, lse = functional.attention(query, key, value, kv_lens=kv_lens, scale=scale)
         else:
             out, lse = self._skipping_pass(query, key, value, scale, must_do, must_skip, kv_lens, branch)
         return (out, lse) if return_softmax_lse else out
@@ -262,7 +260,7 @@ class LiteAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scale: float | None,
         must_do_ranges: _CheckedRanges | None,
         must_skip_ranges: _CheckedRanges | None,
         kv_lens: Tensor | None,
@@ -300,8 +298,8 @@ class LiteAttention(nn.Module):
             if must_do is not None:
                 must_skip = must_skip & ~must_do
             visible = keep & ~must_skip
-        out, lse, next_keep = torch.ops.lite_attention.skip_attention(
-            query, key, value, visible, must_do, kv_lens, threshold, scale
+        out, lse, next_keep = functional.skip_attention(
+            query, key, value, visible, threshold, must_keep=must_do, kv_lens=kv_lens, scale=scale
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)

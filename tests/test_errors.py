@@ -1,0 +1,465 @@
+"""Bad input of every kind gives an error that names the argument, what was got and what was expected; never a crash.
+
+The texts are pinned. To accept new ones after a deliberate change: EXPECTTEST_ACCEPT=1 pytest tests/test_errors.py
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from lite_attention import (
+    LiteAttention,
+    SeqParallelLiteAttention,
+    attention,
+    full_keep_map,
+    merge_attention,
+    skip_attention,
+    skip_branch,
+    tile_shape,
+    visit_rows,
+)
+
+BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 100, 2400, 4, 2, 16
+Q = torch.randn(BATCH, QUERIES, HEADS, HEAD_DIM)
+K, V = torch.randn(2, BATCH, KEYS, KV_HEADS, HEAD_DIM)
+KEEP = full_keep_map(BATCH, HEADS, QUERIES, KEYS, HEAD_DIM, Q.dtype)
+LENS = torch.full((BATCH,), KEYS, dtype=torch.int32)
+OUT, LSE = torch.randn(2, 5, 3, 8), torch.randn(2, 3, 5)
+
+
+def report(calls: dict[str, Callable[[], object]]) -> str:
+    """One line for each bad call: what was wrong with it, and the error it raised."""
+    lines = []
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            lines.append(f"{name} -> {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            pytest.fail(f"{name}: no error")
+    return "\n".join(lines)
+
+
+def bad_attention(**changes: Any) -> Callable[[], object]:
+    given = {"q": Q, "k": K, "v": V, "keep": KEEP, "kv_lens": LENS, "scale": 1.0} | changes
+    return lambda: attention(**given)
+
+
+def bad_skip(**changes: Any) -> Callable[[], object]:
+    given = {"q": Q, "k": K, "v": V, "keep": KEEP, "threshold": torch.tensor(-1.0), "scale": 1.0} | changes
+    return lambda: skip_attention(**given)
+
+
+def bad_module(layer: LiteAttention | None = None, **changes: Any) -> Callable[[], object]:
+    given = {"query": Q, "key": K, "value": V} | changes
+    return lambda: (layer or LiteAttention())(**given)
+
+
+def lens(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def test_queries_keys_and_values() -> None:
+    wide = torch.randn(BATCH, QUERIES, HEADS, 264)
+    calls = {
+        "q of rank 3": bad_attention(q=Q[0]),
+        "k of rank 5": bad_attention(k=K[None]),
+        "v of rank 0": bad_attention(v=torch.tensor(1.0)),
+        "q of rank 0, no scale": bad_attention(q=torch.tensor(1.0), scale=None),
+        "q in float64": bad_attention(q=Q.double(), k=K.double(), v=V.double()),
+        "q in int32": bad_attention(q=Q.int()),
+        "k in bfloat16": bad_attention(k=K.bfloat16()),
+        "v in float16": bad_attention(v=V.half()),
+        "complex q": bad_attention(q=Q.to(torch.complex64)),
+        "no batch": bad_attention(q=Q[:0], k=K[:0], v=V[:0]),
+        "no queries": bad_attention(q=Q[:, :0]),
+        "no keys": bad_attention(k=K[:, :0], v=V[:, :0]),
+        "no heads": bad_attention(q=Q[:, :, :0]),
+        "no key heads": bad_attention(k=K[:, :, :0], v=V[:, :, :0]),
+        "head_dim 0": bad_attention(q=Q[..., :0], k=K[..., :0], v=V[..., :0], scale=None),
+        "head_dim 12": bad_attention(q=Q[..., :12], k=K[..., :12], v=V[..., :12]),
+        "head_dim 264": bad_attention(q=wide, k=wide, v=wide),
+        "head dims differ": bad_attention(k=K[..., :8], v=V[..., :8]),
+        "batches differ": bad_attention(k=K[:1], v=V[:1]),
+        "3 key heads for 4 query heads": bad_attention(k=K[:, :, [0, 0, 0]], v=V[:, :, [0, 0, 0]]),
+        "v shorter than k": bad_attention(v=V[:, :7]),
+        "last stride of q is 2": bad_attention(q=torch.randn(*Q.shape[:-1], 32)[..., ::2]),
+        "last stride of v is not 1": bad_attention(v=torch.randn(BATCH, KEYS, HEAD_DIM, KV_HEADS).transpose(2, 3)),
+        "scale 0": bad_attention(scale=0.0),
+        "scale -1": bad_attention(scale=-1.0),
+        "scale NaN": bad_attention(scale=math.nan),
+        "scale inf": bad_attention(scale=math.inf),
+        "q is a list": bad_attention(q=[1.0]),
+        "v is None": bad_attention(v=None),
+        "sparse q": bad_attention(q=Q.to_sparse()),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+q of rank 3 -> RuntimeError: attention: q has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+k of rank 5 -> RuntimeError: attention: k has 5 dimensions, expected 4: [batch, length, heads, head_dim]
+v of rank 0 -> RuntimeError: attention: v has 0 dimensions, expected 4: [batch, length, heads, head_dim]
+q of rank 0, no scale -> RuntimeError: attention: q has 0 dimensions, expected 4: [batch, length, heads, head_dim]
+q in float64 -> RuntimeError: attention: q has dtype float64, expected float32, bfloat16 or float16
+q in int32 -> RuntimeError: attention: q has dtype int32, expected float32, bfloat16 or float16
+k in bfloat16 -> RuntimeError: attention: k has dtype bfloat16, expected float32
+v in float16 -> RuntimeError: attention: v has dtype float16, expected float32
+complex q -> RuntimeError: attention: q has dtype another dtype, expected float32, bfloat16 or float16
+no batch -> RuntimeError: attention: q has batch 0, expected at least 1
+no queries -> RuntimeError: attention: q has length 0, expected at least 1
+no keys -> RuntimeError: attention: k has length 0, expected at least 1
+no heads -> RuntimeError: attention: q has heads 0, expected at least 1
+no key heads -> RuntimeError: attention: k has heads 0, expected at least 1
+head_dim 0 -> RuntimeError: attention: q has head_dim 0, expected at least 1
+head_dim 12 -> RuntimeError: attention: q has head_dim 12, expected a multiple of 8 up to 256
+head_dim 264 -> RuntimeError: attention: q has head_dim 264, expected a multiple of 8 up to 256
+head dims differ -> RuntimeError: attention: k has head_dim 8, expected 16 as q
+batches differ -> RuntimeError: attention: k has batch 1, expected 2 as q
+3 key heads for 4 query heads -> RuntimeError: attention: k has 3 heads, expected a divisor of q's 4
+v shorter than k -> RuntimeError: attention: v has shape [2, 7, 2, 16], expected [2, 2400, 2, 16] (k's shape)
+last stride of q is 2 -> RuntimeError: attention: q has stride 2 in its last dimension, expected 1
+last stride of v is not 1 -> RuntimeError: attention: v has stride 2 in its last dimension, expected 1
+scale 0 -> RuntimeError: attention: scale is 0, expected a finite number above 0
+scale -1 -> RuntimeError: attention: scale is -1, expected a finite number above 0
+scale NaN -> RuntimeError: attention: scale is nan, expected a finite number above 0
+scale inf -> RuntimeError: attention: scale is inf, expected a finite number above 0
+q is a list -> TypeError: attention: q has type list, expected a tensor
+v is None -> TypeError: attention: v has type NoneType, expected a tensor
+sparse q -> TypeError: attention: q has layout torch.sparse_coo, expected torch.strided""",
+    )
+
+
+def test_maps_and_lengths() -> None:
+    calls = {
+        "keep of rank 3": bad_attention(keep=KEEP[0]),
+        "keep in bool": bad_attention(keep=KEEP.bool()),
+        "keep in int64": bad_attention(keep=KEEP.long()),
+        "keep too wide": bad_attention(keep=KEEP.repeat(1, 1, 1, 3)),
+        "keep of another head count": bad_attention(keep=KEEP[:, :1]),
+        "keep of another batch": bad_attention(keep=KEEP[:1]),
+        "keep for other queries": bad_attention(keep=KEEP[:, :, :1]),
+        "must_keep too narrow": bad_skip(must_keep=KEEP[..., :0]),
+        "must_keep of 3 heads": bad_skip(must_keep=KEEP[:, :3]),
+        "must_keep of rank 1": bad_skip(must_keep=KEEP[0, 0, 0]),
+        "must_keep in uint8": bad_skip(must_keep=KEEP.to(torch.uint8)),
+        "keep is None": bad_skip(keep=None),
+        "kv_lens in int64": bad_attention(kv_lens=LENS.long()),
+        "kv_lens of the wrong length": bad_attention(kv_lens=lens(1)),
+        "kv_lens of rank 2": bad_attention(kv_lens=lens(1, 2)[None]),
+        "kv_lens below 0": bad_attention(kv_lens=lens(5, -1)),
+        "kv_lens past the keys": bad_attention(kv_lens=lens(2401, 5)),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+keep of rank 3 -> RuntimeError: attention: keep has 3 dimensions, expected 4: [batch, query heads, query tiles, words]
+keep in bool -> RuntimeError: attention: keep has dtype bool, expected int32
+keep in int64 -> RuntimeError: attention: keep has dtype int64, expected int32
+keep too wide -> RuntimeError: attention: keep has 3 words per row, expected 1 for Sk=2400 and tile_n=128
+keep of another head count -> RuntimeError: attention: keep has heads 1, expected 4
+keep of another batch -> RuntimeError: attention: keep has batch 1, expected 2
+keep for other queries -> RuntimeError: attention: keep has query tiles 1, expected 2 for Sq=100 and tile_m=64
+must_keep too narrow -> RuntimeError: skip_attention: must_keep has 0 words per row, expected 1 for Sk=2400 and tile_n=128
+must_keep of 3 heads -> RuntimeError: skip_attention: must_keep has heads 3, expected 1 or 4
+must_keep of rank 1 -> RuntimeError: skip_attention: must_keep has 1 dimensions, expected 4: [batch, query heads, query tiles, words]
+must_keep in uint8 -> RuntimeError: skip_attention: must_keep has dtype another dtype, expected int32
+keep is None -> TypeError: skip_attention: keep has type NoneType, expected a tensor
+kv_lens in int64 -> RuntimeError: attention: kv_lens has dtype int64, expected int32
+kv_lens of the wrong length -> RuntimeError: attention: kv_lens has shape [1], expected [2] (one length a batch entry)
+kv_lens of rank 2 -> RuntimeError: attention: kv_lens has shape [1, 2], expected [2] (one length a batch entry)
+kv_lens below 0 -> RuntimeError: attention: kv_lens[1] is -1, expected 0 to 2400, k's length
+kv_lens past the keys -> RuntimeError: attention: kv_lens[0] is 2401, expected 0 to 2400, k's length""",
+    )
+
+
+def test_thresholds() -> None:
+    calls = {
+        "NaN": bad_skip(threshold=torch.tensor(math.nan)),
+        "NaN, as a float": bad_skip(threshold=math.nan),
+        "NaN for one head": bad_skip(threshold=torch.tensor([0.0, -1.0, math.nan, 0.0])),
+        "in float64": bad_skip(threshold=torch.tensor(-1.0, dtype=torch.float64)),
+        "for 2 of 4 heads": bad_skip(threshold=torch.zeros(2)),
+        "of rank 2": bad_skip(threshold=torch.zeros(1, 1)),
+        "as text": bad_skip(threshold="low"),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+NaN -> RuntimeError: skip_attention: threshold is NaN, expected a number in log2 units
+NaN, as a float -> RuntimeError: skip_attention: threshold is NaN, expected a number in log2 units
+NaN for one head -> RuntimeError: skip_attention: threshold is NaN for head 2, expected a number in log2 units
+in float64 -> RuntimeError: skip_attention: threshold has dtype float64, expected float32
+for 2 of 4 heads -> RuntimeError: skip_attention: threshold has shape [2], expected [] or [4], one a query head
+of rank 2 -> RuntimeError: skip_attention: threshold has shape [1, 1], expected [] or [4], one a query head
+as text -> TypeError: skip_attention: threshold has type str, expected a number or tensor""",
+    )
+
+
+def test_devices() -> None:
+    meta = {"device": "meta"}
+    calls = {
+        "k elsewhere": bad_attention(k=K.to(**meta)),
+        "q elsewhere": bad_attention(q=Q.to(**meta)),
+        "keep elsewhere": bad_skip(keep=KEEP.to(**meta)),
+        "threshold elsewhere": bad_skip(threshold=torch.zeros((), **meta)),
+        "one of lses elsewhere": lambda: merge_attention([OUT, OUT], [LSE, LSE.to(**meta)]),
+        "module, key elsewhere": bad_module(key=K.to(**meta)),
+        "module, ranges elsewhere": bad_module(must_do_list=torch.zeros(1, 2, dtype=torch.int64, **meta)),
+        "module, lengths elsewhere": bad_module(kv_lens=LENS.to(**meta)),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+k elsewhere -> RuntimeError: attention: k is on meta, expected cpu, every argument's device
+q elsewhere -> RuntimeError: attention: k is on cpu, expected meta, every argument's device
+keep elsewhere -> RuntimeError: skip_attention: keep is on meta, expected cpu, every argument's device
+threshold elsewhere -> RuntimeError: skip_attention: threshold is on meta, expected cpu, every argument's device
+one of lses elsewhere -> RuntimeError: merge_attention: lses[1] is on meta, expected cpu, every argument's device
+module, key elsewhere -> ValueError: LiteAttention: key is on meta, expected cpu, query's device
+module, ranges elsewhere -> ValueError: LiteAttention: must_do_list is on meta, expected cpu, query's device
+module, lengths elsewhere -> RuntimeError: skip_attention: kv_lens is on meta, expected cpu, every argument's device""",
+    )
+
+
+@pytest.mark.parametrize("operator", ["attention", "skip_attention", "merge_attention"])
+def test_a_device_without_a_kernel_is_named(operator: str) -> None:
+    arguments = {
+        "attention": (Q, K, V, None, None, 1.0),
+        "skip_attention": (Q, K, V, KEEP, None, None, torch.tensor(0.0), 1.0),
+        "merge_attention": ([OUT], [LSE]),
+    }[operator]
+    xpu = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    with pytest.raises(NotImplementedError, match=f"^{operator}: no kernel for device type 'xpu' in this build"):
+        getattr(torch.ops.lite_attention, operator).default.redispatch(xpu, *arguments)
+
+
+def test_merging() -> None:
+    calls = {
+        "nothing": lambda: merge_attention([], []),
+        "one lse too few": lambda: merge_attention([OUT, OUT], [LSE]),
+        "outs of two dtypes": lambda: merge_attention([OUT, OUT.half()], [LSE, LSE]),
+        "outs of two shapes": lambda: merge_attention([OUT, OUT[:1]], [LSE, LSE]),
+        "out of rank 3": lambda: merge_attention([OUT[0]], [LSE]),
+        "out in float64": lambda: merge_attention([OUT.double()], [LSE]),
+        "out without rows": lambda: merge_attention([OUT[:, :0]], [LSE[..., :0]]),
+        "out with a strided last dimension": lambda: merge_attention([torch.randn(2, 5, 8, 3).mT], [LSE]),
+        "lse in bfloat16": lambda: merge_attention([OUT], [LSE.bfloat16()]),
+        "lse as [B, S, H]": lambda: merge_attention([OUT], [LSE.mT]),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+nothing -> ValueError: merge_attention: outs is empty, expected at least one partial result
+one lse too few -> RuntimeError: merge_attention: lses has 1 tensors, expected 2, one for each of outs
+outs of two dtypes -> RuntimeError: merge_attention: outs[1] has dtype float16, expected float32
+outs of two shapes -> RuntimeError: merge_attention: outs[1] has shape [1, 5, 3, 8], expected [2, 5, 3, 8] (outs[0]'s shape)
+out of rank 3 -> RuntimeError: merge_attention: outs[0] has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+out in float64 -> RuntimeError: merge_attention: outs[0] has dtype float64, expected float32, bfloat16 or float16
+out without rows -> RuntimeError: merge_attention: outs[0] has length 0, expected at least 1
+out with a strided last dimension -> RuntimeError: merge_attention: outs[0] has stride 3 in its last dimension, expected 1
+lse in bfloat16 -> RuntimeError: merge_attention: lses[0] has dtype bfloat16, expected float32
+lse as [B, S, H] -> RuntimeError: merge_attention: lses[0] has shape [2, 5, 3], expected [2, 3, 5] (batch, heads and length of outs)""",
+    )
+
+
+def test_module_inputs() -> None:
+    per_head = LiteAttention(threshold=[-1.0, -2.0])
+    calls = {
+        "batch over max_batch_size": bad_module(LiteAttention(max_batch_size=1)),
+        "query of rank 3": bad_module(query=Q[0]),
+        "value of rank 3": bad_module(value=V[0]),
+        "key is a list": bad_module(key=[1, 2]),
+        "query in float64": bad_module(query=Q.double(), key=K.double(), value=V.double()),
+        "key in bfloat16": bad_module(key=K.bfloat16()),
+        "no keys": bad_module(key=K[:, :0], value=V[:, :0]),
+        "head_dim 12": bad_module(query=Q[..., :12], key=K[..., :12], value=V[..., :12]),
+        "batches differ": bad_module(key=K[:1], value=V[:1]),
+        "3 key heads for 4 query heads": bad_module(key=K[:, :, [0, 0, 0]], value=V[:, :, [0, 0, 0]]),
+        "value shorter than key": bad_module(value=V[:, :5]),
+        "strided query": bad_module(query=torch.randn(*Q.shape[:-1], 32)[..., ::2]),
+        "scale as text": bad_module(scale="1"),
+        "scale as a tensor": bad_module(scale=torch.tensor(1.0)),
+        "scale 0": bad_module(scale=0),
+        "branch 8": bad_module(branch=8),
+        "branch -1": bad_module(branch=-1),
+        "branch as text": bad_module(branch="cond"),
+        "skip_branch(8)": lambda: skip_branch(8),
+        "2 thresholds for 4 heads": bad_module(per_head),
+        "kv_lens past the keys": bad_module(kv_lens=lens(1, 2401)),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+batch over max_batch_size -> ValueError: LiteAttention: query has batch 2, expected at most max_batch_size=1
+query of rank 3 -> ValueError: LiteAttention: query has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+value of rank 3 -> ValueError: LiteAttention: value has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+key is a list -> TypeError: LiteAttention: key has type list, expected a tensor
+query in float64 -> TypeError: LiteAttention: query has dtype torch.float64, expected float32, bfloat16 or float16
+key in bfloat16 -> TypeError: LiteAttention: key has dtype torch.bfloat16, expected torch.float32, query's
+no keys -> ValueError: LiteAttention: key has shape [2, 0, 2, 16], expected no size of 0
+head_dim 12 -> ValueError: LiteAttention: query has head_dim 12, expected a multiple of 8 up to 256
+batches differ -> ValueError: LiteAttention: key has batch 1 and head_dim 16, expected query's, 2 and 16
+3 key heads for 4 query heads -> ValueError: LiteAttention: key has 3 heads, expected a divisor of query's 4
+value shorter than key -> ValueError: LiteAttention: value has shape [2, 5, 2, 16], expected key's shape, [2, 2400, 2, 16]
+strided query -> RuntimeError: skip_attention: q has stride 2 in its last dimension, expected 1
+scale as text -> TypeError: LiteAttention: scale has type str, expected a float or None
+scale as a tensor -> TypeError: LiteAttention: scale has type Tensor, expected a float or None
+scale 0 -> RuntimeError: skip_attention: scale is 0, expected a finite number above 0
+branch 8 -> ValueError: LiteAttention: branch is 8, expected 0 to 7
+branch -1 -> ValueError: LiteAttention: branch is -1, expected 0 to 7
+branch as text -> TypeError: LiteAttention: branch has type str, expected an int
+skip_branch(8) -> ValueError: skip_branch: branch is 8, expected 0 to 7
+2 thresholds for 4 heads -> ValueError: LiteAttention: threshold has 2 values, expected 4, one per head
+kv_lens past the keys -> RuntimeError: skip_attention: kv_lens[1] is 2401, expected 0 to 2400, k's length""",
+    )
+
+
+def test_module_ranges() -> None:
+    calls = {
+        "odd length": bad_module(must_do_list=[0, 5, 9]),
+        "odd length of the other list": bad_module(must_skip_list=[9]),
+        "past the end": bad_module(must_do_list=[0, 5, 2401, 9]),
+        "negative": bad_module(must_skip_list=[5, -1]),
+        "empty range": bad_module(must_do_list=[0, 5, 9, 9]),
+        "a float": bad_module(must_do_list=[0, 5.0]),
+        "a text": bad_module(must_do_list="0-5"),
+        "a flat tensor": bad_module(must_do_list=torch.tensor([0, 5])),
+        "a float tensor": bad_module(must_do_list=torch.tensor([[0.0, 5.0]])),
+        "also without skipping": bad_module(LiteAttention(enable_skipping=False), must_do_list=[0, 5, 9]),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+odd length -> ValueError: LiteAttention: must_do_list has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 9, has no partner)
+odd length of the other list -> ValueError: LiteAttention: must_skip_list has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 9, has no partner)
+past the end -> ValueError: LiteAttention: must_do_list[2] is 2401, expected at most the number of keys, 2400
+negative -> ValueError: LiteAttention: must_skip_list[1] is -1, expected a key position of at least 0
+empty range -> ValueError: LiteAttention: must_do_list[2:4] is [9, 9], an empty range
+a float -> TypeError: LiteAttention: must_do_list[1] is 5.0 of type float, expected an int
+a text -> TypeError: LiteAttention: must_do_list has type str, expected a list of ints or an integer tensor
+a flat tensor -> ValueError: LiteAttention: must_do_list has shape [2], expected [count, 2]: one [start, end] a row
+a float tensor -> TypeError: LiteAttention: must_do_list has dtype torch.float32, expected torch.int32 or torch.int64
+also without skipping -> ValueError: LiteAttention: must_do_list has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 9, has no partner)""",
+    )
+
+
+def test_module_construction_and_settings() -> None:
+    layer, split = LiteAttention(), SeqParallelLiteAttention(2)
+    calls: dict[str, Callable[[], object]] = {
+        "threshold above 0": lambda: LiteAttention(threshold=0.5),
+        "threshold NaN": lambda: LiteAttention(threshold=math.nan),
+        "threshold as text": lambda: LiteAttention(threshold="low"),  # type: ignore[arg-type]
+        "no thresholds": lambda: LiteAttention(threshold=[]),
+        "one threshold above 0": lambda: layer.set_threshold([-1.0, 2.0]),
+        "one threshold NaN": lambda: layer.set_threshold(torch.tensor([-1.0, math.nan])),
+        "thresholds of rank 2": lambda: layer.set_threshold(torch.zeros(2, 2)),
+        "threshold None": lambda: layer.set_threshold(None),  # type: ignore[arg-type]
+        "threshold True": lambda: layer.set_threshold(True),
+        "max_batch_size 0": lambda: LiteAttention(max_batch_size=0),
+        "max_batch_size 1.5": lambda: LiteAttention(max_batch_size=1.5),  # type: ignore[arg-type]
+        "num_nodes 0": lambda: SeqParallelLiteAttention(0),
+        "num_nodes as text": lambda: SeqParallelLiteAttention("2"),  # type: ignore[arg-type]
+        "split_idx 2 of 2": lambda: split(Q, K, V, 2),
+        "split_idx -1": lambda: split(Q, K, V, -1),
+        "split_idx is the scale": lambda: split(Q, K, V, 0.125),
+        "keep_map before a pass": lambda: layer.keep_map(),
+        "tile_shape before a pass": lambda: layer.tile_shape(),
+        "reset of branch 8": lambda: layer.reset_skip_state(8),
+        "keep map of a bad dtype": lambda: full_keep_map(1, 1, 5, 5, 64, torch.float64),
+        "tile shape of a bad head dim": lambda: tile_shape(20, torch.bfloat16),
+        "visit rows of a bad head dim": lambda: visit_rows(512, torch.bfloat16),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+threshold above 0 -> ValueError: threshold is 0.5, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+threshold NaN -> ValueError: threshold is NaN, expected a number of at most 0
+threshold as text -> TypeError: threshold is 'low' of type str, expected a number
+no thresholds -> ValueError: threshold is empty, expected one number, or one per query head
+one threshold above 0 -> ValueError: threshold[1] is 2.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+one threshold NaN -> ValueError: threshold[1] is NaN, expected a number of at most 0
+thresholds of rank 2 -> ValueError: threshold has shape [2, 2], expected [] or [heads]
+threshold None -> TypeError: threshold is None of type NoneType, expected a number
+threshold True -> TypeError: threshold is True of type bool, expected a number
+max_batch_size 0 -> ValueError: LiteAttention: max_batch_size is 0, expected at least 1
+max_batch_size 1.5 -> TypeError: LiteAttention: max_batch_size has type float, expected an int
+num_nodes 0 -> ValueError: SeqParallelLiteAttention: num_nodes is 0, expected at least 1
+num_nodes as text -> TypeError: SeqParallelLiteAttention: num_nodes has type str, expected an int
+split_idx 2 of 2 -> ValueError: SeqParallelLiteAttention: split_idx is 2, expected 0 to 1
+split_idx -1 -> ValueError: SeqParallelLiteAttention: split_idx is -1, expected 0 to 1
+split_idx is the scale -> TypeError: SeqParallelLiteAttention: split_idx has type float, expected an int
+keep_map before a pass -> RuntimeError: keep_map: branch 0 has no keep map yet, expected a skipping pass before
+tile_shape before a pass -> RuntimeError: tile_shape: branch 0 has no keep map yet, expected a skipping pass before
+reset of branch 8 -> ValueError: reset_skip_state: branch is 8, expected 0 to 7
+keep map of a bad dtype -> ValueError: dtype is torch.float64, expected one of torch.float32, torch.bfloat16, torch.float16
+tile shape of a bad head dim -> ValueError: head_dim is 20, expected a multiple of 8 up to 256
+visit rows of a bad head dim -> ValueError: head_dim is 512, expected a multiple of 8 up to 256""",
+    )
+
+
+def test_a_refused_call_leaves_the_state_as_it_was() -> None:
+    layer = LiteAttention(threshold=0.0)
+    layer(Q, K, V)
+    before = layer.keep_map()
+    assert not before.all()
+    for call in (
+        bad_module(layer, value=V[:, :5]),
+        bad_module(layer, must_do_list=[1]),
+        bad_module(layer, kv_lens=lens(1, 2401)),
+        bad_module(layer, scale=-1.0),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
+    assert torch.equal(layer.keep_map(), before)
+
+
+def test_asking_for_a_gradient_is_a_clear_error() -> None:
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    calls = {
+        "attention": lambda: attention(q, k, v)[0].sum().backward(),
+        "skip_attention": lambda: skip_attention(q, k, v, KEEP, -1.0)[0].sum().backward(),
+        "merge_attention": lambda: merge_attention([q, q], [LSE_OF_Q, LSE_OF_Q])[0].sum().backward(),
+        "LiteAttention": lambda: LiteAttention()(q, k, v).sum().backward(),
+        "through the lse": lambda: attention(q, k, v)[1].sum().backward(),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+attention -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
+skip_attention -> NotImplementedError: skip_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
+merge_attention -> NotImplementedError: merge_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
+LiteAttention -> NotImplementedError: skip_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
+through the lse -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs""",
+    )
+    assert q.grad is None
+
+
+LSE_OF_Q = torch.zeros(BATCH, HEADS, QUERIES)
+
+
+def test_schemas_are_as_promised() -> None:
+    names = ("attention", "skip_attention", "merge_attention")
+    schemas = [str(getattr(torch.ops.lite_attention, name).default._schema) for name in names]
+    assert_expected_inline(
+        "\n".join(schemas),
+        """\
+lite_attention::attention(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale) -> (Tensor out, Tensor lse)
+lite_attention::skip_attention(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? must_keep, Tensor? kv_lens, Tensor threshold, float scale) -> (Tensor out, Tensor lse, Tensor next_keep)
+lite_attention::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)""",
+    )
+
+
+def test_errors_come_before_tracing_a_launch() -> None:
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(query: Tensor) -> Tensor:
+        result: Tensor = layer(query, K, V)
+        return result
+
+    layer = LiteAttention(max_batch_size=1)
+    with pytest.raises(Exception, match="query has batch 2, expected at most max_batch_size=1"):
+        step(Q)

@@ -1,0 +1,86 @@
+"""torch.library.opcheck on every operator: schema, fake, autograd registration, tracing with dynamic and static shapes."""
+
+import pytest
+import torch
+from inputs import DTYPES, Case, make_qkv, random_map
+from torch import Tensor
+from torch.library import opcheck
+
+from lite_attention import attention, full_keep_map
+
+CASE = Case(batch=2, query_len=100, kv_len=300, heads=4, kv_heads=2, head_dim=40)
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_static",
+    "test_aot_dispatch_dynamic",
+)
+OPS = torch.ops.lite_attention
+
+
+def check(operator: object, *arguments: object) -> None:
+    results = opcheck(operator, arguments, test_utils=CHECKS)
+    assert results == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+def strided(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+
+
+def lens() -> Tensor:
+    return torch.tensor([300, 77], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_keep", [False, True])
+@pytest.mark.parametrize("with_lens", [False, True])
+def test_attention(dtype: torch.dtype, with_keep: bool, with_lens: bool) -> None:
+    qkv = make_qkv(CASE, dtype)
+    keep = random_map(CASE, 0.5) if with_keep else None
+    check(OPS.attention.default, *qkv, keep, lens() if with_lens else None, CASE.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_strided(dtype: torch.dtype) -> None:
+    check(OPS.attention.default, *strided(make_qkv(CASE, dtype)), random_map(CASE, 0.5), lens(), CASE.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("must_sizes", [None, (1, 1, 1), (2, 4, 2)], ids=str)
+@pytest.mark.parametrize("with_lens", [False, True])
+def test_skip_attention(dtype: torch.dtype, must_sizes: tuple[int, int, int] | None, with_lens: bool) -> None:
+    must_keep = None if must_sizes is None else random_map(CASE, 0.3, seed=1, sizes=must_sizes)
+    keep, kv_lens = random_map(CASE, 0.5), lens() if with_lens else None
+    check(OPS.skip_attention.default, *make_qkv(CASE, dtype), keep, must_keep, kv_lens, torch.tensor(-1.0), CASE.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_skip_attention_strided_with_a_threshold_per_head(dtype: torch.dtype) -> None:
+    keep = random_map(CASE, 0.5).transpose(1, 2).contiguous().transpose(1, 2)
+    threshold = torch.linspace(-3, 0, 8)[::2]
+    check(OPS.skip_attention.default, *strided(make_qkv(CASE, dtype)), keep, None, lens(), threshold, CASE.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_merge_attention(dtype: torch.dtype, parts: int) -> None:
+    q, k, v = make_qkv(CASE, dtype)
+    outs, lses = map(list, zip(*[attention(q, k, v) for _ in range(parts)], strict=True))
+    check(OPS.merge_attention.default, outs, lses)
+
+
+def test_merge_attention_strided() -> None:
+    outs = [torch.randn(2, 4, 100, 40).transpose(1, 2) for _ in range(2)]
+    lses = [torch.randn(2, 100, 4).transpose(1, 2) for _ in range(2)]
+    check(OPS.merge_attention.default, outs, lses)
+
+
+def test_inputs_that_require_grad() -> None:
+    q, k, v = (x.requires_grad_() for x in make_qkv(CASE, torch.float32))
+    # Not test_aot_dispatch: it asks for the backward, which is an error by design.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    full = full_keep_map(2, 4, 100, 300, 40, q.dtype)
+    assert set(opcheck(OPS.attention.default, (q, k, v, None, None, 1.0), test_utils=checks).values()) == {"SUCCESS"}
+    arguments = (q, k, v, full, None, None, torch.tensor(-1.0), 1.0)
+    assert set(opcheck(OPS.skip_attention.default, arguments, test_utils=checks).values()) == {"SUCCESS"}
