@@ -62,16 +62,19 @@ def make_qkv(case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int =
 def correlated_passes(
     case: Case, dtype: torch.dtype, passes: int, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs of consecutive denoising steps: smooth along the sequence, queries near their keys, changing little from pass to pass."""
+    """Inputs of consecutive denoising steps: smooth along the sequence, each a little noise away from the one before.
+
+    Queries are near their keys and grow sharper, so that the maps go on shrinking.
+    """
     random = torch.Generator().manual_seed(seed)
     k = torch.randn(case.batch, case.kv_len, case.kv_heads, case.head_dim, generator=random).cumsum(1)
     k = (k - k.mean(1, keepdim=True)) / k.std(1, keepdim=True)
     near = torch.arange(case.query_len) * case.kv_len // case.query_len
-    q = 2 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
+    q = 0.7 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
     v = torch.randn(k.shape, generator=random)
     for _ in range(passes):
         yield q.to(dtype), k.to(dtype), v.to(dtype)
-        q, k, v = (x + 0.1 * torch.randn(x.shape, generator=random) for x in (q, k, v))
+        q, k, v = (x + 0.1 * torch.randn(x.shape, generator=random) for x in (1.25 * q, k, v))
 
 
 def random_map(case: Case, density: float, seed: int = 0, sizes: tuple[int, int, int] | None = None) -> Tensor:
