@@ -336,3 +336,20 @@ def test_merging_strided_parts_and_far_apart_weights() -> None:
     torch.testing.assert_close(out.double(), exact[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0)
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_the_rows_that_meet_it(dtype: torch.dtype) -> None:
+    case = Case(query_len=200, kv_len=300)
+    q, k, v = make_qkv(case, dtype)
+    keep = full_keep_map(1, 2, 200, 300, 64, dtype)
+    keep[:, :, 1:] &= ~2  # only the first query tile computes keys 128 to 255
+    expected = attention(q, k, v, keep=keep)[0]
+    q[0, 7, 0, 3] = math.nan
+    k[0, 200, 1, 5] = math.nan
+    bad = torch.zeros(1, 200, 2, dtype=torch.bool)
+    bad[0, 7, 0] = True
+    bad[0, :64, 1] = True
+    for out in (attention(q, k, v, keep=keep)[0], skip_attention(q, k, v, keep, -1.0)[0]):
+        assert bool(out[bad].isnan().all())
+        assert torch.equal(out[~bad], expected[~bad])
