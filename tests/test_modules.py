@@ -8,11 +8,14 @@ import logging
 import math
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
 from inputs import DTYPES, Case, check_attention, correlated_passes, make_qkv
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lite_attention import (
     LiteAttention,
@@ -572,6 +575,44 @@ def test_tile_shape_is_that_of_the_last_pass(head_dim: int, shape: tuple[int, in
     layer(*make_qkv(Case(head_dim=head_dim), torch.bfloat16))
     assert layer.tile_shape() == shape
     assert layer.keep_map().shape == (1, 2, -(-300 // shape[0]), -(-300 // shape[1]))
+
+
+# What a CUDA graph may capture
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator that runs and the devices of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, set[str]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        self.calls.append((str(func), {x.device.type for x in tensors}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranges", ["none", "lists", "tensors"])
+def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: str) -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = [x.to("meta") for x in passes(count=1)[0]]
+    must = {
+        "none": (None, None),
+        "lists": ([0, 100, 300, 400], [128, 512]),
+        "tensors": (torch.zeros(2, 2, dtype=torch.int64, device="meta"),) * 2,
+    }[ranges]
+    layer(*inputs)  # makes room
+    with Recorder() as recorder:
+        for _ in range(2):
+            layer(*inputs, None, True, *must)
+        layer.set_threshold(-1.0)
+        layer.reset_skip_state()
+        layer.skip_fraction()
+    names = [name for name, _ in recorder.calls]
+    assert names.count("lite_attention.skip_attention.default") == 2
+    assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
+    assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
 
 
 # Sequence parallel
