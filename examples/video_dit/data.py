@@ -47,7 +47,7 @@ def load_photos() -> Tensor:
 
 def load_digit_images() -> tuple[Tensor, Tensor]:
     """Smooth digit height maps fp32 `[1797, 1, 48, 48]` in [0, 1] and their classes int64 `[1797]`."""
-    from sklearn.datasets import load_digits  # slow to import, and only the training needs it
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import, only training needs it
 
     digits = load_digits()
     small = torch.from_numpy(digits.images).float()[:, None] / 16

@@ -11,28 +11,19 @@ import datetime
 import itertools
 import json
 import platform
-import subprocess
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emulated import EmulatedLiteAttention
 from model import VideoDiT, load_weights
-from sampling import initial_noise, sample
-from train import contact_sheet
+from records import contact_sheet, git_revision, psnr, relative_l2
+from sampling import denoise, initial_noise
 
 HERE = Path(__file__).parent
-
-
-def psnr(video: Tensor, reference: Tensor) -> Tensor:
-    """PSNR in dB of each clip `[N, C, T, H, W]` in [0, 1]; at most 99, which stands for equal."""
-    error = (video.double() - reference.double()).square().flatten(1).mean(dim=1)
-    return (-10 * torch.log10(error.clamp_min(1e-9 * 10**-0.9))).float()
-
-
-def relative_l2(video: Tensor, reference: Tensor) -> float:
-    return ((video - reference).norm() / reference.norm()).item()
 
 
 def run(
@@ -52,33 +43,25 @@ def run(
             module.reset_skip_state()
             module.set_threshold(0.0 if threshold is None else threshold)
 
-        def before_step(step: int) -> None:
-            for module in attention:
-                module.enable_skip_optimization(threshold is not None and step >= dense_first)
-
+        options = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift}
+        steps = denoise(model, x, y, null_class=model.config.null_class, **options)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.autocast):
-            video = sample(
-                model,
-                x,
-                y,
-                null_class=model.config.null_class,
-                steps=args.steps,
-                guidance=args.guidance,
-                shift=args.shift,
-                before_step=before_step,
-            )
+            for step in range(args.steps):
+                for module in attention:
+                    module.enable_skip_optimization(threshold is not None and step >= dense_first)
+                video = next(steps).clamp(-1, 1)
         clips.append((video.float() + 1) / 2)
         kept.append(torch.stack([torch.stack(module.kept_history) for module in attention], dim=1))
     return torch.cat(clips), torch.stack(kept).mean(dim=0)
 
 
-def skipped_at(points: list[dict], target: float) -> float | None:
+def skipped_at(points: list[dict[str, Any]], target: float) -> float | None:
     """Skipped share at `target` dB, by linear interpolation between neighbouring points; None outside them."""
     ordered = sorted(points, key=lambda point: point["psnr_mean"])
     for low, high in itertools.pairwise(ordered):
         if low["psnr_mean"] <= target <= high["psnr_mean"]:
             part = (target - low["psnr_mean"]) / max(1e-9, high["psnr_mean"] - low["psnr_mean"])
-            return low["skipped"] + part * (high["skipped"] - low["skipped"])
+            return float(low["skipped"] + part * (high["skipped"] - low["skipped"]))
     return None
 
 
@@ -99,20 +82,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def git_revision() -> str:
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     args = parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device(args.device)
     model = load_weights(args.weights).to(device)
-    attention = [m for m in model.set_attention(EmulatedLiteAttention) if isinstance(m, EmulatedLiteAttention)]
+    attention = [EmulatedLiteAttention() for _ in model.blocks]
+    model.use_attention(attention)
     config = model.config
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     noise = initial_noise(seeds, (config.channels, config.frames, config.height, config.width)).to(device)
@@ -158,7 +134,10 @@ def main() -> None:
         "tokens": config.grid()[0] * config.grid()[1] * config.grid()[2],
         "curves": curves,
     }  # fmt: skip
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    # one line for each point: small, and still readable in a diff
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match.group().split()), text)
+    args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -217,12 +217,10 @@ class VideoDiT(nn.Module):
         for layer in (self.modulation, self.final_modulation, self.patch_out):
             nn.init.zeros_(layer.weight)
 
-    def set_attention(self, attention: AttentionFactory) -> list[nn.Module]:
-        """Give every block a new attention module, and return them in order."""
-        modules = [attention() for _ in self.blocks]
+    def use_attention(self, modules: Sequence[nn.Module]) -> None:
+        """Plug in one attention module for each block, in order."""
         for block, module in zip(self.blocks, modules, strict=True):
             block.attn = module
-        return modules
 
     def _time_embedding(self, time: Tensor) -> Tensor:
         half = self.config.dim // 2

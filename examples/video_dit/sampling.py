@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-StepHook = Callable[[int], None]
 
 
 def timesteps(steps: int, shift: float) -> Tensor:
@@ -24,8 +25,7 @@ def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-@torch.no_grad()
-def sample(
+def denoise(
     model: Velocity,
     noise: Tensor,
     labels: Tensor,
@@ -34,9 +34,8 @@ def sample(
     steps: int,
     guidance: float,
     shift: float,
-    before_step: StepHook | None = None,
-) -> Tensor:
-    """Denoise `noise` `[N, C, T, H, W]` to clips in [-1, 1].
+) -> Iterator[Tensor]:
+    """Denoise `noise` `[N, C, T, H, W]`, yielding the clips after every step; the last ones are the result.
 
     Guidance is batched: the model sees the conditional clips and then the unconditional ones in one call of batch 2N,
     so that LiteAttention keeps one state for each branch. guidance 1 needs no second branch and runs none.
@@ -49,20 +48,26 @@ def sample(
         steps: Euler steps.
         guidance: 1 follows the class alone, more exaggerates it.
         shift: see `timesteps`.
-        before_step: called with the step's index before each step.
     """
     levels = timesteps(steps, shift)
     guided = guidance != 1.0
     all_labels = torch.cat((labels, torch.full_like(labels, null_class))) if guided else labels
     x = noise
-    for step in range(steps):
-        if before_step is not None:
-            before_step(step)
+    for now, after in itertools.pairwise(levels.tolist()):
         video = torch.cat((x, x)) if guided else x
-        time = levels[step].to(x.device).expand(video.shape[0])
-        velocity = model(video, time, all_labels).to(x.dtype)
+        time = torch.full((video.shape[0],), now, device=x.device)
+        with torch.no_grad():
+            velocity = model(video, time, all_labels).to(x.dtype)
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + guidance * (conditional - unconditional)
-        x = x + (levels[step + 1] - levels[step]).item() * velocity
+        x = x + (after - now) * velocity
+        yield x
+
+
+def sample(model: Velocity, noise: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The clips that `denoise` ends with, clamped to [-1, 1]."""
+    x = noise
+    for x in denoise(model, noise, labels, **options):  # noqa: B007 (the last one is wanted)
+        pass
     return x.clamp(-1, 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data import MovingDigits
 from model import VideoDiT, VideoDiTConfig, load_weights, save_weights
+from records import contact_sheet
 from sampling import initial_noise, sample
 from sparsity import soft_density
 
@@ -62,23 +63,12 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     else:
         peak, progress, floor = args.lr_full, (step - args.steps_short) / args.steps_full, 0.01
         warm = min(1.0, (step - args.steps_short + 1) / args.warmup)
-    return peak * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return float(peak * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))))
 
 
 def draw_times(count: int, device: torch.device, mean: float) -> Tensor:
     """Logit-normal noise levels: few at the ends, where there is little to learn."""
     return torch.sigmoid(torch.randn(count, device=device) + mean)
-
-
-def contact_sheet(video: Tensor, path: Path, frames: int = 8, scale: int = 2) -> None:
-    """Write clips `[N, 3, T, H, W]` in [-1, 1] as a PNG: one row for each clip, time to the right."""
-    from PIL import Image
-
-    picked = video[:, :, torch.linspace(0, video.shape[2] - 1, frames).round().long()]
-    n, c, t, h, w = picked.shape
-    sheet = picked.permute(0, 3, 2, 4, 1).reshape(n * h, t * w, c)
-    pixels = ((sheet + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-    Image.fromarray(pixels).resize((t * w * scale, n * h * scale), Image.Resampling.BICUBIC).save(path)
 
 
 def main() -> None:
@@ -141,7 +131,8 @@ def main() -> None:
     )
     running: list[Tensor] = []
     densities: list[Tensor] = []
-    ema_pairs = (list(ema.parameters()), list(model.parameters()))
+    averages: list[Tensor] = list(ema.parameters())
+    weights: list[Tensor] = list(model.parameters())
     window = time.time()
     while step < total and time.time() - started < args.stop_after:
         short = step < args.steps_short
@@ -174,7 +165,7 @@ def main() -> None:
             group["lr"] = rate
         optimizer.step()
         # follow closely while there is little history, then average over about 1 / (1 - ema) steps
-        torch._foreach_lerp_(*ema_pairs, 1 - min(args.ema, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(averages, weights, 1 - min(args.ema, (step + 1) / (step + 10)))
         running.append(flow.detach())
         step += 1
         if step % args.log_every == 0 or step in (1, total):
@@ -204,7 +195,7 @@ def main() -> None:
         few = 4 if device.type == "cpu" else 24
         video = sample(ema, noise, labels, null_class=config.null_class, steps=few, guidance=2.0, shift=2.0)
     contact_sheet(video.float(), args.out / "samples.png")
-    gains = [[round(b.q_norm.gain.mean().item(), 3), round(b.k_norm.gain.mean().item(), 3)] for b in ema.blocks]
+    gains = {name: round(p.mean().item(), 3) for name, p in ema.named_parameters() if name.endswith("norm.gain")}
     record(event="saved", step=step, seconds=round(trained_seconds, 1), qk_gain_means=gains)
 
 

@@ -1,0 +1,383 @@
+"""The video DiT example: model, data, sampler, drop-rule study and the demo with its report."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lite_attention import LiteAttention
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "video_dit"
+sys.path.insert(0, str(EXAMPLE))
+
+import demo  # noqa: E402
+import report  # noqa: E402
+from data import MovingDigits, load_photos  # noqa: E402
+from emulated import EmulatedLiteAttention, tile_margins, visiting_order  # noqa: E402
+from evaluate import skipped_at  # noqa: E402
+from model import (  # noqa: E402
+    SdpaAttention,
+    VideoDiT,
+    VideoDiTConfig,
+    apply_rope,
+    block_order,
+    load_weights,
+    patchify,
+    rope_tables,
+    save_weights,
+    unpatchify,
+)
+from records import psnr, relative_l2  # noqa: E402
+from sampling import denoise, initial_noise, sample, timesteps  # noqa: E402
+from sparsity import soft_density  # noqa: E402
+
+TINY = VideoDiTConfig(frames=8, height=32, width=32, dim=128, depth=2, heads=2)  # 512 tokens: 8 x 4 tiles
+
+
+@pytest.fixture
+def tiny() -> VideoDiT:
+    torch.manual_seed(0)
+    model = VideoDiT(TINY).eval().requires_grad_(False)
+    for parameter in model.parameters():  # adaLN-zero starts as the zero function: nothing to see
+        parameter.add_(0.03 * torch.randn_like(parameter))
+    return model
+
+
+# --- model ---
+
+
+def test_velocity_has_the_shape_of_the_video(tiny: VideoDiT) -> None:
+    for frames in (4, 8):
+        out = tiny(torch.randn(2, 3, frames, 32, 32), torch.tensor([0.1, 0.9]), torch.tensor([3, 10]))
+        assert out.shape == (2, 3, frames, 32, 32)
+        assert out.std() > 1e-3
+
+
+def test_patches_come_back_where_they_were() -> None:
+    video = torch.randn(2, 3, 8, 16, 32)
+    tokens = patchify(video, 4)
+    assert tokens.shape == (2, 8 * 4 * 8, 48)
+    assert torch.equal(unpatchify(tokens, (8, 4, 8), 4), video)
+
+
+def test_64_consecutive_tokens_are_a_cube() -> None:
+    t, y, x = torch.unravel_index(block_order((8, 8, 16)), (8, 8, 16))
+    for axis in (t, y, x):
+        span = axis.view(-1, 64)
+        assert torch.equal(span.amax(1) - span.amin(1), torch.full((16,), 3))
+    assert x[64] == 4  # the neighbour to the right completes a KV tile
+
+
+def test_block_order_refuses_a_ragged_grid() -> None:
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        block_order((8, 6, 8))
+
+
+def test_rope_scores_depend_on_the_offset_alone() -> None:
+    grid = (8, 8, 8)
+    cos, sin = rope_tables(grid, 64, 32.0, torch.device("cpu"))
+    q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
+    position = {
+        tuple(p): i for i, p in enumerate(torch.stack(torch.unravel_index(block_order(grid), grid), 1).tolist())
+    }
+
+    def score(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+        i, j = position[a], position[b]
+        return float((apply_rope(q, cos[i], sin[i]) * apply_rope(k, cos[j], sin[j])).sum())
+
+    assert score((0, 1, 2), (3, 3, 3)) == pytest.approx(score((4, 5, 6), (7, 7, 7)), abs=1e-4)
+    assert abs(score((0, 1, 2), (3, 3, 3)) - score((0, 1, 2), (3, 3, 4))) > 1e-3
+
+
+def test_state_dict_does_not_depend_on_the_attention() -> None:
+    dense, lite = VideoDiT(TINY, SdpaAttention), VideoDiT(TINY, LiteAttention)
+    assert list(dense.state_dict()) == list(lite.state_dict())
+    lite.load_state_dict(dense.state_dict())
+
+
+def test_lite_attention_without_skipping_equals_sdpa(tiny: VideoDiT) -> None:
+    arguments = (torch.randn(1, 3, 8, 32, 32), torch.tensor([0.7]), torch.tensor([1]))
+    expected = tiny(*arguments)
+    tiny.use_attention([LiteAttention(enable_skipping=False) for _ in tiny.blocks])
+    torch.testing.assert_close(tiny(*arguments), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_class_and_null_class_change_the_velocity(tiny: VideoDiT) -> None:
+    video, time = torch.randn(1, 3, 4, 32, 32), torch.tensor([0.5])
+    outs = [tiny(video, time, torch.tensor([label])) for label in (0, 1, TINY.null_class)]
+    assert TINY.null_class == 10
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (outs[a] - outs[b]).abs().max() > 1e-4
+
+
+def test_weights_survive_a_round_trip(tiny: VideoDiT, tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", tiny.state_dict(), TINY)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert loaded.config == TINY
+    for name, value in tiny.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_committed_weights_load_and_denoise() -> None:
+    path = EXAMPLE / "video_dit.safetensors"
+    assert path.stat().st_size <= 15_000_000
+    model = load_weights(path)
+    config = model.config
+    assert config.grid()[0] * config.grid()[1] * config.grid()[2] >= 4096
+    assert config.depth >= 4
+    assert config.head_dim in (64, 128)
+    # at little noise the velocity must point from a clean clip to the noise: far better than predicting 0
+    clean, label = MovingDigits(seed=11).batch(1, 4)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([0.4])
+    velocity = model(torch.lerp(clean, noise, 0.4), time, label)
+    target = noise - clean
+    assert (velocity - target).square().mean() < 0.15 * target.square().mean()
+
+
+# --- data ---
+
+
+def test_same_seed_same_clips() -> None:
+    first, second, other = (MovingDigits(seed=seed) for seed in (5, 5, 6))
+    (video, label), (again, label_again), (different, _) = (d.batch(3, 4) for d in (first, second, other))
+    assert torch.equal(video, again)
+    assert torch.equal(label, label_again)
+    assert not torch.equal(video, different)
+    assert not torch.equal(video, first.batch(3, 4)[0])
+
+
+def test_clips_are_coloured_textured_and_moving() -> None:
+    video, label = MovingDigits(seed=1).batch(16, 8)
+    assert video.shape == (16, 3, 8, 64, 64)
+    assert video.abs().max() <= 1
+    assert label.min() >= 0
+    assert label.max() <= 9
+    assert (video[:, :, 0] - video[:, :, -1]).abs().mean(dim=(1, 2, 3)).min() > 0.005
+    assert (video[:, 0] - video[:, 2]).abs().mean() > 0.05
+    # consecutive frames are alike: the motion is smooth
+    steps = (video[:, :, 1:] - video[:, :, :-1]).square().mean()
+    assert steps < 0.3 * (video[:, :, 4:] - video[:, :, :-4]).square().mean() + 0.02
+
+
+def test_photos_are_squares_with_content() -> None:
+    photos = load_photos()
+    assert photos.shape[1:] == (3, 160, 160)
+    assert len(photos) >= 15
+    assert photos.flatten(1).std(dim=1).min() > 0.02
+
+
+# --- sampler ---
+
+
+def test_timesteps_run_from_noise_to_clip() -> None:
+    levels = timesteps(10, 3.0)
+    assert levels[0] == 1
+    assert levels[-1] == 0
+    assert (levels.diff() < 0).all()
+    assert levels[5] == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
+    with pytest.raises(ValueError, match="at least 1"):
+        timesteps(0, 1.0)
+
+
+def test_sampler_is_exact_on_a_straight_field() -> None:
+    target = torch.full((2, 3, 4, 8, 8), 0.25)
+    noise = torch.randn_like(target)
+
+    def field(x: torch.Tensor, time: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return noise - target  # the path from noise to target is straight, so any step count lands on it
+
+    for steps, shift in ((1, 1.0), (7, 4.0)):
+        out = sample(field, noise, torch.zeros(2).long(), null_class=10, steps=steps, guidance=1.0, shift=shift)
+        torch.testing.assert_close(out, target, atol=1e-5, rtol=0)
+
+
+def test_guidance_extrapolates_from_the_null_class() -> None:
+    noise = torch.zeros(1, 3, 4, 8, 8)
+
+    def field(x: torch.Tensor, time: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        assert label.tolist() == [4, 10]
+        return torch.where(label == 10, -0.1, -0.3).view(-1, 1, 1, 1, 1).expand_as(x)
+
+    out = sample(field, noise, torch.tensor([4]), null_class=10, steps=3, guidance=2.0, shift=1.0)
+    torch.testing.assert_close(out, torch.full_like(noise, 0.5))  # 0.1 + 2 * (0.3 - 0.1)
+
+
+def test_a_clip_does_not_depend_on_the_others(tiny: VideoDiT) -> None:
+    noise = initial_noise([1, 2], (3, 4, 32, 32))
+    options = {"null_class": 10, "steps": 2, "guidance": 2.0, "shift": 2.0}
+    both = sample(tiny, noise, torch.tensor([1, 2]), **options)
+    alone = sample(tiny, initial_noise([2], (3, 4, 32, 32)), torch.tensor([2]), **options)
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=0)
+    assert len(list(denoise(tiny, noise[:1], torch.tensor([1]), **options))) == 2
+
+
+# --- the drop rule of the study ---
+
+
+def test_emulated_rule_decides_as_the_package_does(tiny: VideoDiT) -> None:
+    noise = initial_noise([3], (3, 8, 32, 32))
+    emulated = [EmulatedLiteAttention(threshold=-0.5) for _ in tiny.blocks]
+    package = [LiteAttention(threshold=-0.5) for _ in tiny.blocks]
+    outs = []
+    for modules in (emulated, package):
+        tiny.use_attention(modules)
+        outs.append(sample(tiny, noise, torch.tensor([3]), null_class=10, steps=4, guidance=2.0, shift=1.0))
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-3, rtol=0)
+    for ours, theirs in zip(emulated, package, strict=True):
+        keep = ours.keep_map()
+        assert keep is not None
+        assert 0.05 < 1 - keep.float().mean() < 0.95, "the case should drop something and keep something"
+        assert (keep != theirs.keep_map()).float().mean() <= 0.02  # rounding at the threshold
+
+
+def test_margins_follow_the_visiting_order_and_skip_what_is_dropped() -> None:
+    order = visiting_order(256, 512)
+    assert order.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [3, 0, 1, 2]]
+    tile_max = torch.tensor([5.0, 1.0, 9.0, 7.0]).expand(1, 1, 4, 64, 4)
+    keep = torch.tensor([True, True, False, True]).expand(1, 1, 4, 4)
+    margins = tile_margins(tile_max, keep, order)[0, 0]
+    assert margins[0].tolist() == [float("inf"), -4.0, float("-inf"), 2.0]
+    assert margins[3].tolist() == [-2.0, -6.0, float("-inf"), float("inf")]
+
+
+def test_soft_density_is_the_kept_share_in_the_sharp_limit() -> None:
+    q, k = 3 * torch.randn(1, 512, 2, 64), torch.randn(1, 512, 2, 64)
+    emulated = EmulatedLiteAttention(threshold=-1.0)
+    emulated(q, k, k)
+    keep = emulated.keep_map()
+    assert keep is not None
+    soft = soft_density(q, k, torch.arange(8), -1.0, 1e-4)
+    assert soft.item() == pytest.approx(keep.float().mean().item(), abs=0.02)
+    assert soft_density(q, k, torch.arange(8), -9.0, 2.0) > soft_density(q, k, torch.arange(8), -1.0, 2.0)
+
+
+def test_soft_density_has_a_gradient() -> None:
+    q, k = torch.randn(1, 256, 1, 64, requires_grad=True), torch.randn(1, 256, 1, 64, requires_grad=True)
+    soft_density(q, k, torch.tensor([0, 3]), -2.0, 2.0).backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert q.grad.abs().sum() > 0
+
+
+# --- measures and the committed study ---
+
+
+def test_psnr_and_relative_l2() -> None:
+    reference = torch.full((2, 3, 4, 8, 8), 0.5)
+    assert psnr(reference + 0.1, reference).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
+    assert psnr(reference, reference).tolist() == pytest.approx([99.0, 99.0])
+    assert relative_l2(reference * 1.1, reference) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_skipped_share_at_a_quality_is_interpolated() -> None:
+    points = [{"psnr_mean": 30.0, "skipped": 0.6}, {"psnr_mean": 40.0, "skipped": 0.4}]
+    assert skipped_at(points, 35.0) == pytest.approx(0.5)
+    assert skipped_at(points, 45.0) is None
+
+
+def test_committed_study_reaches_its_aim() -> None:
+    study = json.loads((EXAMPLE / "evaluation.json").read_text())
+    assert study["tokens"] >= 4096
+    assert len(study["seeds"]) >= 5
+    best = max(curve["skipped_at_db"]["35"] or 0 for curve in study["curves"])
+    assert best >= 0.4
+    for curve in study["curves"]:
+        shares = [point["skipped"] for point in sorted(curve["points"], key=lambda point: point["threshold"])]
+        assert shares == sorted(shares)
+
+
+def test_training_log_is_whole() -> None:
+    lines = [json.loads(line) for line in (EXAMPLE / "train_log.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "start"
+    assert "H200" in lines[0]["device_name"]
+    full = [line["loss"] for line in lines if line.get("stage") == "full"]
+    assert full[-1] < full[0]
+
+
+# --- demo and report ---
+
+
+@pytest.fixture
+def tiny_weights(tiny: VideoDiT, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_weights(path, tiny.state_dict(), TINY)
+    return path
+
+
+def test_demo_writes_one_self_contained_report(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "deep" / "report.html", tmp_path / "picture.png"
+    options = ["--weights", str(tiny_weights), "--out", str(out), "--picture", str(picture), "--steps", "4"]
+    code = demo.main([*options, "--dense-first", "1", "--thresholds", "-1", "-9", "--seeds", "4", "--device", "cpu"])
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ +dense +100\.0%", printed, re.MULTILINE)
+    assert re.search(r"^ +-1 +\d+\.\d%.* dB +0\.\d+$", printed, re.MULTILINE)
+    page = out.read_text()
+    assert page.count("data:image/webp;base64,") == 4  # dense, two thresholds, the difference
+    assert page.count("<svg") >= 4
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", re.sub(r'xlink:href="#', 'href="#', page))
+    found = re.search(r'<script type="application/json" id="results">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    results = json.loads(found.group(1))
+    dense, loose, strict = results["runs"]
+    assert dense["kept"] == 1
+    assert loose["kept"] < strict["kept"] <= 1
+    assert loose["kept_by_step_and_layer"][1] == [1.0, 1.0]  # a dense step, then the one that writes the first map
+    assert max(loose["kept_by_step_and_layer"][3]) < 1
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--thresholds", "1"], "at most 0"),
+        (["--thresholds", "nan"], "at most 0"),
+        (["--steps", "0"], "at least 1"),
+        (["--dense-first", "19"], "no step that could skip"),
+        (["--weights", "/nonexistent"], "does not exist"),
+        (["--device", "tpu"], "--device"),
+        (["--seeds", "-1"], "negative"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_demo_refuses_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_says_plainly_when_a_kernel_is_missing(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Missing(LiteAttention):
+        def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+            raise NotImplementedError("skip_attention: no kernel for device type 'cuda' in this build")
+
+    monkeypatch.setattr(demo, "LiteAttention", Missing)
+    assert demo.main(["--weights", str(tiny_weights), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "no kernel for device type 'cuda'" in error
+    assert "--device cpu" in error
+
+
+def test_report_measures_time_over_the_skipping_passes_only() -> None:
+    result = report.demo_result()
+    kept, spent = report.proportion(result.runs[1], result.runs[0])
+    assert kept == pytest.approx(0.5)
+    assert spent == pytest.approx(0.525)
+    assert report.proportion(result.runs[0], result.runs[0]) == (1.0, 1.0)
+
+
+def test_cubes_of_the_reach_picture_are_query_tiles() -> None:
+    grid = (8, 8, 16)
+    cubes = torch.from_numpy(report.cube_of_tokens(grid)).flatten()
+    assert torch.equal(cubes[block_order(grid)], torch.arange(16).repeat_interleave(64))
