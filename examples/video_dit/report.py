@@ -359,12 +359,12 @@ p{max-width:74ch;margin:6px 0 14px}.lead{font-size:18px}.small,figcaption{color:
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:22px 0}
 .card{background:#fff;border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .card b{display:block;font-size:26px;line-height:1.2}.card span{color:var(--muted);font-size:14px}
-.videos{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:14px 0}
+.videos{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px;margin:14px 0}
 figure{margin:0}.videos img{width:100%;border-radius:10px;display:block;background:#ddd}
 .videos figcaption{padding-top:6px}.videos strong{color:var(--ink)}
 .panel{background:#fff;border:1px solid var(--line);border-radius:12px;padding:16px;margin:12px 0;overflow-x:auto}
 .panel svg{max-width:100%;height:auto;display:block;margin:auto}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:14px}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:14px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:8px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--muted);font-size:14px}tr:last-child td{border-bottom:0}
