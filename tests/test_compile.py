@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from lite_attention import LiteAttention, SeqParallelLiteAttention, skip_branch
+from lite_attention.modules import MAP_SLOTS
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,24 @@ def test_alternating_shapes_are_compiled_once_each_and_never_stale() -> None:
         torch.testing.assert_close(compiled(x), eager(x), atol=1e-5, rtol=1e-5)
         assert same_state(model, eager)
     assert counter.frame_count == 3
+
+
+def test_a_graph_whose_slot_was_given_away_starts_from_the_full_map() -> None:
+    layer = LiteAttention(threshold=-0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+
+    def inputs(step: int, length: int = 520) -> list[Tensor]:
+        return [2 * noise(step, length).unflatten(-1, (HEADS, HEAD_DIM))] * 3
+
+    first = compiled(*inputs(0))
+    assert float(layer.skip_fraction()) > 0
+    for branch in range(1, MAP_SLOTS):
+        layer(*inputs(branch), branch=branch)
+    layer(*inputs(8, length=521), branch=1)  # has as many tiles, and takes the oldest slot
+    assert torch.equal(compiled(*inputs(0)), first)
+    # The other way round: what the graph has written is not the newcomer's map.
+    fresh = LiteAttention(threshold=-0.5)
+    assert torch.equal(layer(*inputs(9, length=521), branch=1), fresh(*inputs(9, length=521)))
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

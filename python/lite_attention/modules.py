@@ -295,9 +295,7 @@ class LiteAttention(nn.Module):
         keep = torch.where(current, slot.words, -1)
         visible = keep
         if must_skip is not None:
-            if must_do is not None:
-                must_skip = must_skip & ~must_do
-            visible = keep & ~must_skip
+            visible = keep & ~must_skip  # must-do tiles among them are computed all the same: must_keep wins
         out, lse, next_keep = functional.skip_attention(
             query, key, value, visible, threshold, must_keep=must_do, kv_lens=kv_lens, scale=scale
         )
