@@ -58,12 +58,12 @@ def measure_shape(head_dim: int, dtype: torch.dtype, arguments: argparse.Namespa
     """One row of the record: dense and sparse times of one head dim and dtype."""
     length, heads = arguments.length, arguments.heads
     q, k, v = (torch.randn(1, length, heads, head_dim).to(dtype) for _ in range(3))
-    transposed = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    q_heads, k_heads, v_heads = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     full = lite_attention.full_keep_map(1, heads, length, length, head_dim, dtype)
     never_drop = torch.tensor(-torch.inf)
 
     calls: dict[str, Callable[[], object]] = {
-        "sdpa": lambda: functional.scaled_dot_product_attention(*transposed),
+        "sdpa": lambda: functional.scaled_dot_product_attention(q_heads, k_heads, v_heads),
         "dense": lambda: lite_attention.attention(q, k, v),
         "skip, nothing dropped": lambda: lite_attention.skip_attention(q, k, v, full, never_drop),
     }

@@ -5,19 +5,26 @@
 # Reads      Python_EXECUTABLE (the interpreter torch is installed for)
 # Provides   TorchStable::TorchStable, TorchStable_VERSION, TorchStable_CUDA (torch's CUDA version, empty without)
 
-# -I: an isolated build (plain `pip install .`) hides the environment's packages behind PYTHONPATH; torch is meant to be
+# An isolated build (plain `pip install .`) hides the environment's packages behind these variables; torch is meant to be
 # the one already installed there, not gigabytes downloaded for its headers.
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -I -c
-          "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
-  OUTPUT_VARIABLE torch_facts
-  RESULT_VARIABLE torch_failed
-  OUTPUT_STRIP_TRAILING_WHITESPACE
-  ERROR_QUIET)
+set(torch_failed 1)
+foreach(hidden "" "--unset=PYTHONPATH;--unset=PYTHONNOUSERSITE")
+  if(torch_failed)
+    execute_process(
+      COMMAND
+        ${CMAKE_COMMAND} -E env ${hidden} ${Python_EXECUTABLE} -c
+        "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
+      OUTPUT_VARIABLE torch_facts
+      ERROR_VARIABLE torch_errors
+      RESULT_VARIABLE torch_failed
+      OUTPUT_STRIP_TRAILING_WHITESPACE)
+  endif()
+endforeach()
 
 if(torch_failed)
   set(TorchStable_NOT_FOUND_MESSAGE
-      "torch is not installed for ${Python_EXECUTABLE}. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation.")
+      "${Python_EXECUTABLE} cannot import torch. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation. Python said:\n${torch_errors}"
+  )
 else()
   string(REPLACE "\n" ";" torch_facts "${torch_facts}")
   list(GET torch_facts 0 TorchStable_VERSION)

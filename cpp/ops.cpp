@@ -8,11 +8,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/forward.h"
@@ -23,6 +25,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr int64_t kMaxLength = int64_t{1} << 31;  // keeps every product of sizes well inside 64 bits
 
 template <typename... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
@@ -137,8 +141,13 @@ void fill_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     fail(op, "k has ", params.kv_heads, " heads, expected a divisor of q's ", params.query_heads);
   }
   check_shape(op, "v", v, {params.batch, params.kv_len, params.kv_heads, params.head_dim}, "k's shape");
-  if (!std::isfinite(scale) || !(scale > 0.0)) fail(op, "scale is ", scale, ", expected a finite number above 0");
+  for (const auto& [name, length] : {std::pair{"q", params.query_len}, std::pair{"k", params.kv_len}}) {
+    if (length > kMaxLength) fail(op, name, " has length ", length, ", expected at most ", kMaxLength);
+  }
   params.scale = static_cast<float>(scale);
+  if (!std::isnormal(params.scale) || !(params.scale > 0.0f)) {
+    fail(op, "scale is ", scale, ", expected a number above 0 that is finite in fp32");
+  }
   params.tile = tile_shape(params.head_dim);
   params.q = view_bshd(q);
   params.k = view_bshd(k);
@@ -150,11 +159,12 @@ void fill_kv_lens(const char* op, const std::optional<Tensor>& kv_lens, ForwardP
   check_cpu(op, "kv_lens", *kv_lens);
   check_dtype(op, "kv_lens", *kv_lens, ScalarType::Int);
   check_shape(op, "kv_lens", *kv_lens, {params.batch}, "one length a batch entry");
-  if (params.batch > 1 && kv_lens->stride(0) != 1) fail(op, "kv_lens has stride ", kv_lens->stride(0), ", expected 1");
   params.kv_lens = kv_lens->const_data_ptr<int32_t>();
-  for (int64_t batch = 0; batch < params.batch; ++batch) {
-    if (params.kv_lens[batch] < 0 || params.kv_lens[batch] > params.kv_len) {
-      fail(op, "kv_lens[", batch, "] is ", params.kv_lens[batch], ", expected 0 to ", params.kv_len, ", k's length");
+  params.kv_lens_stride = kv_lens->stride(0);
+  for (int64_t entry = 0; entry < params.batch; ++entry) {
+    const int64_t keys = params.existing_keys(entry);
+    if (keys < 0 || keys > params.kv_len) {
+      fail(op, "kv_lens[", entry, "] is ", keys, ", expected 0 to ", params.kv_len, ", k's length");
     }
   }
 }
@@ -216,7 +226,13 @@ std::tuple<Tensor, Tensor> allocate_results(const Tensor& q, ForwardParams& para
   return {std::move(out), std::move(lse)};
 }
 
-void run_forward(const ForwardParams& params) { cpu::forward(params, torch::stable::get_num_threads(), parallel_run); }
+void run_forward(const char* op, const ForwardParams& params) {
+  try {
+    cpu::forward(params, torch::stable::get_num_threads(), parallel_run);
+  } catch (const std::bad_alloc&) {
+    fail(op, "k has length ", params.kv_len, ", too long: a working copy of its heads does not fit into memory");
+  }
+}
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                          const std::optional<Tensor>& keep, const std::optional<Tensor>& kv_lens,
@@ -227,7 +243,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
   fill_kv_lens(op, kv_lens, params);
   if (keep.has_value()) params.keep = view_keep_map(op, "keep", *keep, params, false);
   auto results = allocate_results(q, params);
-  run_forward(params);
+  run_forward(op, params);
   return results;
 }
 
@@ -246,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> skip_attention_cpu(const Tensor& q, const Ten
   Tensor next_keep =
       torch::stable::new_empty(keep, {params.batch, params.query_heads, params.query_tiles(), params.words()});
   params.next_keep = next_keep.mutable_data_ptr<int32_t>();
-  run_forward(params);
+  run_forward(op, params);
   return {std::move(out), std::move(lse), std::move(next_keep)};
 }
 

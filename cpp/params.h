@@ -31,6 +31,7 @@ struct ForwardParams {
 
   TensorView q, k, v;
   const int32_t* kv_lens = nullptr;  // [batch], or null: every sequence has kv_len keys
+  int64_t kv_lens_stride = 1;
 
   KeepMapView keep;       // words null: every tile is visited
   KeepMapView must_keep;  // words null: none
@@ -44,6 +45,9 @@ struct ForwardParams {
 
   [[gnu::always_inline]] int64_t query_tiles() const { return ceil_div(query_len, tile.tile_m); }
   [[gnu::always_inline]] int64_t kv_tiles() const { return ceil_div(kv_len, tile.tile_n); }
+  [[gnu::always_inline]] int64_t existing_keys(int64_t entry) const {
+    return kv_lens == nullptr ? kv_len : kv_lens[entry * kv_lens_stride];
+  }
   [[gnu::always_inline]] int64_t words() const { return ceil_div(kv_tiles(), kTilesPerWord); }
 };
 

@@ -62,6 +62,10 @@ def _load_host_module() -> ModuleType:
             f"its compiled part implements operator interface {built}, expected {OPERATOR_INTERFACE}",
             ["the Python files were updated without rebuilding", "two versions of lite_attention are installed"],
         )
+    try:
+        host.selected_cpu_variant()
+    except RuntimeError as error:
+        raise _import_failure(str(error), ["the environment variable was meant for another processor"]) from error
     return host
 
 
@@ -84,10 +88,11 @@ def _load_operators(host: ModuleType) -> None:
 host = _load_host_module()
 __version__: str = host.VERSION
 
+# Kernels before schemas: an import that fails here leaves nothing behind, and a second one tells the same story.
+_load_operators(host)
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-_load_operators(host)
 
 
 def _register_missing_kernels(name: str) -> None:

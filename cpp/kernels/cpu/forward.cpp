@@ -63,7 +63,7 @@ class VisitGroup {
         head_(head),
         first_query_tile_(group * (params.tile.visit_rows / params.tile.tile_m)),
         query_tiles_(smaller(params.tile.visit_rows / params.tile.tile_m, params.query_tiles() - first_query_tile_)),
-        kv_len_(params.kv_lens == nullptr ? params.kv_len : params.kv_lens[batch]) {}
+        kv_len_(params.existing_keys(batch)) {}
 
   void run() {
     load_queries();
@@ -74,7 +74,16 @@ class VisitGroup {
   }
 
  private:
-  static constexpr int kMaxQueryTiles = 4;
+  static constexpr int kMaxQueryTiles = 3;
+
+  static constexpr bool suits_every_tile_shape() {
+    for (const TileShape& shape : kTileShapes) {
+      if (shape.tile_m % kPanelRows != 0 || shape.visit_rows % shape.tile_m != 0) return false;
+      if (shape.visit_rows / shape.tile_m > kMaxQueryTiles) return false;
+    }
+    return kHeadDimMultiple % 4 == 0;  // transpose_4x4
+  }
+  static_assert(suits_every_tile_shape());
 
   int64_t panels() const { return params_.tile.tile_m / kPanelRows; }
   int64_t valid_rows(int64_t query_tile) const {
@@ -212,13 +221,13 @@ class VisitGroup {
     const int64_t position = (first_query_tile_ + query_tile) * params_.tile.tile_m + row;
     const float sum = workspace_.row_sum[query_tile * params_.tile.tile_m + row];
     const float max = workspace_.row_max[query_tile * params_.tile.tile_m + row];
-    const float inverse = visited_any_[query_tile] ? 1.0f / sum : 0.0f;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key, or none with a finite score
     Storage* __restrict target =
         static_cast<Storage*>(params_.out) +
         ((batch_ * params_.query_len + position) * params_.query_heads + head_) * params_.head_dim;
     for (int64_t d = 0; d < params_.head_dim; ++d) target[d] = Element<dtype>::narrow(values[d] * inverse);
     params_.lse[(batch_ * params_.query_heads + head_) * params_.query_len + position] =
-        visited_any_[query_tile] ? max * params_.scale + ::logf(sum) : -kInfinity;
+        max * params_.scale + ::logf(sum);
   }
 
   const ForwardParams& params_;

@@ -44,7 +44,7 @@ inline void pack_tile(const ForwardParams& params, const PackedTileLayout& layou
   constexpr int64_t kPrefetchedRows = 8;  // rows of one head lie apart, which the processor's own prefetcher misses
   constexpr int kVectorBlock = (kBlock + kLanes - 1) / kLanes * kLanes;  // a block in whole vectors
   const int64_t first_key = tile * params.tile.tile_n;
-  const int64_t keys = smaller(params.tile.tile_n, params.kv_len - first_key);
+  const int64_t keys = smaller(params.tile.tile_n, params.existing_keys(batch) - first_key);
   for (int64_t key = 0; key < keys; ++key) {
     if (key + kPrefetchedRows < keys) {
       prefetch_row<dtype>(row_of<dtype>(params.k, batch, first_key + key + kPrefetchedRows, kv_head), params.head_dim);

@@ -49,14 +49,8 @@ inline void score_block(const float* __restrict q_panel, const float* __restrict
 template <int kColumns>
 inline void accumulate_block(const float* __restrict probabilities, const float* __restrict v, int64_t keys,
                              const Floats* correction, float* __restrict accumulated) {
-  Floats sums[kColumns][kPanelVectors];
-#pragma GCC unroll 16
-  for (int column = 0; column < kColumns; ++column) {
-#pragma GCC unroll 4
-    for (int vec = 0; vec < kPanelVectors; ++vec) {
-      sums[column][vec] = load(accumulated + column * kPanelRows + vec * kLanes) * correction[vec];
-    }
-  }
+  // The tile's sum on its own first: small terms would be lost one by one beside a large total.
+  Floats sums[kColumns][kPanelVectors] = {};
   for (int64_t key = 0; key < keys; ++key) {
     Floats p[kPanelVectors];
 #pragma GCC unroll 4
@@ -72,7 +66,8 @@ inline void accumulate_block(const float* __restrict probabilities, const float*
   for (int column = 0; column < kColumns; ++column) {
 #pragma GCC unroll 4
     for (int vec = 0; vec < kPanelVectors; ++vec) {
-      store(accumulated + column * kPanelRows + vec * kLanes, sums[column][vec]);
+      float* total = accumulated + column * kPanelRows + vec * kLanes;
+      store(total, load(total) * correction[vec] + sums[column][vec]);
     }
   }
 }
@@ -117,48 +112,56 @@ inline void accumulate_tile(const float* probabilities, const float* v, int64_t 
 inline bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float scale, float threshold, float* row_max,
                          float* row_sum, Floats* correction) {
   const float scale_log2 = scale * kLog2E;
-  // Two chains a vector: one maximum waits on the last for as long as two of them take to issue.
+  // Two chains a vector, for the maxima and the sums: one operation waits on the last for as long as two take to issue.
   constexpr int kChains = 2;
   Floats maxima[kChains][kPanelVectors];
   for (auto& chain : maxima) {
     for (Floats& lanes : chain) lanes = broadcast(-kInfinity);
   }
-  for (int64_t key = 0; key < keys; ++key) {
+  const auto look = [&](int64_t key, int chain) {
     for (int vec = 0; vec < kPanelVectors; ++vec) {
-      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
-      maxima[0][vec] = max(maxima[0][vec], score);
+      maxima[chain][vec] = max(maxima[chain][vec], load(scores + key * kPanelRows + vec * kLanes));
     }
-    if (++key == keys) break;
-    for (int vec = 0; vec < kPanelVectors; ++vec) {
-      const Floats score = load(scores + key * kPanelRows + vec * kLanes);
-      maxima[1][vec] = max(maxima[1][vec], score);
-    }
+  };
+  for (int64_t key = 0; key + 1 < keys; key += 2) {
+    look(key, 0);
+    look(key + 1, 1);
   }
+  if (keys % 2 != 0) look(keys - 1, 0);
 
   bool keep = false;
-  Floats new_max[kPanelVectors];
-  Floats sums[kPanelVectors];
+  Floats reference[kPanelVectors];  // what scores are taken relative to: the maximum so far
   for (int vec = 0; vec < kPanelVectors; ++vec) {
     const Floats tile_max = max(maxima[0][vec], maxima[1][vec]);
     const Floats old_max = load(row_max + vec * kLanes);
     const Ints valid = lane_numbers() + vec * kLanes < static_cast<int32_t>(valid_rows);
     keep |= any(((tile_max - old_max) * scale_log2 > threshold) & valid);
 
-    new_max[vec] = max(old_max, tile_max);
-    store(row_max + vec * kLanes, new_max[vec]);
-    // -inf before the first visited tile: the correction then scales zeros.
-    correction[vec] = exp2_nonpositive((old_max - new_max[vec]) * scale_log2);
-    sums[vec] = load(row_sum + vec * kLanes) * correction[vec];
+    const Floats new_max = max(old_max, tile_max);
+    store(row_max + vec * kLanes, new_max);
+    // A row that has met nothing but scores of -inf: any finite reference makes its probabilities 0 instead of NaN.
+    reference[vec] = new_max == -kInfinity ? Floats{} : new_max;
+    correction[vec] = exp2_nonpositive((old_max - reference[vec]) * scale_log2);
   }
-  for (int64_t key = 0; key < keys; ++key) {
+
+  Floats sums[kChains][kPanelVectors] = {};
+  const auto take = [&](int64_t key, int chain) {
     for (int vec = 0; vec < kPanelVectors; ++vec) {
       float* score = scores + key * kPanelRows + vec * kLanes;
-      const Floats p = exp2_nonpositive((load(score) - new_max[vec]) * scale_log2);
+      const Floats p = exp2_nonpositive((load(score) - reference[vec]) * scale_log2);
       store(score, p);
-      sums[vec] += p;
+      sums[chain][vec] += p;
     }
+  };
+  for (int64_t key = 0; key + 1 < keys; key += 2) {
+    take(key, 0);
+    take(key + 1, 1);
   }
-  for (int vec = 0; vec < kPanelVectors; ++vec) store(row_sum + vec * kLanes, sums[vec]);
+  if (keys % 2 != 0) take(keys - 1, 0);
+  for (int vec = 0; vec < kPanelVectors; ++vec) {
+    float* total = row_sum + vec * kLanes;
+    store(total, load(total) * correction[vec] + (sums[0][vec] + sums[1][vec]));
+  }
   return keep;
 }
 

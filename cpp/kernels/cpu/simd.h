@@ -1,7 +1,7 @@
 // Vectors of fp32 for the instruction set this file is compiled for, by the compiler's portable vector extension.
 //
-// Everything lives in an unnamed namespace: the including source is compiled once per instruction set, and no symbol of
-// one of them may be shared with another by the linker.
+// Everything lives in an unnamed namespace: forward.cpp is compiled once per instruction set, and no symbol of one of
+// its objects may be shared with another by the linker.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +62,9 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// 2^x for x <= 0, relative error below 3e-7; x under -125 gives 2^-125 or less, NaN gives NaN.
+// 2^x for x <= 0, relative error below 3e-7; 0 for x under -125, NaN for NaN.
 inline Floats exp2_nonpositive(Floats x) {
   const Floats smallest = broadcast(-125.0f);
-  x = smallest > x ? smallest : x;
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
   const Floats magic = broadcast(12582912.0f);
   const Floats shifted = x + magic;
@@ -77,7 +76,10 @@ inline Floats exp2_nonpositive(Floats x) {
   power = power * fraction + 2.402224243e-1f;
   power = power * fraction + 6.931470037e-1f;
   power = power * fraction + 1.0f;
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
+  const Floats result =
+      reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
+  const Floats outside = x < smallest ? Floats{} : x;
+  return x >= smallest ? result : outside;
 }
 
 // Four rows of four become four columns; strides in floats.
