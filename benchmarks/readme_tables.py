@@ -39,13 +39,16 @@ def video_dit_table(record: dict[str, Any]) -> str:
         "| threshold | tiles kept | attention, s | whole run, s | speed-up of attention | PSNR to dense, dB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    dense = record["runs"][0]
     for run in record["runs"]:
-        dense = run["threshold"] is None
+        name, speed_up, psnr = "dense", "", ""
+        if run is not dense:
+            name = f"{run['threshold']:g}"
+            speed_up = f"{dense['attention_seconds'] / run['attention_seconds']:.2f}x"
+            psnr = f"{run['psnr']:.1f}"
         lines.append(
-            f"| {'dense' if dense else format(run['threshold'], 'g')} | {100 * run['kept']:.0f}% | "
-            f"{run['attention_seconds']:.1f} | {run['total_seconds']:.1f} | "
-            f"{'' if dense else format(record['runs'][0]['attention_seconds'] / run['attention_seconds'], '.2f') + 'x'} | "
-            f"{'' if dense else format(run['psnr'], '.1f')} |"
+            f"| {name} | {100 * run['kept']:.0f}% | {run['attention_seconds']:.1f} | {run['total_seconds']:.1f} | "
+            f"{speed_up} | {psnr} |"
         )
     return "\n".join(lines)
 

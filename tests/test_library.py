@@ -82,7 +82,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
 
 def test_import_with_a_damaged_operator_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
-        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE}\nselected_cpu_variant = lambda: 'any'\n"
+        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE}\nVERSION = '0'\nselected_cpu_variant = lambda: 'any'\n"
     )
     (copied_package / "_ops.so").write_bytes(b"\x7fELF")
     assert_expected_inline(
