@@ -124,10 +124,10 @@ batches differ -> RuntimeError: attention: k has batch 1, expected 2 as q
 v shorter than k -> RuntimeError: attention: v has shape [2, 7, 2, 16], expected [2, 2400, 2, 16] (k's shape)
 last stride of q is 2 -> RuntimeError: attention: q has stride 2 in its last dimension, expected 1
 last stride of v is not 1 -> RuntimeError: attention: v has stride 2 in its last dimension, expected 1
-scale 0 -> RuntimeError: attention: scale is 0, expected a finite number above 0
-scale -1 -> RuntimeError: attention: scale is -1, expected a finite number above 0
-scale NaN -> RuntimeError: attention: scale is nan, expected a finite number above 0
-scale inf -> RuntimeError: attention: scale is inf, expected a finite number above 0
+scale 0 -> RuntimeError: attention: scale is 0, expected a number above 0 that is finite in fp32
+scale -1 -> RuntimeError: attention: scale is -1, expected a number above 0 that is finite in fp32
+scale NaN -> RuntimeError: attention: scale is nan, expected a number above 0 that is finite in fp32
+scale inf -> RuntimeError: attention: scale is inf, expected a number above 0 that is finite in fp32
 q is a list -> TypeError: attention: q has type list, expected a tensor
 v is None -> TypeError: attention: v has type NoneType, expected a tensor
 sparse q -> TypeError: attention: q has layout torch.sparse_coo, expected torch.strided""",
@@ -309,7 +309,7 @@ value shorter than key -> ValueError: LiteAttention: value has shape [2, 5, 2, 1
 strided query -> RuntimeError: skip_attention: q has stride 2 in its last dimension, expected 1
 scale as text -> TypeError: LiteAttention: scale has type str, expected a float or None
 scale as a tensor -> TypeError: LiteAttention: scale has type Tensor, expected a float or None
-scale 0 -> RuntimeError: skip_attention: scale is 0, expected a finite number above 0
+scale 0 -> RuntimeError: skip_attention: scale is 0, expected a number above 0 that is finite in fp32
 branch 8 -> ValueError: LiteAttention: branch is 8, expected 0 to 7
 branch -1 -> ValueError: LiteAttention: branch is -1, expected 0 to 7
 branch as text -> TypeError: LiteAttention: branch has type str, expected an int
