@@ -29,6 +29,7 @@ from lite_attention import (
     skip_branch,
     unpack_keep_map,
 )
+from lite_attention.modules import MAX_BRANCHES
 
 CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
 THRESHOLD = -8.0
@@ -654,3 +655,44 @@ def test_sequence_parallel_takes_ranges_by_keyword() -> None:
     only = torch.zeros(2, 4, 7, 6, dtype=torch.bool)
     only[..., 0] = True
     check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
+
+
+def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:
+    layer = LiteAttention(threshold=0.0)
+    small, large = torch.randn(1, 300, 1, 8), torch.randn(1, 600, 1, 8)
+    keys = torch.cat((small[:, :128], 0.01 * small[:, 128:]), dim=1)  # only the first tile matters
+    for branch in range(MAX_BRANCHES):
+        layer(small, keys, small, branch=branch)
+    before = [float(layer.skip_fraction(branch)) for branch in range(MAX_BRANCHES)]
+    layer(large, large, large, branch=3)
+    after = [float(layer.skip_fraction(branch)) for branch in range(MAX_BRANCHES)]
+    assert min(before) > 0, "the inputs are meant to drop something"
+    assert [after[b] for b in range(MAX_BRANCHES) if b != 3] == [before[b] for b in range(MAX_BRANCHES) if b != 3]
+    assert layer.keep_map(3).shape == (1, 1, 10, 5)
+
+
+def test_a_copy_made_in_inference_mode_works_outside_of_it() -> None:
+    layer = LiteAttention()
+    x = torch.randn(1, 300, 1, 8)
+    layer(x, x, x)
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x, x, x), layer(x, x, x))
+
+
+def test_thresholds_beyond_fp32_are_infinite_and_a_refused_one_changes_nothing() -> None:
+    layer = LiteAttention(threshold=-1e39)
+    assert layer.threshold == -math.inf
+    layer.set_threshold(-3.0)
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        layer.set_threshold(math.nan)
+    assert layer.threshold == -3.0
+
+
+def test_tile_shape_follows_compiled_passes() -> None:
+    layer = LiteAttention()
+    narrow, wide = torch.randn(1, 70, 1, 64), torch.randn(1, 70, 1, 256)
+    step = torch.compile(layer, backend="eager")
+    for x, expected in ((narrow, (64, 128)), (wide, (64, 64)), (narrow, (64, 128))):
+        step(x, x, x)
+        assert layer.tile_shape() == expected

@@ -36,6 +36,11 @@ def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def in_fp32_range(threshold: float) -> float:
+    """The threshold as an fp32 tensor can hold it: what lies beyond fp32's range becomes infinite."""
+    return math.copysign(math.inf, threshold) if abs(threshold) > torch.finfo(torch.float32).max else threshold
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -102,7 +107,7 @@ def skip_attention(
             raise TypeError(
                 f"skip_attention: threshold has type {type(threshold).__name__}, expected a number or tensor"
             )
-        threshold = torch.full((), threshold, dtype=torch.float32, device=q.device)
+        threshold = torch.full((), in_fp32_range(threshold), dtype=torch.float32, device=q.device)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.lite_attention.skip_attention(
         q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
     )

@@ -337,6 +337,8 @@ class LiteAttention(nn.Module):
             _logger.info("branch %d: skip state reset, the inputs changed from (%s) to (%s)", branch, last, shape)
         self._last_shapes[branch] = shape
 
+        if self._live.is_inference() and not torch.is_inference_mode_enabled():
+            self._start_over(self._device())  # a copy made in inference mode: its state could not be written here
         owners = self._owners()
         if owner in owners:
             return owners.index(owner), stamp
@@ -345,12 +347,16 @@ class LiteAttention(nn.Module):
                 f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once on "
                 "inputs of this shape and branch before torch.export"
             )
-        sisters = [other for other in _instances if other._owners() == owners and other._device() == self._device()]
+        layers = [self]
+        if compiling:
+            layers += [
+                other
+                for other in _instances
+                if other is not self and other._owners() == owners and other._device() == self._device()
+            ]
         with torch.inference_mode(False):
-            self._make_room(branch, shape)
-            for sister in sisters if compiling else ():
-                if sister is not self:
-                    sister._make_room(branch, shape)
+            for layer in layers:
+                layer._make_room(branch, shape)
         return self._owners().index(owner), stamp
 
     def _owners(self) -> list[tuple[int, _Shape] | None]:
@@ -366,19 +372,27 @@ class LiteAttention(nn.Module):
         if self._device() != shape.device:
             self._start_over(shape.device)
         owners = self._owners()
-        if None in owners:
-            index = owners.index(None)
-        else:
-            index, self._oldest = self._oldest, (self._oldest + 1) % MAP_SLOTS
+        index = owners.index(None) if None in owners else self._slot_to_give_away(branch)
         self._all_slots()[index].give_to(branch, shape)
+
+    def _slot_to_give_away(self, branch: int) -> int:
+        """The oldest slot of the same branch, whose map of another shape is out of date; else the oldest of all."""
+        by_age = [(self._oldest + age) % MAP_SLOTS for age in range(MAP_SLOTS)]
+        owners = self._owners()
+        index = next((i for i in by_age if owners[i] is not None and owners[i][0] == branch), by_age[0])  # type: ignore[index]
+        if self._verbose:
+            _logger.info("all %d slots are taken: the map of branch and shape %s makes room", MAP_SLOTS, owners[index])
+        self._oldest = (index + 1) % MAP_SLOTS
+        return index
 
     def _start_over(self, device: torch.device) -> None:
         """Threshold and empty state on a device, from what Python knows alone."""
-        self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
-        self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
-        self._oldest = 0
-        for slot in self._all_slots():
-            slot.empty(device)
+        with torch.inference_mode(False):
+            self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
+            self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
+            self._oldest = 0
+            for slot in self._all_slots():
+                slot.empty(device)
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
@@ -390,16 +404,16 @@ class LiteAttention(nn.Module):
             TypeError, ValueError: not numbers, NaN, or above 0 without ``LITE_ATTENTION_DEBUG``.
         """
         values = _checked_threshold(threshold, self._allow_positive_threshold)
-        self._threshold_values = values
         if isinstance(values, float) and self._threshold.dim() == 0:
             self._threshold.fill_(values)
-            return
-        with torch.inference_mode(False):
-            new = torch.tensor(values, dtype=torch.float32, device=self._device())
-        if new.shape == self._threshold.shape:
-            self._threshold.copy_(new)
         else:
-            self._threshold = new
+            with torch.inference_mode(False):
+                new = torch.tensor(values, dtype=torch.float32, device=self._device())
+            if new.shape == self._threshold.shape:
+                self._threshold.copy_(new)
+            else:
+                self._threshold = new
+        self._threshold_values = values
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -440,25 +454,28 @@ class LiteAttention(nn.Module):
             RuntimeError: the branch has not run yet, so its shape is unknown.
         """
         branch = _current_branch if branch is None else _checked_branch(branch, "keep_map")
-        live = int(self._live[branch])
-        for slot, shape in self._maps_of(branch):
-            if abs(live) == _stamp(branch, shape):
-                if bool(self._is_current(slot, branch, shape)):
-                    return unpack_keep_map(slot.words, shape.kv_tiles())
-                return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
-        raise RuntimeError(f"keep_map: branch {branch} has no keep map yet, expected a skipping pass before")
+        slot, shape = self._last_map(branch, "keep_map")
+        if bool(self._is_current(slot, branch, shape)):
+            return unpack_keep_map(slot.words, shape.kv_tiles())
+        return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
 
     def tile_shape(self, branch: int | None = None) -> tuple[int, int]:
-        """Rows of a query tile and keys of a KV tile in the branch's map.
+        """Rows of a query tile and keys of a KV tile in the branch's map. Waits for the device.
 
         Raises:
             RuntimeError: the branch has not run yet, so its head dim and dtype are unknown.
         """
         branch = _current_branch if branch is None else _checked_branch(branch, "tile_shape")
-        if branch not in self._last_shapes:
-            raise RuntimeError(f"tile_shape: branch {branch} has no keep map yet, expected a skipping pass before")
-        shape = self._last_shapes[branch]
+        _, shape = self._last_map(branch, "tile_shape")
         return tiles.tile_shape(shape.head_dim, shape.dtype)
+
+    def _last_map(self, branch: int, name: str) -> tuple[_MapSlot, _Shape]:
+        """The slot and shape of the branch's latest pass, whether its map still counts or was reset."""
+        live = abs(int(self._live[branch]))
+        for slot, shape in self._maps_of(branch):
+            if live == _stamp(branch, shape):
+                return slot, shape
+        raise RuntimeError(f"{name}: branch {branch} has no keep map yet, expected a skipping pass before")
 
     def _maps_of(self, branch: int) -> list[tuple[_MapSlot, _Shape]]:
         return [(slot, slot.owner[1]) for slot in self._all_slots() if slot.owner and slot.owner[0] == branch]
@@ -613,7 +630,7 @@ def _checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tu
                 f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
                 "set LITE_ATTENTION_DEBUG"
             )
-        values.append(float(entry))
+        values.append(functional.in_fp32_range(float(entry)))
     if not values:
         raise ValueError("threshold is empty, expected one number, or one per query head")
     return tuple(values) if many else values[0]

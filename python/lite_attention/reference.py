@@ -47,7 +47,7 @@ def drop_margin(tile_max: Tensor, visited: Tensor, order: Tensor, scale: float) 
 
     Returns:
         ``[query_tiles, kv_tiles]``: the largest margin over the rows; +inf for the first tile visited, -inf for tiles
-        not visited. This is the only place where the drop rule's arithmetic is written down.
+        not visited. The oracle's drop rule is here and nowhere else.
     """
     by_visit = order.unsqueeze(1).expand_as(tile_max)
     seen = tile_max.masked_fill(~visited.unsqueeze(1), -math.inf).gather(-1, by_visit)
