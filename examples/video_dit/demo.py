@@ -142,6 +142,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=HERE / "video_dit.safetensors")
     parser.add_argument("--curve", type=Path, default=HERE / "evaluation.json", help="committed curve shown beside")
     parser.add_argument("--picture", type=Path, help="also write an overview of the report as a PNG")
+    parser.add_argument("--record", type=Path, help="also write the figures as JSON")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=[-2.0, -6.0, -10.0], help="powers of two, at most 0"
     )
@@ -220,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"report: {args.out}  ({result.seconds:.0f} s)")
     if args.picture:
         report.write_picture(result, args.picture)
+    if args.record:
+        args.record.write_text(json.dumps(report.facts(result), indent=1) + "\n")
     return 0
 
 

@@ -496,17 +496,3 @@ changes rather than how well it draws.</p>
 """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-
-
-def demo_result(grid: tuple[int, int, int] = (8, 8, 8), layers: int = 2, heads: int = 2, steps: int = 4) -> Result:
-    """A made-up result, for looking at the page without a model."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = math.prod(grid)
-    video = torch.rand(1, 3, grid[0], grid[1] * 4, grid[2] * 4, generator=generator)
-    dense = Run(None, video, torch.ones(steps, layers, heads), torch.full((steps, layers), 0.2), 2.0)
-    kept = torch.ones(steps, layers, heads)
-    kept[2:] = 0.5
-    maps = [torch.rand(heads, tokens // 64, tokens // 128, generator=generator) < 0.5 for _ in range(layers)]
-    sparse = Run(-6.0, video * 0.99, kept, kept.mean(dim=2) * 0.21, 1.6, maps, 40.0, 0.01)
-    options = {"steps": steps, "dense_first": 1, "guidance": 1.0, "shift": 1.0, "seeds": [0], "thresholds": [-6.0]}
-    return Result([dense, sparse], options, {"device": "none"}, grid, None, 1.0)
