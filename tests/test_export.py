@@ -70,6 +70,7 @@ def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path
     torch.save([noise(step % 2) for step in range(STEPS)], tmp_path / "inputs.pt")
     code = f"""
 import torch
+import torch._inductor.codecache  # torch 2.10 does not load it by itself
 import lite_attention  # the operators
 
 step = torch._inductor.aoti_load_package({package!r})

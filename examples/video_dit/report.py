@@ -15,7 +15,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
