@@ -27,7 +27,7 @@ test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan b
 	$(SANITIZED)/bin/python -m pytest tests/test_operators.py tests/test_errors.py tests/test_properties.py
 
 .PHONY: lint
-lint: $(VENV)/lint.done ## Check format, style and types
+lint: $(VENV)/test.done $(VENV)/lint.done ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
