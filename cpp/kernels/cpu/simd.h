@@ -36,6 +36,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
+using Words = uint32_t __attribute__((vector_size(kVectorBytes)));  // for arithmetic on bits, which may wrap
 
 inline Floats load(const float* source) {
   Floats vector;
@@ -77,7 +78,7 @@ inline Floats exp2_nonpositive(Floats x) {
   power = power * fraction + 6.931470037e-1f;
   power = power * fraction + 1.0f;
   const Floats result =
-      reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
+      reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + (reinterpret_cast<Words>(shifted) << 23));
   const Floats outside = x < smallest ? Floats{} : x;
   return x >= smallest ? result : outside;
 }
@@ -176,7 +177,7 @@ inline Floats widen_vector(const typename Element<dtype>::Storage* source) {
     using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
     Halves halves;
     std::memcpy(&halves, source, sizeof(halves));
-    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
   } else {
 #if defined(__AVX512F__)
     // The masked form: GCC 12 takes the plain one's undefined third operand for an uninitialised variable.
