@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cpp' -o -name '*.h')
+CUDA_BUILD_INPUTS := $(BUILD_INPUTS) $(shell find cpp -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 SANITIZED := build/sanitized
+CUDA_BUILD := build/cuda
 
 .PHONY: help
 help: ## Show this list
@@ -26,18 +29,22 @@ test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan b
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(SANITIZED)/bin/python -m pytest tests/test_operators.py tests/test_errors.py tests/test_properties.py
 
+.PHONY: build-cuda
+build-cuda: $(CUDA_BUILD)/done ## Compile the Hopper kernels, without a GPU, into a wheel; prints what each takes
+	$(BIN)/python cmake/check_ptxas.py table $(CUDA_BUILD)
+
 .PHONY: lint
 lint: $(VENV)/test.done $(VENV)/lint.done ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 .PHONY: format
 format: $(VENV)/lint.done ## Rewrite sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 .PHONY: bench
 bench: $(VENV)/demo.done ## Measure the CPU kernels; writes benchmarks/results/
@@ -68,4 +75,14 @@ $(SANITIZED)/done: $(VENV)/test.done
 	$(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	  --force-reinstall -C build-dir=build/sanitized-cmake -C cmake.define.LITE_ATTENTION_WERROR=ON \
 	  -C cmake.define.LITE_ATTENTION_SANITIZE=address,undefined .
+	touch $@
+
+# nvcc and CUTLASS come as wheels, of one version everywhere: another nvcc may allocate registers in another way.
+$(CUDA_BUILD)/done: $(VENV)/base.done $(CUDA_BUILD_INPUTS)
+	$(PIP_INSTALL) --no-deps nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
+	toolkit=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13; \
+	CUDACXX=$$toolkit/bin/nvcc LIBRARY_PATH=$$toolkit/lib \
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  -C build-dir=$(CUDA_BUILD) -C cmake.define.LITE_ATTENTION_WERROR=ON -C cmake.define.LITE_ATTENTION_CUDA=ON \
+	  --wheel-dir $(CUDA_BUILD) .
 	touch $@

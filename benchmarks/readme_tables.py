@@ -4,11 +4,28 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from attention_record import (
+    ATTENTION,
+    CUDNN,
+    FA3,
+    FLEX,
+    OURS,
+    PATTERNS,
+    SCATTERED,
+    SKIP_ATTENTION,
+    Row,
+    point,
+    rate,
+)
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+# What benchmarks/plots.py draws of a record, by the end of the file's name.
+PLOTS = {"length": "Dense TFLOP/s against sequence length", "density": "Time against the share of tiles kept"}
 
 
 def cpu_attention_table(record: dict[str, Any]) -> str:
@@ -35,40 +52,146 @@ def cpu_attention_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _percentages(densities: Iterable[float]) -> str:
+    return " / ".join(f"{100 * density:.0f}" for density in densities) + "%"
+
+
+def _dense_lines(record: dict[str, Any]) -> list[str]:
+    over_dense = {row["shape"]["name"]: row["time_over_dense"] for row in record["skip"]}
+    lines = [
+        f"| dense, TFLOP/s | lite_attention | {FA3} | {CUDNN} | {FLEX} | rate / {FA3} | "
+        "time of `skip_attention`, nothing dropped / dense |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["dense"]:
+        name = row["shape"]["name"]
+        rates = " | ".join(_figure(rate(row, kernel), 0) for kernel in (ATTENTION, FA3, CUDNN, FLEX))
+        lines.append(f"| {name} | {rates} | {_figure(row['rate_over_fa3'], 3)} | {_figure(over_dense.get(name), 3)} |")
+    return lines
+
+
+def _proportional(rows: list[Row], kernel: str, pattern: str) -> str:
+    points = [point(row, kernel, pattern) for row in rows]
+    return " / ".join("" if one is None else _figure(one["time_over_proportional"], 2) for one in points)
+
+
+def _density_lines(record: dict[str, Any]) -> list[str]:
+    by_shape: dict[str, list[Row]] = {}
+    for row in record["density"]:
+        by_shape.setdefault(row["shape"]["name"], []).append(row)
+    densities = _percentages(dict.fromkeys(row["density"] for row in record["density"]))
+    lines = [
+        f"Time / (density * {FA3}'s dense time) at {densities} of the tiles:",
+        "",
+        f"| | {' | '.join(PATTERNS)} | {SCATTERED}, `skip_attention` |",
+        "| --- |" + " --- |" * (len(PATTERNS) + 1),
+    ]
+    columns = [*((ATTENTION, pattern) for pattern in PATTERNS), (SKIP_ATTENTION, SCATTERED)]
+    for name, rows in by_shape.items():
+        lines.append(f"| {name} | {' | '.join(_proportional(rows, *column) for column in columns)} |")
+    for name, rows in by_shape.items():
+        measured = [row for row in rows if point(row, FLEX, SCATTERED)]
+        if measured:
+            lines += ["", f"{FLEX} at {name}, blocks of 128 x 128: {_proportional(measured, FLEX, SCATTERED)}."]
+    return lines
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    loops = [loop for row in record["dense"] for loop in row["loops"]]
+    clocks = [loop["sm_clock_mhz"] for loop in loops if loop["sm_clock_mhz"]]
+    powers = [loop["power_watts"] for loop in loops if loop["power_watts"]]
+    sampled = ""
+    if clocks and powers:
+        sampled = f" ({min(clocks):.0f} to {max(clocks):.0f} MHz, {min(powers):.0f} to {max(powers):.0f} W when dense)"
+    product, cudnn = record["cublas"][0], record["cudnn"]
+    absent = "".join(f" {name} was absent." for name in record["absent"])
+    return (
+        f"{record['dtype']}, random normal inputs, loops of {record['seconds_per_loop']:g} s on one {record['gpu']}"
+        f"{sampled}; cuBLAS reaches {product['tflops']:.0f} TFLOP/s there with {product['size']}^3. "
+        f"Driver {record['driver']}, torch {record['environment']['torch']}, fa3-fwd {record['fa3']}, "
+        f"cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, revision {record['revision']}, {record['date'][:10]}.{absent} "
+        f"Made by `{record['command']}`."
+    )
+
+
+def attention_table(record: dict[str, Any]) -> str:
+    """On a GPU: dense rates beside the peers', time against density, host time, and what it was measured with."""
+    microseconds = record["host"][0]["microseconds"]
+    host = ", ".join(f"`{name}` {microseconds[name]['no_grad']:.0f}" for name in OURS)
+    if FA3 in microseconds:
+        host += f", {FA3} {microseconds[FA3]['no_grad']:.0f}"
+    lines = [*_dense_lines(record), "", *_density_lines(record), ""]
+    lines += [f"Microseconds until a call returns on the host: {host}.", "", _conditions(record)]
+    return "\n".join(lines)
+
+
 def video_dit_table(record: dict[str, Any]) -> str:
     """The demo's own table: what skipping costs and saves on a whole denoising run."""
+    dense = record["runs"][0]
+    unit, factor, digits = ("s", 1, 1) if dense["attention_seconds"] >= 1 else ("ms", 1000, 0)
+    clips = len(record["options"]["seeds"])
+    quality = "PSNR to dense, dB" if clips == 1 else f"PSNR to dense, dB: mean / worst of {clips} clips"
     lines = [
-        "| threshold | tiles kept | attention, s | whole run, s | speed-up of attention | PSNR to dense, dB |",
+        f"| threshold | tiles kept | attention, {unit} | whole run, {unit} | speed-up of attention | {quality} |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    dense = record["runs"][0]
     for run in record["runs"]:
         name, speed_up, psnr = "dense", "", ""
         if run is not dense:
             name = f"{run['threshold']:g}"
             speed_up = f"{dense['attention_seconds'] / run['attention_seconds']:.2f}x"
-            psnr = f"{run['psnr']:.1f}"
-        lines.append(
-            f"| {name} | {100 * run['kept']:.0f}% | {run['attention_seconds']:.1f} | {run['total_seconds']:.1f} | "
-            f"{speed_up} | {psnr} |"
-        )
+            psnr = f"{run['psnr']:.1f}" if clips == 1 else f"{run['psnr']:.1f} / {run['psnr_worst']:.1f}"
+        seconds = (run["attention_seconds"], run["total_seconds"])
+        shown = " | ".join(f"{factor * value:.{digits}f}" for value in seconds)
+        lines.append(f"| {name} | {100 * run['kept']:.0f}% | {shown} | {speed_up} | {psnr} |")
     return "\n".join(lines)
 
 
-TABLES = {"cpu_attention": cpu_attention_table, "video_dit_cpu": video_dit_table}
+def video_dit_gpu_table(record: dict[str, Any]) -> str:
+    """The demo's table with the sentence that a second machine needs."""
+    environment, options = record["environment"], record["options"]
+    return (
+        f"{video_dit_table(record)}\n\n{environment['device']}, {environment['dtype']}, {options['clips']} clips "
+        f"denoised together, torch {environment['torch']}, {environment['date'][:10]}."
+    )
+
+
+# Tables by the name of their place in README.md and of their record.
+TABLES = {
+    "cpu_attention": cpu_attention_table,
+    "video_dit_cpu": video_dit_table,
+    "attention_h200": attention_table,
+    "video_dit_h200": video_dit_gpu_table,
+}
+# A record that is not there yet leaves a word in its place.
+NOT_MEASURED = "Not measured yet."
+
+
+def table(name: str) -> str:
+    """The text of one place."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return NOT_MEASURED
+    text = TABLES[name](json.loads(path.read_text()))
+    for plot in sorted(RESULTS.glob(f"{name}_*.png")):
+        text += f"\n\n![{PLOTS[plot.stem.rpartition('_')[2]]}]({plot.relative_to(ROOT)})"
+    return text
 
 
 def with_tables(text: str) -> str:
     """The text with every marked table made anew from its record."""
-    for name, make in TABLES.items():
-        record = json.loads((RESULTS / f"{name}.json").read_text())
+    for name in TABLES:
         marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise ValueError(
                 f"README.md has no place for the table {name}: expected <!-- table {name} --> ... <!-- end -->"
             )
-        table = make(record)
-        text = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)  # type: ignore[misc]
+        made = table(name)
+        text = marked.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
 

@@ -5,31 +5,19 @@
 # Reads      Python_EXECUTABLE (the interpreter torch is installed for)
 # Provides   TorchStable::TorchStable, TorchStable_VERSION, TorchStable_CUDA (torch's CUDA version, empty without)
 
-# An isolated build (plain `pip install .`) hides the environment's packages behind these variables; torch is meant to be
-# the one already installed there, not gigabytes downloaded for its headers.
-set(torch_failed 1)
-foreach(hidden "" "--unset=PYTHONPATH;--unset=PYTHONNOUSERSITE")
-  if(torch_failed)
-    execute_process(
-      COMMAND
-        ${CMAKE_COMMAND} -E env ${hidden} ${Python_EXECUTABLE} -c
-        "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
-      OUTPUT_VARIABLE torch_facts
-      ERROR_VARIABLE torch_errors
-      RESULT_VARIABLE torch_failed
-      OUTPUT_STRIP_TRAILING_WHITESPACE)
-  endif()
-endforeach()
-
-if(torch_failed)
+include(BuildingPython)
+query_building_python(
+  torch
+  "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
+)
+if(torch_ERROR)
   set(TorchStable_NOT_FOUND_MESSAGE
-      "${Python_EXECUTABLE} cannot import torch. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation. Python said:\n${torch_errors}"
+      "${Python_EXECUTABLE} cannot import torch. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation. Python said:\n${torch_ERROR}"
   )
 else()
-  string(REPLACE "\n" ";" torch_facts "${torch_facts}")
-  list(GET torch_facts 0 TorchStable_VERSION)
-  list(GET torch_facts 1 TorchStable_CUDA)
-  list(GET torch_facts 2 torch_folder)
+  list(GET torch_LINES 0 TorchStable_VERSION)
+  list(GET torch_LINES 1 TorchStable_CUDA)
+  list(GET torch_LINES 2 torch_folder)
   find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h PATHS "${torch_folder}/include" NO_DEFAULT_PATH)
   find_library(TorchStable_LIBRARY torch PATHS "${torch_folder}/lib" NO_DEFAULT_PATH)
 endif()

@@ -35,6 +35,9 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;
   module.attr("TORCH_BUILD_VERSION") = LITE_ATTENTION_TORCH_VERSION;
+  // Empty in a build without CUDA kernels.
   module.attr("CUDA_ARCHITECTURES") = LITE_ATTENTION_CUDA_ARCHITECTURES;
+  module.attr("CUDA_VERSION") = LITE_ATTENTION_CUDA_VERSION;
+  module.attr("CUTLASS_VERSION") = LITE_ATTENTION_CUTLASS_VERSION;
   module.attr("HEAD_DIM_MULTIPLE") = kHeadDimMultiple;
 }

@@ -1,16 +1,22 @@
 // The keep map as kernels see it: bit j % 32 of word j / 32 says whether KV tile j is computed for a query tile.
 //
 // Functions here are always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy
-// made for one of them must never serve another.
+// made for one of them must never serve another. CUDA kernels use them too.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define LITE_ATTENTION_INLINE [[gnu::always_inline]] __host__ __device__
+#else
+#define LITE_ATTENTION_INLINE [[gnu::always_inline]]
+#endif
 
 namespace lite_attention {
 
 inline constexpr int64_t kTilesPerWord = 32;
 
-[[gnu::always_inline]] constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+LITE_ATTENTION_INLINE constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
@@ -28,22 +34,22 @@ struct KeepMapRow {
   const int32_t* words;
   int64_t word_stride;
 
-  [[gnu::always_inline]] KeepMapRow(const KeepMapView& map, int64_t batch, int64_t head, int64_t query_tile)
+  LITE_ATTENTION_INLINE KeepMapRow(const KeepMapView& map, int64_t batch, int64_t head, int64_t query_tile)
       : words(map.words == nullptr
                   ? nullptr
                   : map.words + batch * map.batch_stride + head * map.head_stride + query_tile * map.query_tile_stride),
         word_stride(map.word_stride) {}
 
-  [[gnu::always_inline]] bool given() const { return words != nullptr; }
+  LITE_ATTENTION_INLINE bool given() const { return words != nullptr; }
 
-  [[gnu::always_inline]] bool bit(int64_t tile) const {
+  LITE_ATTENTION_INLINE bool bit(int64_t tile) const {
     return (static_cast<uint32_t>(words[(tile / kTilesPerWord) * word_stride]) >> (tile % kTilesPerWord)) & 1u;
   }
 };
 
 // The KV tile a query tile visits first: the one on the diagonal of its visit group.
-[[gnu::always_inline]] constexpr int64_t first_visited_tile(int64_t query_tile, int64_t tile_m, int64_t tile_n,
-                                                            int64_t visit_rows, int64_t query_len, int64_t kv_len) {
+LITE_ATTENTION_INLINE constexpr int64_t first_visited_tile(int64_t query_tile, int64_t tile_m, int64_t tile_n,
+                                                           int64_t visit_rows, int64_t query_len, int64_t kv_len) {
   const int64_t first_row = query_tile * tile_m / visit_rows * visit_rows;
   return first_row * kv_len / query_len / tile_n;
 }

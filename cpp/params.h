@@ -43,12 +43,12 @@ struct ForwardParams {
   void* out = nullptr;   // contiguous [batch, query_len, query_heads, head_dim]
   float* lse = nullptr;  // contiguous [batch, query_heads, query_len]
 
-  [[gnu::always_inline]] int64_t query_tiles() const { return ceil_div(query_len, tile.tile_m); }
-  [[gnu::always_inline]] int64_t kv_tiles() const { return ceil_div(kv_len, tile.tile_n); }
-  [[gnu::always_inline]] int64_t existing_keys(int64_t entry) const {
+  LITE_ATTENTION_INLINE int64_t query_tiles() const { return ceil_div(query_len, tile.tile_m); }
+  LITE_ATTENTION_INLINE int64_t kv_tiles() const { return ceil_div(kv_len, tile.tile_n); }
+  LITE_ATTENTION_INLINE int64_t existing_keys(int64_t entry) const {
     return kv_lens == nullptr ? kv_len : kv_lens[entry * kv_lens_stride];
   }
-  [[gnu::always_inline]] int64_t words() const { return ceil_div(kv_tiles(), kTilesPerWord); }
+  LITE_ATTENTION_INLINE int64_t words() const { return ceil_div(kv_tiles(), kTilesPerWord); }
 };
 
 struct MergeParams {

@@ -1,5 +1,6 @@
 """Inputs for the tests and the rule by which a low-precision result is judged."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lite_attention import reference
-from lite_attention.keep_map import pack_keep_map, tile_counts
+from lite_attention import attention, reference, skip_attention
+from lite_attention.keep_map import ceil_div, pack_keep_map, tile_counts
+from lite_attention.tiles import tile_shape, visit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU = torch.device("cuda", 0)
+GPU_DTYPES = (torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "peaked", "heavy_tailed")
 
 
@@ -35,18 +39,20 @@ class Case(NamedTuple):
         return tile_counts(self.query_len, self.kv_len, self.head_dim, dtype)
 
 
-def make_qkv(case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def make_qkv(
+    case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous BSHD inputs. 'peaked': a few keys win by far; 'heavy_tailed': rare large entries."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random)
+        return torch.randn(*size, generator=random, device=device)
 
     q = normal(case.batch, case.query_len, case.heads, case.head_dim)
     k = normal(case.batch, case.kv_len, case.kv_heads, case.head_dim)
     v = normal(case.batch, case.kv_len, case.kv_heads, case.head_dim)
     if kind == "peaked":
-        near = torch.arange(case.query_len) * case.kv_len // case.query_len
+        near = torch.arange(case.query_len, device=device) * case.kv_len // case.query_len
         q = 0.5 * q + 1.5 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
     elif kind == "heavy_tailed":
         # Student's t with 3 degrees of freedom, cut where fp16 scores would overflow.
@@ -60,29 +66,135 @@ def make_qkv(case: Case, dtype: torch.dtype, kind: str = "gaussian", seed: int =
 
 
 def correlated_passes(
-    case: Case, dtype: torch.dtype, passes: int, seed: int = 0
+    case: Case, dtype: torch.dtype, passes: int, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs of consecutive denoising steps: smooth along the sequence, each a little noise away from the one before.
 
     Queries are near their keys and grow sharper, so that the maps go on shrinking.
     """
-    random = torch.Generator().manual_seed(seed)
-    k = torch.randn(case.batch, case.kv_len, case.kv_heads, case.head_dim, generator=random).cumsum(1)
+    random = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, device=device)
+
+    k = normal(case.batch, case.kv_len, case.kv_heads, case.head_dim).cumsum(1)
     k = (k - k.mean(1, keepdim=True)) / k.std(1, keepdim=True)
-    near = torch.arange(case.query_len) * case.kv_len // case.query_len
+    near = torch.arange(case.query_len, device=device) * case.kv_len // case.query_len
     q = 0.7 * k[:, near].repeat_interleave(case.heads // case.kv_heads, 2)
-    v = torch.randn(k.shape, generator=random)
+    v = normal(*k.shape)
     for _ in range(passes):
         yield q.to(dtype), k.to(dtype), v.to(dtype)
-        q, k, v = (x + 0.1 * torch.randn(x.shape, generator=random) for x in (1.25 * q, k, v))
+        q, k, v = (x + 0.1 * normal(*x.shape) for x in (1.25 * q, k, v))
 
 
-def random_map(case: Case, density: float, seed: int = 0, sizes: tuple[int, int, int] | None = None) -> Tensor:
+def random_map(
+    case: Case,
+    density: float,
+    seed: int = 0,
+    sizes: tuple[int, int, int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """A packed map ``[*sizes, words]``, by default of the case's own sizes, with about this share of bits set."""
     query_tiles, kv_tiles = case.tiles()
     sizes = sizes or (case.batch, case.heads, query_tiles)
-    random = torch.Generator().manual_seed(seed)
-    return pack_keep_map(torch.rand(*sizes, kv_tiles, generator=random) < density)
+    random = torch.Generator(device).manual_seed(seed)
+    return pack_keep_map(torch.rand(*sizes, kv_tiles, generator=random, device=device) < density)
+
+
+MAPS = (
+    "every tile",
+    "no tile",
+    "first tile",
+    "last tile",
+    "one tile a row",
+    "contiguous",
+    "checkerboard",
+    "random 10%",
+    "random 50%",
+    "random 95%",
+    "shared by visit group",
+    "shared by pairs of visit groups",
+    "unequal densities",
+    "some rows empty",
+    "one row of each visit group",
+    "one head full",
+)
+
+
+def make_map(kind: str, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """A packed map of the case's own sizes; ``kind`` is one of ``MAPS``."""
+    tile_m, tile_n = tile_shape(case.head_dim, torch.bfloat16)
+    group = visit_rows(case.head_dim, torch.bfloat16) // tile_m
+    query_tiles, kv_tiles = case.tiles()
+    shape = (case.batch, case.heads, query_tiles, kv_tiles)
+    random = torch.Generator(device).manual_seed(seed)
+    row = torch.arange(query_tiles, device=device).unsqueeze(-1)
+    head = torch.arange(case.heads, device=device).view(-1, 1, 1)
+    tile = torch.arange(kv_tiles, device=device)
+
+    def noise(*size: int) -> Tensor:
+        return torch.rand(*size, generator=random, device=device)
+
+    def shared(rows: int) -> Tensor:
+        few = noise(case.batch, case.heads, ceil_div(query_tiles, rows), kv_tiles) < 0.4
+        return few.repeat_interleave(rows, 2)[:, :, :query_tiles]
+
+    match kind:
+        case "every tile":
+            keep = tile >= 0
+        case "no tile":
+            keep = tile < 0
+        case "first tile":
+            keep = tile == 0
+        case "last tile":
+            keep = tile == kv_tiles - 1
+        case "one tile a row":
+            keep = tile == (noise(*shape[:3], 1) * kv_tiles).long()
+        case "contiguous":
+            keep = (tile * tile_n * case.query_len - row * tile_m * case.kv_len).abs() <= (
+                0.2 * case.query_len * case.kv_len
+            )
+        case "checkerboard":
+            keep = (tile + row + head) % 2 == 0
+        case "shared by visit group":
+            keep = shared(group)
+        case "shared by pairs of visit groups":
+            keep = shared(2 * group)
+        case "unequal densities":
+            keep = noise(*shape) < 0.02 + 0.58 * noise(*shape[:3], 1)
+        case "some rows empty":
+            keep = (noise(*shape) < 0.5) & (noise(*shape[:3], 1) < 0.6)
+        case "one row of each visit group":
+            keep = (noise(*shape) < 0.5) & (row % group == (row // group) % group)
+        case "one head full":
+            keep = (noise(*shape) < 0.1) | (head == 0)
+        case _:
+            keep = noise(*shape) < float(kind.removeprefix("random ").removesuffix("%")) / 100
+    return pack_keep_map(keep.expand(shape))
+
+
+@contextlib.contextmanager
+def poisoned_memory(device: torch.device) -> Iterator[None]:
+    """Whatever is allocated on this GPU in the context holds NaN (bytes of 0xFF) until it is written.
+
+    Otherwise a result that was not written everywhere may pass: its memory still holds the right one of an earlier call.
+    The allocator hands freed memory out as it was left. In the context it serves from a pool of its own, all of whose
+    memory was filled and freed just before; that the pool did not have to grow is asserted. Does nothing on the CPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    mebibyte = 2**20
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
+        # Whole segments: those of 2 MiB serve requests up to 1 MiB, those of 20 MiB what is larger.
+        poison = [
+            torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+            for size in 8 * [mebibyte] + 8 * [5 * mebibyte] + 2 * [64 * mebibyte]
+        ]
+        del poison
+        reserved = torch.cuda.memory_reserved(device)
+        yield
+        assert torch.cuda.memory_reserved(device) == reserved, "more memory was taken than was poisoned"
 
 
 def worst(result: Tensor, exact: Tensor) -> float:
@@ -154,3 +266,37 @@ def check_decisions(
     # Compared as words too: bits past the last tile must be 0.
     assert torch.equal(next_keep & ~pack_keep_map(unsure), expected & ~pack_keep_map(unsure))
     return visited
+
+
+def check_dense_or_mapped(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: Tensor | None = None, kv_lens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run ``attention`` into poisoned memory and compare what it returns with the oracle."""
+    with poisoned_memory(q.device):
+        out, lse = attention(q, k, v, keep=keep, kv_lens=kv_lens, scale=scale)
+    check_attention(out, lse, q, k, v, keep, kv_lens, scale)
+    return out, lse
+
+
+def check_skip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    threshold: Tensor,
+    scale: float,
+    *,
+    must_keep: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``skip_attention`` into poisoned memory, compare all of it with the oracle, see that no input was written."""
+    given = [x for x in (q, k, v, keep, must_keep, kv_lens, threshold) if x is not None]
+    before = [x.clone() for x in given]
+    with poisoned_memory(q.device):
+        out, lse, next_keep = skip_attention(
+            q, k, v, keep, threshold, must_keep=must_keep, kv_lens=kv_lens, scale=scale
+        )
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+    visited = check_decisions(next_keep, q, k, keep, must_keep, kv_lens, threshold, scale)
+    check_attention(out, lse, q, k, v, pack_keep_map(visited), kv_lens, scale)
+    return out, lse, next_keep

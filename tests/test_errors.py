@@ -4,6 +4,7 @@ The texts are pinned. To accept new ones after a deliberate change: EXPECTTEST_A
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from lite_attention import (
     tile_shape,
     visit_rows,
 )
+from lite_attention._library import why_no_cuda_kernels
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 100, 2400, 4, 2, 16
 Q = torch.randn(BATCH, QUERIES, HEADS, HEAD_DIM)
@@ -233,9 +235,14 @@ def test_a_device_without_a_kernel_is_named(operator: str) -> None:
         "skip_attention": (Q, K, V, KEEP, None, None, torch.tensor(0.0), 1.0),
         "merge_attention": ([OUT], [LSE]),
     }[operator]
-    xpu = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    with pytest.raises(NotImplementedError, match=f"^{operator}: no kernel for device type 'xpu' in this build"):
-        getattr(torch.ops.lite_attention, operator).default.redispatch(xpu, *arguments)
+    reasons = {"XPU": " in this build; it has one for 'cpu'"}
+    if why_no_cuda_kernels:
+        reasons["CUDA"] = f": {why_no_cuda_kernels}"
+    for key, reason in reasons.items():
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        expected = re.escape(f"{operator}: no kernel for device type '{key.lower()}'{reason}")
+        with pytest.raises(NotImplementedError, match=f"^{expected}"):
+            getattr(torch.ops.lite_attention, operator).default.redispatch(keyset, *arguments)
 
 
 def test_merging() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+def test_import_with_a_damaged_cuda_library_says_so(copied_package: Path) -> None:
+    (copied_package / "_host.py").write_text(
+        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
+        "selected_cpu_variant = lambda: 'any'\n"
+    )
+    shutil.copy(Path(host.__file__ or "").with_name("_ops.so"), copied_package)
+    (copied_package / "_cuda_ops.so").write_bytes(b"\x7fELF")
+    with_cuda = "import torch; torch.version.cuda = '13.0'"
+    first_try = "try:\n    import lite_attention\nexcept ImportError:\n    pass"
+    message = import_error(copied_package, before=with_cuda)
+    assert_expected_inline(
+        message,
+        """\
+lite_attention cannot start: its operator library _cuda_ops.so does not load (PACKAGE/_cuda_ops.so: file too short)
+Likely causes:
+  * torch TORCH lacks part of the stable interface the library was built for
+  * the C++ runtime is older than the compiler that built the library
+  * the file is missing or truncated
+Reinstall it from its source folder, in the environment you run: `pip install .`""",
+    )
+    assert import_error(copied_package, before=f"{with_cuda}\n{first_try}") == message
+
+
 def test_import_under_an_old_torch_says_so(copied_package: Path) -> None:
     assert_expected_inline(
         import_error(copied_package, before="import torch; torch.__version__ = '2.9.1+cpu'"),
@@ -135,6 +159,33 @@ def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
             assert value in text
     for backend in facts["backends"]:
         assert backend["reason"] in text
+
+
+def a_device(name: str, major: int, minor: int) -> SimpleNamespace:
+    return SimpleNamespace(name=name, major=major, minor=minor)
+
+
+H200, L4 = a_device("NVIDIA H200", 9, 0), a_device("NVIDIA L4", 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("why_not", "devices", "available", "reason"),
+    [
+        ("this build holds no CUDA kernels", [H200], False, "this build holds no CUDA kernels"),
+        ("", [], False, "torch sees no CUDA device"),
+        ("", [L4], False, "expected a device of compute capability 9.0, found NVIDIA L4 of 8.9"),
+        ("", [L4, H200], True, "NVIDIA H200"),
+    ],
+    ids=["no kernels", "no device", "no Hopper", "a Hopper among others"],
+)
+def test_info_says_why_the_hopper_kernels_can_run_or_not(
+    monkeypatch: pytest.MonkeyPatch, why_not: str, devices: list[SimpleNamespace], available: bool, reason: str
+) -> None:
+    monkeypatch.setattr(info, "why_no_cuda_kernels", why_not)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
+    assert info.backends()[0] == info.Backend("sm_90a", available, reason)
 
 
 VARIANT_CHECK = """

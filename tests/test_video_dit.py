@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -323,8 +324,16 @@ def made_up_result(
     kept = torch.ones(steps, layers, heads)
     kept[2:] = 0.5
     maps = [torch.rand(heads, tokens // 64, tokens // 128, generator=generator) < 0.5 for _ in range(layers)]
-    sparse = report.Run(-6.0, video * 0.99, kept, kept.mean(dim=2) * 0.21, 1.6, maps, 40.0, 0.01)
-    options = {"steps": steps, "dense_first": 1, "guidance": 1.0, "shift": 1.0, "seeds": [0], "thresholds": [-6.0]}
+    sparse = report.Run(-6.0, video * 0.99, kept, kept.mean(dim=2) * 0.21, 1.6, maps, [40.0], 0.01)
+    options = {
+        "steps": steps,
+        "dense_first": 1,
+        "guidance": 1.0,
+        "shift": 1.0,
+        "seeds": [0],
+        "clips": 1,
+        "thresholds": [-6.0],
+    }
     return report.Result([dense, sparse], options, {"device": "none"}, grid, None, 1.0)
 
 
@@ -355,9 +364,56 @@ def test_demo_writes_one_self_contained_report(
     assert picture.stat().st_size > 10_000
 
 
+def record_of(tiny_weights: Path, folder: Path, *options: str) -> dict[str, Any]:
+    path = folder / "record.json"
+    fixed = ["--weights", str(tiny_weights), "--out", str(folder / "report.html"), "--record", str(path)]
+    fixed += ["--steps", "4", "--dense-first", "1", "--thresholds", "-1", "--device", "cpu"]
+    assert demo.main([*fixed, *options]) == 0
+    return json.loads(path.read_text())
+
+
+def test_clips_denoised_together_are_those_denoised_alone(tiny_weights: Path, tmp_path: Path) -> None:
+    alone = record_of(tiny_weights, tmp_path, "--seeds", "3", "8", "5")
+    together = record_of(tiny_weights, tmp_path, "--seeds", "3", "8", "5", "--clips", "2")
+    assert together["options"]["clips"] == 2
+    for one, other in zip(alone["runs"], together["runs"], strict=True):
+        # rounding differs with the batch, and a tile at the threshold may fall either way
+        assert other["kept"] == pytest.approx(one["kept"], abs=0.01)
+        assert other["psnr"] == (None if one["psnr"] is None else pytest.approx(one["psnr"], abs=1.0))
+    assert together["runs"][1]["psnr_worst"] <= together["runs"][1]["psnr"]
+
+
+def test_demo_runs_in_half_precision(tiny_weights: Path, tmp_path: Path) -> None:
+    single = record_of(tiny_weights, tmp_path, "--clips", "1")
+    half = record_of(tiny_weights, tmp_path, "--clips", "1", "--dtype", "float16")
+    assert (single["environment"]["dtype"], half["environment"]["dtype"]) == ("float32", "float16")
+    assert half["runs"][1]["kept"] == pytest.approx(single["runs"][1]["kept"], abs=0.02)
+    assert min(single["runs"][1]["psnr"], half["runs"][1]["psnr"]) > 60
+
+
+def test_seeds_make_up_the_clips_of_a_pass() -> None:
+    assert demo.parse_args(["--device", "cpu"]).seeds == [27]
+    assert demo.parse_args(["--device", "cpu", "--clips", "4"]).seeds == [27, 0, 1, 2]
+    assert demo.parse_args(["--device", "cpu", "--clips", "4", "--seeds", "9"]).seeds == [9]
+
+
+@pytest.mark.gpu
+def test_demo_on_a_gpu_keeps_the_tiles_that_it_keeps_on_a_cpu(tmp_path: Path) -> None:
+    options = ["--weights", str(EXAMPLE / "video_dit.safetensors"), "--out", str(tmp_path / "report.html")]
+    options += ["--steps", "6", "--dense-first", "1", "--thresholds", "-6", "--clips", "1"]
+    kept = {}
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.json"
+        assert demo.main([*options, "--record", str(path), "--device", device]) == 0
+        kept[device] = json.loads(path.read_text())["runs"][1]["kept"]
+    assert kept["cuda"] == pytest.approx(kept["cpu"], abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--clips", "0"], "at least 1"),
+        (["--dtype", "float64"], "--dtype"),
         (["--thresholds", "1"], "at most 0"),
         (["--thresholds", "nan"], "at most 0"),
         (["--steps", "0"], "at least 1"),

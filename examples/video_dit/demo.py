@@ -16,27 +16,56 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import report
 from lite_attention import LiteAttention
+from lite_attention.info import backends
 from model import VideoDiT, load_weights
 from records import git_revision, psnr, relative_l2
 from sampling import denoise, initial_noise
 
 HERE = Path(__file__).parent
+SEED = 27  # a seven that can be read
+GPU_CLIPS = 16  # one clip has too few tokens and heads to occupy a large GPU
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Stopwatch:
+    """Runs from its making to `stop`. On a GPU it is the GPU's own time, read without making the GPU wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks = [self._mark()]
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self.marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """To be asked once the GPU is done."""
+        start, end = self.marks
+        return float(start.elapsed_time(end) / 1000 if self.on_gpu else end - start)
 
 
 class MeteredAttention(nn.Module):
     """A LiteAttention that notes each pass: how long it took and which share of the tiles each head computed."""
 
-    def __init__(self, threshold: float | None) -> None:
+    def __init__(self, threshold: float | None, heads: int, batch: int) -> None:
         super().__init__()
-        self.attention = LiteAttention(threshold=0.0 if threshold is None else threshold)
+        self.attention = LiteAttention(threshold=0.0 if threshold is None else threshold, max_batch_size=batch)
+        self.heads = heads
         self.skipping = True
-        self.seconds: list[float] = []
+        self.watches: list[Stopwatch] = []
         self.kept: list[Tensor] = []
         self.map: Tensor | None = None
         self.map_used: Tensor | None = None
@@ -46,20 +75,27 @@ class MeteredAttention(nn.Module):
         self.attention.enable_skip_optimization(enable)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # the map that this pass uses was written by the one before; the first pass has none and computes everything
-        heads = torch.ones(query.shape[2])
-        self.kept.append(heads if self.map is None or not self.skipping else self.map.float().mean(dim=(0, 2, 3)).cpu())
-        self.map_used = self.map
-        _wait(query.device)
-        start = time.perf_counter()
+        watch = Stopwatch(query.device)
         out = self.attention(query, key, value)
-        _wait(query.device)
-        self.seconds.append(time.perf_counter() - start)
-        if self.skipping:
-            self.map = self.attention.keep_map()
+        watch.stop()
+        self.watches.append(watch)
         if not isinstance(out, Tensor):
             raise TypeError("MeteredAttention: expected one tensor from the attention")
         return out
+
+    def note_map(self) -> None:
+        """Note what the last pass computed; apart from the pass, so that it costs the run no time."""
+        # the map that a pass uses was written by the one before; the first pass has none and computes everything
+        all_tiles = torch.ones(self.heads)
+        self.kept.append(
+            all_tiles if self.map is None or not self.skipping else self.map.float().mean(dim=(0, 2, 3)).cpu()
+        )
+        self.map_used = self.map
+        if self.skipping:
+            self.map = self.attention.keep_map()
+
+    def seconds(self) -> list[float]:
+        return [watch.seconds() for watch in self.watches]
 
 
 def _wait(device: torch.device) -> None:
@@ -67,49 +103,61 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def new_run(threshold: float | None, model: VideoDiT, args: argparse.Namespace) -> report.Run:
-    """A run with nothing in it yet; threshold None is dense."""
+def new_runs(model: VideoDiT, args: argparse.Namespace) -> list[report.Run]:
+    """Runs with nothing in them yet, the dense one (threshold None) first."""
     config = model.config
-    return report.Run(
-        threshold=threshold,
-        video=torch.empty(0, config.channels, config.frames, config.height, config.width),
-        kept=torch.zeros(args.steps, config.depth, config.heads),
-        attention_seconds=torch.zeros(args.steps, config.depth),
-        total_seconds=0.0,
-    )
+    return [
+        report.Run(
+            threshold=threshold,
+            video=torch.empty(0, config.channels, config.frames, config.height, config.width),
+            kept=torch.zeros(args.steps, config.depth, config.heads),
+            attention_seconds=torch.zeros(args.steps, config.depth),
+            total_seconds=0.0,
+        )
+        for threshold in [None, *args.thresholds]
+    ]
 
 
-def denoise_clip(
-    model: VideoDiT, runs: list[report.Run], seed: int, args: argparse.Namespace, progress: report.Progress
+def denoise_clips(
+    model: VideoDiT, runs: list[report.Run], seeds: list[int], args: argparse.Namespace, progress: report.Progress
 ) -> None:
-    """Denoise one clip in every run and add it to them.
+    """Denoise clips together, one for each seed, in every run and add them to the runs.
 
     The runs advance together, one step at a time in turn, so that a machine that grows slower or faster meanwhile
     (other programs, heat) treats them alike.
     """
     config = model.config
-    noise = initial_noise([seed], (config.channels, config.frames, config.height, config.width)).to(args.device)
-    label = torch.tensor([seed % config.classes], device=args.device)
+    noise = initial_noise(seeds, (config.channels, config.frames, config.height, config.width)).to(args.device)
+    labels = torch.tensor([seed % config.classes for seed in seeds], device=args.device)
     options = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift}
-    streams = [denoise(model, noise, label, null_class=config.null_class, **options) for _ in runs]
-    meters = [[MeteredAttention(run.threshold) for _ in model.blocks] for run in runs]
+    streams = [denoise(model, noise, labels, null_class=config.null_class, **options) for _ in runs]
+    batch = 2 * len(seeds)  # both branches of guidance
+    meters = [[MeteredAttention(run.threshold, config.heads, batch) for _ in model.blocks] for run in runs]
     clips = [noise] * len(runs)
     for step in range(args.steps):
         for i, run in enumerate(runs):
             model.use_attention(meters[i])
             for meter in meters[i]:
                 meter.skip(run.threshold is not None and step >= args.dense_first)
+            _wait(args.device)
             start = time.perf_counter()
             clips[i] = next(streams[i])
             _wait(args.device)
             run.total_seconds += time.perf_counter() - start
+            for meter in meters[i]:
+                meter.note_map()
             progress.done(run.name)
     for run, run_meters, clip in zip(runs, meters, clips, strict=True):
         run.video = torch.cat((run.video, (clip.float().cpu().clamp(-1, 1) + 1) / 2))
-        run.kept += torch.stack([torch.stack(meter.kept) for meter in run_meters], dim=1) / len(args.seeds)
-        run.attention_seconds += torch.tensor([meter.seconds for meter in run_meters]).T
+        kept = torch.stack([torch.stack(meter.kept) for meter in run_meters], dim=1)
+        run.kept += kept * len(seeds) / len(args.seeds)
+        run.attention_seconds += torch.tensor([meter.seconds() for meter in run_meters]).T
         if not run.last_maps:
             run.last_maps = [meter.map_used[0].cpu() for meter in run_meters if meter.map_used is not None]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
@@ -124,7 +172,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     facts = {
         "device": str(args.device),
         "processor": f"{processor}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used",
-        "dtype": "float32",
+        "dtype": dtype_name(args.dtype),
         "lite_attention": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -146,12 +194,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=[-2.0, -6.0, -10.0], help="powers of two, at most 0"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[27], help="one clip each; its class is the last digit")
+    parser.add_argument("--clips", type=int, help="clips denoised together; 1 on a CPU and 16 on a GPU if not given")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="one clip each; its class is the last digit; if not given 27, and 0 and on to make up --clips",
+    )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--dense-first", type=int, default=3, help="steps before skipping starts")
     parser.add_argument("--guidance", type=float, default=3.5, help="classifier-free guidance; 1 is none")
     parser.add_argument("--shift", type=float, default=3.0, help="more spends more steps near the noise")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = any(backend.name == "sm_90a" and backend.available for backend in backends())
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the model; float32 on a CPU and float16, as stored, on a GPU if not given"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; all cores if not given")
     args = parser.parse_args(argv)
     if any(not threshold <= 0 for threshold in args.thresholds):
@@ -160,8 +218,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--steps must be at least 1 and --dense-first at least 0")
     if args.dense_first + 1 >= args.steps:
         parser.error("--dense-first leaves no step that could skip: the first skipping step still computes everything")
-    if any(seed < 0 for seed in args.seeds):
+    if args.seeds and any(seed < 0 for seed in args.seeds):
         parser.error("--seeds must not be negative")
+    if args.clips is not None and args.clips < 1:
+        parser.error("--clips must be at least 1")
     if args.shift <= 0 or not math.isfinite(args.guidance):
         parser.error("--shift must be positive and --guidance finite")
     if not args.weights.is_file():
@@ -176,6 +236,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--device: this torch finds no CUDA device; use --device cpu")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
+    on_gpu = args.device.type == "cuda"
+    args.dtype = DTYPES[args.dtype or ("float16" if on_gpu else "float32")]
+    args.clips = args.clips or (GPU_CLIPS if on_gpu else 1)
+    args.seeds = args.seeds or [SEED, *range(args.clips - 1)]
     return args
 
 
@@ -183,29 +247,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_weights(args.weights).to(args.device)
+    model = load_weights(args.weights).to(args.device, args.dtype)
     config = model.config
     grid = config.grid()
     print(
         f"video DiT: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.depth} blocks, "
         f"{config.heads} heads of {config.head_dim}, {grid[0]} x {grid[1]} x {grid[2]} = {math.prod(grid)} tokens, "
-        f"{args.steps} steps, guidance {args.guidance:g}, {len(args.seeds)} clip(s) on {args.device}"
+        f"{args.steps} steps, guidance {args.guidance:g}, {len(args.seeds)} clip(s), {args.clips} at a time, "
+        f"{dtype_name(args.dtype)} on {args.device}"
     )
     try:
         # one small pass tells whether the kernels are there
-        probe = torch.zeros(1, 256, 1, config.head_dim, device=args.device)
+        probe = torch.zeros(1, 256, 1, config.head_dim, dtype=args.dtype, device=args.device)
         LiteAttention()(probe, probe, probe)
-    except NotImplementedError as error:
+    except RuntimeError as error:
         print(f"\nThis build cannot run the demo on {args.device}: {error}", file=sys.stderr)
         print("Use --device cpu for the CPU kernels.", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    runs = [new_run(threshold, model, args) for threshold in [None, *args.thresholds]]
-    with report.Progress(len(runs) * len(args.seeds) * args.steps) as progress:
-        for seed in args.seeds:
-            denoise_clip(model, runs, seed, args, progress)
+    passes = [args.seeds[first : first + args.clips] for first in range(0, len(args.seeds), args.clips)]
+    runs = new_runs(model, args)
+    warm_up = passes[:1] if args.device.type == "cuda" else []  # the first time around, libraries load, clocks rise
+    with report.Progress(len(runs) * len(warm_up + passes) * args.steps) as progress:
+        for seeds in warm_up:
+            denoise_clips(model, new_runs(model, args), seeds, args, progress)
+        for seeds in passes:
+            denoise_clips(model, runs, seeds, args, progress)
     for run in runs[1:]:
-        run.psnr = psnr(run.video, runs[0].video).mean().item()
+        run.clip_psnr = psnr(run.video, runs[0].video).tolist()
         run.relative_l2 = relative_l2(run.video, runs[0].video)
     result = report.Result(
         runs=runs,

@@ -1,7 +1,7 @@
 """LiteAttention's drop rule written with dense torch operations, to study it on any device.
 
-The package's own modules are what the demo runs. This stand-in exists for the GPU study of the model, where the
-operators have no kernel yet: same call, same state, same decisions, at the cost of a full score matrix.
+The package's own modules are what the demo runs. This stand-in served the GPU study of the model and its pilots, which
+came before the GPU kernels: same call, same state, same decisions, at the cost of a full score matrix.
 """
 
 from __future__ import annotations

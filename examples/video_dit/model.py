@@ -240,14 +240,15 @@ class VideoDiT(nn.Module):
             collect_qk: when a list is given, every block's (q, k) is appended to it.
 
         Returns:
-            `[B, 3, T, H, W]`.
+            `[B, 3, T, H, W]`, in the model's dtype.
         """
         config = self.config
         grid = config.grid(video.shape[2])
         cos, sin = rope_tables(grid, config.head_dim, config.rope_theta, video.device)
         along_t, along_y, along_x = (table[:side] for table, side in zip(self.position, grid, strict=True))
         position = along_t[:, None, None] + along_y[None, :, None] + along_x[None, None, :]
-        x = self.patch_in(patchify(video, config.patch)) + position.flatten(0, 2)[block_order(grid, video.device)]
+        patches = patchify(video.to(self.patch_in.weight.dtype), config.patch)
+        x = self.patch_in(patches) + position.flatten(0, 2)[block_order(grid, video.device)]
         condition = F.silu(self.time_mlp(self._time_embedding(time)) + self.class_embedding(label))
         shared = self.modulation(condition).view(-1, 6, config.dim)
         for block in self.blocks:

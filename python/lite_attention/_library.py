@@ -1,12 +1,15 @@
-"""The operators as torch sees them: loads the compiled library; defines schemas, fakes and autograd.
+"""The operators as torch sees them: loads the compiled libraries; defines schemas, fakes and autograd.
 
-The library registers the CPU kernels itself (cpp/ops.cpp). Every operator is functional: none writes its inputs.
+The libraries register their kernels themselves: _ops those for the CPU (cpp/ops.cpp), _cuda_ops those for CUDA
+(cpp/cuda_ops.cpp). Every operator is functional: none writes its inputs.
 """
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,8 +29,6 @@ _SCHEMAS = {
     ),
     "merge_attention": "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
 }
-# Dispatch keys of devices that have no kernel in this build; calls there get a sentence instead of a dispatcher dump.
-_DEVICES_WITHOUT_KERNEL = {"CUDA": "cuda", "XPU": "xpu", "MPS": "mps"}
 
 
 def _import_failure(problem: str, causes: list[str]) -> ImportError:
@@ -69,8 +70,8 @@ def _load_host_module() -> ModuleType:
     return host
 
 
-def _load_operators(host: ModuleType) -> None:
-    path = Path(str(host.__file__)).with_name("_ops.so")
+def _load_operators(host: ModuleType, file_name: str) -> None:
+    path = Path(str(host.__file__)).with_name(file_name)
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -89,32 +90,71 @@ host = _load_host_module()
 __version__: str = host.VERSION
 
 # Kernels before schemas: an import that fails here leaves nothing behind, and a second one tells the same story.
-_load_operators(host)
+_load_operators(host, "_ops.so")
+if not host.CUDA_ARCHITECTURES:
+    why_no_cuda_kernels = "this build holds no CUDA kernels"
+elif torch.version.cuda is None:
+    why_no_cuda_kernels = f"torch {torch.__version__} is built without CUDA"
+else:
+    why_no_cuda_kernels = ""
+    _load_operators(host, "_cuda_ops.so")
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _register_missing_kernels(name: str) -> None:
-    for key, device_type in _DEVICES_WITHOUT_KERNEL.items():
+    """A sentence instead of the dispatcher's dump for devices without a kernel."""
+    devices = "'cpu'" if why_no_cuda_kernels else "'cpu' and 'cuda'"
+    missing = dict.fromkeys(("XPU", "MPS"), f" in this build; it has one for {devices}")
+    if why_no_cuda_kernels:
+        missing["CUDA"] = f": {why_no_cuda_kernels}"
+    for key, reason in missing.items():
 
-        def no_kernel(*_: object, device_type: str = device_type) -> NoReturn:
+        def no_kernel(*_: object, device_type: str = key.lower(), reason: str = reason) -> NoReturn:
             raise NotImplementedError(
-                f"{name}: no kernel for device type '{device_type}' in this build; it has one for 'cpu'. "
+                f"{name}: no kernel for device type '{device_type}'{reason}. "
                 "`python -m lite_attention.info` tells what this build can run"
             )
 
         _library.impl(name, no_kernel, key)
 
 
-def _register_forward_only(name: str) -> None:
-    def backward(ctx: object, *_: object) -> NoReturn:
+class _ForwardOnly(torch.autograd.Function):
+    """Runs an operator whose inputs require a gradient; refuses when the gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[[], Any], *_: Tensor) -> Any:
+        ctx.name = name
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise NotImplementedError(
-            f"{name}: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), "
+            f"{ctx.name}: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), "
             "or detach its inputs"
         )
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_library)
+
+def _tensors_in(arguments: tuple[Any, ...]) -> list[Tensor]:
+    lists = [argument if isinstance(argument, list) else [argument] for argument in arguments]
+    return [item for items in lists for item in items if isinstance(item, Tensor)]
+
+
+def _register_forward_only(name: str) -> None:
+    """Every call passes here, therefore by hand: torch.library.register_autograd costs 15 us a call, this 8."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        below = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled():
+            tensors = _tensors_in(arguments)
+            if any(tensor.requires_grad for tensor in tensors):
+                run = partial(operator.redispatch, below, *arguments)
+                return _ForwardOnly.apply(name, run, *tensors)  # type: ignore[no-untyped-call]
+        return operator.redispatch(below, *arguments)
+
+    _library.impl(name, run_below_autograd, "Autograd", with_keyset=True)
 
 
 for _name in _SCHEMAS:

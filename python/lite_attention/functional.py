@@ -7,12 +7,15 @@ the operator, the argument, what was got and what was expected; TypeError for wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["attention", "merge_attention", "skip_attention"]
+
+_OPERATORS = torch.ops.lite_attention
 
 
 def _softmax_scale(q: Tensor, scale: float | None) -> float:
@@ -23,7 +26,7 @@ def _softmax_scale(q: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(max(head_dim, 1))
 
 
-def _check_tensors(operator: str, **tensors: Tensor | None) -> None:
+def _check_tensors(operator: str, **tensors: Tensor) -> None:
     """What the dispatcher would refuse in words of its own: things that are no dense tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -32,8 +35,18 @@ def _check_tensors(operator: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{operator}: {name} has layout {tensor.layout}, expected torch.strided")
 
 
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def _check_optional_tensors(operator: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_tensors(operator, **{name: tensor})
+
+
+def _call(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """The operator's result; where no gradient can be asked for, without the way through its autograd in Python."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 def in_fp32_range(threshold: float) -> float:
@@ -67,8 +80,11 @@ def attention(
         RuntimeError, TypeError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
-    _check_tensors("attention", q=q, k=k, v=v, **_given(keep=keep, kv_lens=kv_lens))
-    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.attention(q, k, v, keep, kv_lens, _softmax_scale(q, scale))
+    _check_tensors("attention", q=q, k=k, v=v)
+    _check_optional_tensors("attention", keep=keep, kv_lens=kv_lens)
+    result: tuple[Tensor, Tensor] = _call(
+        _OPERATORS.attention.default, q, k, v, keep, kv_lens, _softmax_scale(q, scale)
+    )
     return result
 
 
@@ -101,15 +117,16 @@ def skip_attention(
         RuntimeError, TypeError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
-    _check_tensors("skip_attention", q=q, k=k, v=v, keep=keep, **_given(must_keep=must_keep, kv_lens=kv_lens))
+    _check_tensors("skip_attention", q=q, k=k, v=v, keep=keep)
+    _check_optional_tensors("skip_attention", must_keep=must_keep, kv_lens=kv_lens)
     if not isinstance(threshold, Tensor):
         if not isinstance(threshold, (int, float, torch.SymFloat)):
             raise TypeError(
                 f"skip_attention: threshold has type {type(threshold).__name__}, expected a number or tensor"
             )
         threshold = torch.full((), in_fp32_range(threshold), dtype=torch.float32, device=q.device)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.lite_attention.skip_attention(
-        q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
+    result: tuple[Tensor, Tensor, Tensor] = _call(
+        _OPERATORS.skip_attention.default, q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
     )
     return result
 
@@ -132,5 +149,5 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         raise ValueError("merge_attention: outs is empty, expected at least one partial result")
     _check_tensors("merge_attention", **{f"outs[{part}]": out for part, out in enumerate(outs)})
     _check_tensors("merge_attention", **{f"lses[{part}]": lse for part, lse in enumerate(lses)})
-    result: tuple[Tensor, Tensor] = torch.ops.lite_attention.merge_attention(outs, lses)
+    result: tuple[Tensor, Tensor] = _call(_OPERATORS.merge_attention.default, outs, lses)
     return result

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lite_attention._library import __version__, host
+from lite_attention._library import __version__, host, why_no_cuda_kernels
 from lite_attention.tiles import SUPPORTED_DTYPES
 
 HOPPER = (9, 0)
@@ -34,17 +34,16 @@ def _cpu_backend() -> Backend:
 
 
 def _sm90_backend() -> Backend:
-    if not host.CUDA_ARCHITECTURES:
-        return Backend("sm_90a", False, "this build holds no CUDA kernels")
-    if torch.version.cuda is None:
-        return Backend("sm_90a", False, f"torch {torch.__version__} is built without CUDA")
+    if why_no_cuda_kernels:
+        return Backend("sm_90a", False, why_no_cuda_kernels)
     if not torch.cuda.is_available():
         return Backend("sm_90a", False, "torch sees no CUDA device")
-    capability = torch.cuda.get_device_capability()
-    if capability != HOPPER:
-        name = torch.cuda.get_device_name()
-        return Backend("sm_90a", False, f"{name} has compute capability {capability}, the kernels need {HOPPER}")
-    return Backend("sm_90a", True, torch.cuda.get_device_name())
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    hoppers = [device.name for device in devices if (device.major, device.minor) == HOPPER]
+    if hoppers:
+        return Backend("sm_90a", True, ", ".join(hoppers))
+    found = ", ".join(f"{device.name} of {device.major}.{device.minor}" for device in devices)
+    return Backend("sm_90a", False, f"expected a device of compute capability 9.0, found {found}")
 
 
 def report() -> dict[str, Any]:
@@ -57,6 +56,8 @@ def report() -> dict[str, Any]:
         "cuda of torch": torch.version.cuda or "none",
         "compiler": host.CXX_COMPILER,
         "cuda architectures": host.CUDA_ARCHITECTURES or "none",
+        "cuda at build": host.CUDA_VERSION or "none",
+        "cutlass at build": host.CUTLASS_VERSION or "none",
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads",
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES],

@@ -1,0 +1,130 @@
+"""Draws the record of benchmarks/attention.py: rate against sequence length, and time against density.
+
+Writes RECORD_length.png and RECORD_density.png beside the record.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from attention_record import ATTENTION, CONTIGUOUS, CUDNN, FA3, PER_TILE, SCATTERED, SKIP_ATTENTION, UNEQUAL, Row, rate
+
+INK, MUTED, GRID = "#1c1917", "#78716c", "#e7e5e4"
+STYLE: Any = {
+    "font.size": 11,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+}
+KERNELS = {
+    ATTENTION: ("lite_attention", "#c2410c", "o"),
+    FA3: (FA3, "#0f766e", "s"),
+    CUDNN: (CUDNN, "#4338ca", "^"),
+}
+SERIES = {
+    (ATTENTION, CONTIGUOUS): ("contiguous", "#c2410c", "o"),
+    (ATTENTION, SCATTERED): ("scattered", "#0f766e", "s"),
+    (SKIP_ATTENTION, SCATTERED): ("scattered, skip_attention", "#a16207", "x"),
+    (ATTENTION, UNEQUAL): ("unequal", "#4338ca", "^"),
+    (ATTENTION, PER_TILE): ("scattered per query tile", "#be185d", "D"),
+}
+
+
+def shape_title(shape: Row) -> str:
+    """A shape in words."""
+    batch = "" if shape["batch"] == 1 else f"{shape['batch']} x "
+    return f"{batch}{shape['length']:,} tokens, {shape['heads']} heads of {shape['head_dim']}"
+
+
+def draw_length(record: dict[str, Any], path: Path) -> None:
+    """Dense TFLOP/s against sequence length."""
+    rows = record["sweep"]
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for kernel, (label, colour, marker) in KERNELS.items():
+        points = [(row["shape"]["length"], value) for row in rows if (value := rate(row, kernel)) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    lengths = [row["shape"]["length"] for row in rows]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
+    axes.set_xlabel(f"tokens ({rows[0]['shape']['heads']} heads of {rows[0]['shape']['head_dim']})")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"Dense attention, {record['dtype']}, {record['gpu']}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_shape(axes: Axes, rows: list[Row]) -> None:
+    axes.plot([0, 100], [0, 1], color=INK, linewidth=1, label="in proportion to FlashAttention-3")
+    for key, (label, colour, marker) in SERIES.items():
+        points = sorted(
+            (100 * one["density"], one["time_over_fa3"])
+            for row in rows
+            for one in row["points"]
+            if (one["kernel"], one["pattern"]) == key and one["time_over_fa3"] is not None
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
+    axes.set_title(shape_title(rows[0]["shape"]))
+    axes.set_xlim(0, 80)
+    axes.set_ylim(0)
+
+
+def draw_density(record: dict[str, Any], path: Path) -> None:
+    """Time against density, one panel for each shape."""
+    by_shape: dict[str, list[Row]] = {}
+    for row in record["density"]:
+        by_shape.setdefault(row["shape"]["name"], []).append(row)
+    lines = -(-len(by_shape) // 2)
+    figure, grid = plt.subplots(
+        lines, 2, figsize=(10, 3.7 * lines + 0.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(by_shape) :]:
+        axes.set_visible(False)
+    for axes, rows in zip(grid.flat, by_shape.values(), strict=False):
+        _draw_shape(axes, rows)
+    for axes in grid[-1]:
+        axes.set_xlabel("tiles kept, %")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time / FlashAttention-3, dense")
+    figure.suptitle(f"Time against the share of tiles kept, {record['dtype']}, {record['gpu']}", fontsize=13)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("record", type=Path, help="a JSON file that benchmarks/attention.py wrote")
+    arguments = parser.parse_args()
+    record = json.loads(arguments.record.read_text())
+    with plt.rc_context(STYLE):
+        for part, draw, name in (("sweep", draw_length, "length"), ("density", draw_density, "density")):
+            if part in record:
+                path = arguments.record.with_name(f"{arguments.record.stem}_{name}.png")
+                draw(record, path)
+                print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

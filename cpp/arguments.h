@@ -1,0 +1,58 @@
+// The operators' arguments as torch hands them over: checked, and turned into what the kernels are told. All backends
+// share this, texts included.
+//
+// Errors are std::runtime_error, a RuntimeError in Python, whose text starts with the operator's name and names the
+// argument, what it was and what was expected.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "params.h"
+
+namespace lite_attention {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// One call of an operator: its name, and the device that every argument must be on.
+struct Call {
+  const char* op;
+  torch::stable::Device device;
+};
+
+// The device is that of the first argument, or where the backend works if the argument is elsewhere: an error to come.
+Call make_call(const char* op, DeviceType backend, const Tensor& first_argument);
+
+void fill_qkv(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, double scale, ForwardParams& params);
+
+// These need params to hold q, k and v.
+void fill_kv_lens(const Call& call, const std::optional<Tensor>& kv_lens, ForwardParams& params);
+void fill_threshold(const Call& call, const Tensor& threshold, ForwardParams& params);
+KeepMapView view_keep_map(const Call& call, const char* argument, const Tensor& map, const ForwardParams& params);
+KeepMapView view_broadcast_keep_map(const Call& call, const char* argument, const Tensor& map,
+                                    const ForwardParams& params);
+
+// The params point into the views, which are filled too.
+void fill_merge(const Call& call, const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                std::vector<TensorView>& views, MergeParams& params);
+
+// A contiguous tensor of at most four dimensions on the call's device, its contents whatever was there.
+Tensor allocate(const Call& call, ScalarType dtype, std::initializer_list<int64_t> sizes);
+
+}  // namespace lite_attention

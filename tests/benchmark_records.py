@@ -1,0 +1,97 @@
+"""A made-up record of benchmarks/attention.py, put together as the script does it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import attention as benchmark  # noqa: E402
+from attention_record import (  # noqa: E402
+    ATTENTION,
+    CUDNN,
+    FA3,
+    FLEX,
+    PATTERNS,
+    SCATTERED,
+    SKIP_ATTENTION,
+    dense_row,
+    density_row,
+    skip_row,
+)
+
+
+def made_up_loop(
+    shape: benchmark.Shape, kernel: str, tflops: float, pattern: str = "dense", density: float = 1.0
+) -> dict[str, Any]:
+    return {
+        "kernel": kernel,
+        "pattern": pattern,
+        "density": density,
+        "tflops": tflops,
+        "ms": shape.flop * density / tflops * 1e-9,
+        "launches": 100,
+        "graph": False,
+        "sm_clock_mhz": 1650.0,
+        "power_watts": 695.0,
+        "check": {"query_tiles": 6, "out_error": 2.3e-3, "lse_error": 1e-6},
+    }
+
+
+def made_up_dense_row(shape: benchmark.Shape, goal: float | None) -> dict[str, Any]:
+    rates = ((FA3, 680.0), (ATTENTION, 700.0), (FA3, 684.0), (CUDNN, 600.0))
+    return dense_row(shape.facts(), goal, [made_up_loop(shape, *one) for one in rates], {FLEX: "RuntimeError: no"})
+
+
+def made_up_density_row(shape: benchmark.Shape, density: float) -> dict[str, Any]:
+    loops = [made_up_loop(shape, FA3, 680.0)]
+    for number, pattern in enumerate(PATTERNS):
+        loops.append(made_up_loop(shape, ATTENTION, 670.0 - 30 * number, pattern, density))
+    loops.append(made_up_loop(shape, SKIP_ATTENTION, 600.0, SCATTERED, density))
+    if shape == benchmark.FLEX_SHAPE:
+        loops.append(made_up_loop(shape, FLEX, 380.0, SCATTERED, density))
+    loops.append(made_up_loop(shape, FA3, 684.0))
+    return density_row(shape.facts(), density, benchmark.DENSITY_GOALS[shape].get(density), loops, {})
+
+
+def made_up_record() -> dict[str, Any]:
+    skip_loops = ((ATTENTION, 700.0), (SKIP_ATTENTION, 690.0)) * 2
+    return {
+        "command": "python benchmarks/attention.py",
+        "date": "2030-01-02T03:04:05+00:00",
+        "revision": "0123456789ab",
+        "gpu": "NVIDIA H200",
+        "driver": "1.2.3",
+        "cuda": "13.0",
+        "cudnn": 91900,
+        "fa3": "0.0.3",
+        "environment": {"lite_attention": "0.1.0", "torch": "2.11.0+cu130"},
+        "dtype": "bfloat16",
+        "seconds_per_loop": 1.0,
+        "absent": {},
+        "failures": [],
+        "cublas": [{"kernel": "cuBLAS", "size": 8192, "tflops": 775.0, "ms": 1.4}],
+        "dense": [made_up_dense_row(shape, goal) for shape, goal in benchmark.DENSE_GOALS.items()],
+        "skip": [
+            skip_row(shape.facts(), benchmark.SKIP_GOAL, [made_up_loop(shape, *one) for one in skip_loops])
+            for shape in benchmark.DENSE_GOALS
+        ],
+        "density": [
+            made_up_density_row(shape, density) for shape in benchmark.DENSITY_GOALS for density in benchmark.DENSITIES
+        ],
+        "sweep": [made_up_dense_row(benchmark.Shape(1, n, 16, 128), None) for n in benchmark.SWEEP_LENGTHS],
+        "host": [
+            {
+                "goal": benchmark.HOST_GOAL,
+                "microseconds": {
+                    ATTENTION: {"no_grad": 10.0, "inference_mode": 9.0},
+                    SKIP_ATTENTION: {"no_grad": 16.0, "inference_mode": 12.0},
+                    FA3: {"no_grad": 90.0, "inference_mode": 88.0},
+                },
+            }
+        ],
+        "wall_seconds": 300.0,
+    }
