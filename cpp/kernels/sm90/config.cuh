@@ -1,6 +1,9 @@
 // What one instantiation of the forward is made of: tile sizes, roles, register budget, layouts, shared memory.
 #pragma once
 
+// Without it wgmma of 176 columns falls apart into small ones.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+
 #include <cutlass/numeric_types.h>
 
 #include <cute/algorithm/functional.hpp>
@@ -18,11 +21,11 @@ inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 inline constexpr int kSwizzleColumns = 64;  // 128 bytes of a 16-bit type: the widest box the 128-byte swizzle takes
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, Walk kWalk>
 struct Config {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr TileShape kTile = tile_shape(kHeadDim);
+  static constexpr TileShape kTile = walk_tile(kHeadDim, kWalk);
   static constexpr int kTileM = kTile.tile_m;
   static constexpr int kTileN = kTile.tile_n;
   static constexpr int kWarpgroups = kTile.visit_rows / kTileM;  // consumers; one more produces
@@ -31,11 +34,11 @@ struct Config {
   static constexpr int kWorkSlots = 2;
   static constexpr int kVisits = 16;  // how far the reading of the map may be ahead of the loads
   static constexpr int kSlabs = kHeadDim / kSwizzleColumns;
-  // Scores, probabilities and output of one thread exceed 160 registers at 128 columns: there a warpgroup finishes a
-  // tile before it begins the next, and the other two fill the tensor cores meanwhile.
-  static constexpr bool kOverlap = kHeadDim != 128;
+  // Scores, weights and output of one thread exceed 160 registers at 128 columns: three warpgroups there finish a tile
+  // before they begin the next, each filling the tensor cores while the others do not.
+  static constexpr bool kOverlap = kHeadDim != 128 || kWarpgroups == 2;
   // The output is staged in memory of its own where there is room, so that the next queries load during the epilogue.
-  static constexpr bool kStagesOutput = kHeadDim <= 128;
+  static constexpr bool kStagesOutput = kWarpgroups == 3;
   // setmaxnreg moves registers between warpgroups but makes none: a launch of 512 threads holds 128 each, 384 hold 168.
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;

@@ -121,7 +121,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     const auto visits = [&](auto per_warpgroup) {
       barrier_wait(&shared.k_full[ring.stage], ring.phase);
       if constexpr (per_warpgroup) {
-        return __any_sync(0xffffffffu, shared.k_warpgroups[ring.stage] >> warpgroup & 1) != 0;
+        // Read by the lane that hands the stage back, so that the one comes before the other.
+        return __any_sync(0xffffffffu, lane == 0 && (shared.k_warpgroups[ring.stage] >> warpgroup & 1)) != 0;
       } else {
         return true;
       }

@@ -108,16 +108,17 @@ void forward(const ForwardParams& params, void* workspace, cudaStream_t stream) 
   const int multiprocessors = multiprocessors_of_current_device();
   const TensorView out{params.out, params.query_len * params.query_heads * params.head_dim,
                        params.query_heads * params.head_dim, params.head_dim};
-  const int key_rows = mapped ? params.tile.tile_n : params.tile.tile_n / 2;  // pairs of CTAs load half a tile each
-  const int64_t groups = ceil_div(params.query_len, params.tile.visit_rows);
+  const TileShape tile = walk_tile(params.head_dim, walk);
+  const int key_rows = mapped ? tile.tile_n : tile.tile_n / 2;  // pairs of CTAs load half a tile each
+  const int64_t groups = ceil_div(params.query_len, tile.visit_rows);
   const int64_t items = params.batch * params.query_heads * (mapped ? groups : ceil_div(groups, 2));
   if (items > INT32_MAX) throw std::runtime_error("q has more tiles than one launch can number");
 
   KernelParams kernel{};
-  kernel.q = tensor_map("q", params.q, params, params.query_len, params.query_heads, params.tile.tile_m);
+  kernel.q = tensor_map("q", params.q, params, params.query_len, params.query_heads, tile.tile_m);
   kernel.k = tensor_map("k", params.k, params, params.kv_len, params.kv_heads, key_rows);
   kernel.v = tensor_map("v", params.v, params, params.kv_len, params.kv_heads, key_rows);
-  kernel.out = tensor_map("out", out, params, params.query_len, params.query_heads, params.tile.tile_m);
+  kernel.out = tensor_map("out", out, params, params.query_len, params.query_heads, tile.tile_m);
   kernel.forward = params;
   kernel.groups = static_cast<int32_t>(groups);
   kernel.work_items = static_cast<int32_t>(items);

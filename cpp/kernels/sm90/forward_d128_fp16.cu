@@ -4,7 +4,7 @@
 namespace lite_attention::sm90 {
 
 cudaError_t launch_d128_fp16(Walk walk, const KernelParams& params, int multiprocessors, cudaStream_t stream) {
-  return launch<Config<cutlass::half_t, 128>>(walk, params, multiprocessors, stream);
+  return launch<cutlass::half_t, 128>(walk, params, multiprocessors, stream);
 }
 
 }  // namespace lite_attention::sm90

@@ -90,12 +90,16 @@ cudaError_t launch_walk(const KernelParams& params, int multiprocessors, cudaStr
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-template <class Config>
+template <typename Element, int kHeadDim>
 cudaError_t launch(Walk walk, const KernelParams& params, int multiprocessors, cudaStream_t stream) {
   switch (walk) {
-    case Walk::kAll: return launch_walk<Config, Walk::kAll>(params, multiprocessors, stream);
-    case Walk::kMapped: return launch_walk<Config, Walk::kMapped>(params, multiprocessors, stream);
-    case Walk::kMappedDecided: return launch_walk<Config, Walk::kMappedDecided>(params, multiprocessors, stream);
+    case Walk::kAll:
+      return launch_walk<Config<Element, kHeadDim, Walk::kAll>, Walk::kAll>(params, multiprocessors, stream);
+    case Walk::kMapped:
+      return launch_walk<Config<Element, kHeadDim, Walk::kMapped>, Walk::kMapped>(params, multiprocessors, stream);
+    case Walk::kMappedDecided:
+      return launch_walk<Config<Element, kHeadDim, Walk::kMappedDecided>, Walk::kMappedDecided>(params, multiprocessors,
+                                                                                                stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -16,6 +16,14 @@ enum class Walk {
   kMappedDecided,  // those of the keep map, and the drop rule decides which of them the next map keeps
 };
 
+// The tiles of a walk. Those of a map are the map's. A dense walk is free to choose: at 128 columns, two warpgroups
+// with wider tiles, which leave registers to overlap the scores of a tile with the output of the one before.
+constexpr TileShape walk_tile(int64_t head_dim, Walk walk) {
+  const TileShape& shape = tile_shape(head_dim);
+  if (walk == Walk::kAll && head_dim > 64 && head_dim <= 128) return {128, 64, 176, 128};
+  return shape;
+}
+
 // What plan.cu finds out about one visit group.
 struct GroupPlan {
   int32_t tiles;       // visited by at least one of its query tiles

@@ -91,7 +91,8 @@ struct Loader {
     ring.advance();
   }
 
-  // Every tile of the items dealt.
+  // Every tile of the items dealt, the last one first: where it must be masked, nothing can be overlapped with it
+  // anyway.
   __device__ __forceinline__ void load_all() {
     RingPosition<Config::kWorkSlots> work;
     CUTLASS_PRAGMA_NO_UNROLL
@@ -102,7 +103,7 @@ struct Loader {
       if (tiles == kNoMoreWork) return;
       if (tiles == 0) load_queries(item);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int tile = 0; tile < tiles; ++tile) load(item, tile, 0, tile == 0);
+      for (int i = 0; i < tiles; ++i) load(item, i == 0 ? tiles - 1 : i - 1, 0, i == 0);
     }
   }
 
@@ -182,7 +183,7 @@ struct Walker {
       const int keys = static_cast<int>(existing_keys(params.forward, batch));
       item.tiles = (keys + Config::kTileN - 1) / Config::kTileN;
       item.masked_keys = keys % Config::kTileN;
-      item.masked_from_end = keys % Config::kTileN == 0 ? 0 : 1;
+      item.masked_from_end = keys % Config::kTileN == 0 ? 0 : item.tiles;  // the first
       item.batch = batch;
       item.head = head_index - batch * heads;
       item.kv_head = item.head / params.heads_per_kv_head;
