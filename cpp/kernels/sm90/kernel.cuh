@@ -1,4 +1,4 @@
-// The forward kernel: one producer warp and two or three consumer warpgroups per CTA, as many CTAs as the GPU runs at
+// The forward kernel: a producer and two or three consumer warpgroups per CTA, as many CTAs as the GPU runs at
 // once, each working until nothing is left. docs/kernel.md draws it.
 #pragma once
 
