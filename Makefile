@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 # Empty for the newest versions the package allows.
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cpp' -o -name '*.h')
-CUDA_BUILD_INPUTS := $(BUILD_INPUTS) $(shell find cpp -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -type f)
 CXX_SOURCES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 SANITIZED := build/sanitized
 CUDA_BUILD := build/cuda
@@ -57,6 +56,7 @@ clean: ## Remove the environment and everything built
 $(VENV)/base.done: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
+	$(PIP_INSTALL) --no-deps nvidia-cutlass # headers, for where torch has CUDA; what they depend on is for other uses
 	touch $@
 
 $(VENV)/package.done: $(VENV)/base.done $(BUILD_INPUTS)
@@ -77,9 +77,9 @@ $(SANITIZED)/done: $(VENV)/test.done
 	  -C cmake.define.LITE_ATTENTION_SANITIZE=address,undefined .
 	touch $@
 
-# nvcc and CUTLASS come as wheels, of one version everywhere: another nvcc may allocate registers in another way.
-$(CUDA_BUILD)/done: $(VENV)/base.done $(CUDA_BUILD_INPUTS)
-	$(PIP_INSTALL) --no-deps nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
+# nvcc comes as wheels, of one version everywhere: another may allocate registers in another way.
+$(CUDA_BUILD)/done: $(VENV)/base.done $(BUILD_INPUTS)
+	$(PIP_INSTALL) --no-deps nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 	toolkit=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13; \
 	CUDACXX=$$toolkit/bin/nvcc LIBRARY_PATH=$$toolkit/lib \
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \

@@ -189,6 +189,7 @@ struct Walker {
       item.kv_head = item.head / params.heads_per_kv_head;
       item.first_row = ((index - head_index * pairs) * 2 + rank) * Config::kTile.visit_rows;
       publish();
+      next_slot();  // not before the item after this one can be dealt: see walk_queue
       if (rank == 0) {
         index = atomicAdd(params.workspace.taken, 1) + gridDim.x / 2;
         barrier_wait(&shared.index_empty[told.stage], told.phase ^ 1);
@@ -212,15 +213,14 @@ struct Walker {
     while (index < params.work_items) {
       const int group_index = params.workspace.queue[index];
       const GroupPlan plan = params.workspace.groups[group_index];
-      if (lane() == 0) {
-        deal(group_index, plan);
-        index = atomicAdd(params.workspace.taken, 1) + gridDim.x;
-      }
+      if (lane() == 0) deal(group_index, plan);
       if (plan.tiles == 0) {
         pass_on(kNoTile, kFirstOfItem);
       } else {
         walk_group(group_index, plan.first_tile);
       }
+      // Asked for as late as that: what is taken early and lies waiting, others cannot take when they run out.
+      if (lane() == 0) index = atomicAdd(params.workspace.taken, 1) + gridDim.x;
       index = __shfl_sync(0xffffffffu, index, 0);
     }
     if (lane() == 0) {
