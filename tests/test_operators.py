@@ -11,7 +11,7 @@ from inputs import (
     Case,
     assert_as_good_as_naive,
     check_attention,
-    check_decisions,
+    check_skip_attention,
     correlated_passes,
     make_qkv,
     random_map,
@@ -37,27 +37,6 @@ RAGGED = [
 
 def threshold_of(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
-
-
-def check_skip_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    threshold: Tensor,
-    scale: float,
-    *,
-    must_keep: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator, compare everything it returns with the oracle, and see that it wrote no input."""
-    given = [x for x in (q, k, v, keep, must_keep, kv_lens, threshold) if x is not None]
-    before = [x.clone() for x in given]
-    out, lse, next_keep = skip_attention(q, k, v, keep, threshold, must_keep=must_keep, kv_lens=kv_lens, scale=scale)
-    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
-    visited = check_decisions(next_keep, q, k, keep, must_keep, kv_lens, threshold, scale)
-    check_attention(out, lse, q, k, v, reference.pack_keep_map(visited), kv_lens, scale)
-    return out, lse, next_keep
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
