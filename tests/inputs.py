@@ -1,10 +1,11 @@
-"""Inputs for the tests and the rule by which a low-precision result is judged."""
+"""Inputs for the tests, the rule by which a low-precision result is judged, and how errors are listed."""
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -300,3 +301,13 @@ def check_skip_attention(
     visited = check_decisions(next_keep, q, k, keep, must_keep, kv_lens, threshold, scale)
     check_attention(out, lse, q, k, v, pack_keep_map(visited), kv_lens, scale)
     return out, lse, next_keep
+
+
+def report(calls: dict[str, Callable[[], object]]) -> str:
+    """One line for each bad call: what was wrong with it, and the error it raised."""
+    lines = []
+    for name, call in calls.items():
+        with pytest.raises(Exception, match=r".+") as raised:
+            call()
+        lines.append(f"{name} -> {raised.type.__name__}: {str(raised.value).splitlines()[0]}")
+    return "\n".join(lines)

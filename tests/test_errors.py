@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from inputs import report
 from torch import Tensor
 
 from lite_attention import (
@@ -32,19 +33,6 @@ K, V = torch.randn(2, BATCH, KEYS, KV_HEADS, HEAD_DIM)
 KEEP = full_keep_map(BATCH, HEADS, QUERIES, KEYS, HEAD_DIM, Q.dtype)
 LENS = torch.full((BATCH,), KEYS, dtype=torch.int32)
 OUT, LSE = torch.randn(2, 5, 3, 8), torch.randn(2, 3, 5)
-
-
-def report(calls: dict[str, Callable[[], object]]) -> str:
-    """One line for each bad call: what was wrong with it, and the error it raised."""
-    lines = []
-    for name, call in calls.items():
-        try:
-            call()
-        except Exception as error:
-            lines.append(f"{name} -> {type(error).__name__}: {str(error).splitlines()[0]}")
-        else:
-            pytest.fail(f"{name}: no error")
-    return "\n".join(lines)
 
 
 def bad_attention(**changes: Any) -> Callable[[], object]:
@@ -338,6 +326,7 @@ def test_module_ranges() -> None:
         "a flat tensor": bad_module(must_do_list=torch.tensor([0, 5])),
         "a float tensor": bad_module(must_do_list=torch.tensor([[0.0, 5.0]])),
         "also without skipping": bad_module(LiteAttention(enable_skipping=False), must_do_list=[0, 5, 9]),
+        "queries past the end": bad_module(must_do_queries=[0, 2**20]),
     }
     assert_expected_inline(
         report(calls),
@@ -345,14 +334,41 @@ def test_module_ranges() -> None:
 odd length -> ValueError: LiteAttention: must_do_list has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 9, has no partner)
 odd length of the other list -> ValueError: LiteAttention: must_skip_list has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 9, has no partner)
 past the end -> ValueError: LiteAttention: must_do_list[2] is 2401, expected at most the number of keys, 2400
-negative -> ValueError: LiteAttention: must_skip_list[1] is -1, expected a key position of at least 0
+negative -> ValueError: LiteAttention: must_skip_list[1] is -1, expected a position of at least 0
 empty range -> ValueError: LiteAttention: must_do_list[2:4] is [9, 9], an empty range
 a float -> TypeError: LiteAttention: must_do_list[1] is 5.0 of type float, expected an int
 a text -> TypeError: LiteAttention: must_do_list has type str, expected a list of ints or an integer tensor
 a flat tensor -> ValueError: LiteAttention: must_do_list has shape [2], expected [count, 2]: one [start, end] a row
 a float tensor -> TypeError: LiteAttention: must_do_list has dtype torch.float32, expected torch.int32 or torch.int64
-also without skipping -> ValueError: LiteAttention: must_do_list has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 9, has no partner)""",
+also without skipping -> ValueError: LiteAttention: must_do_list has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 9, has no partner)
+queries past the end -> ValueError: LiteAttention: must_do_queries[1] is 1048576, expected at most the number of queries, 100""",
     )
+
+
+def test_module_scalars_and_maps() -> None:
+    layer = LiteAttention()
+    layer(Q, K, V)
+    calls: dict[str, Callable[[], object]] = {
+        "start_full True": bad_module(start_full=True),
+        "start_full of int": bad_module(start_full=torch.tensor(1)),
+        "start_full of rank 1": bad_module(start_full=torch.tensor([True])),
+        "start_full elsewhere": bad_module(start_full=torch.tensor(True, device="meta")),
+        "skip_fraction_out of int": bad_module(skip_fraction_out=torch.tensor(1)),
+        "a map of int": lambda: layer.set_keep_map(layer.keep_map().int()),
+        "a map of rank 3": lambda: layer.set_keep_map(layer.keep_map()[0]),
+        "a map of another size": lambda: layer.set_keep_map(layer.keep_map()[..., :2]),
+        "a map before a pass": lambda: LiteAttention().set_keep_map(torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+    }
+    assert_expected_inline(report(calls), """\
+start_full True -> TypeError: LiteAttention: start_full has type bool, expected a tensor
+start_full of int -> TypeError: LiteAttention: start_full has dtype torch.int64, expected torch.bool
+start_full of rank 1 -> ValueError: LiteAttention: start_full has shape [1], expected []
+start_full elsewhere -> ValueError: LiteAttention: start_full is on meta, expected cpu, query's device
+skip_fraction_out of int -> TypeError: LiteAttention: skip_fraction_out has dtype torch.int64, expected torch.float32
+a map of int -> TypeError: pack_keep_map: keep has dtype torch.int32, expected torch.bool
+a map of rank 3 -> ValueError: set_keep_map: keep_map has shape [4, 2, 19], expected [2, 4, 2, 19] or sizes of 1
+a map of another size -> ValueError: set_keep_map: keep_map has shape [2, 4, 2, 2], expected [2, 4, 2, 19] or sizes of 1
+a map before a pass -> RuntimeError: set_keep_map: branch 0 has no keep map yet, expected a skipping pass before""")
 
 
 def test_module_construction_and_settings() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from inputs import GPU
+from inputs import GPU, report
 from torch import Tensor
 
 from lite_attention import attention, full_keep_map, merge_attention, skip_attention
@@ -47,16 +47,6 @@ def bad_calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "dtype of an lse": lambda: merge_attention([out], [lse.bfloat16()]),
         "a gradient": lambda: attention(q.requires_grad_(), k, v)[0].sum().backward(),
     }
-
-
-def report(calls: dict[str, Callable[[], object]]) -> list[str]:
-    """One line for each bad call: what was wrong with it, and the error it raised."""
-    lines = []
-    for name, call in calls.items():
-        with pytest.raises(Exception, match=r".+") as raised:
-            call()
-        lines.append(f"{name} -> {raised.type.__name__}: {str(raised.value).splitlines()[0]}")
-    return lines
 
 
 def test_errors_are_those_of_the_cpu() -> None:

@@ -31,7 +31,8 @@ def test_unpacking_undoes_packing(kv_tiles: int) -> None:
     assert packed.dtype == torch.int32
     assert packed.shape == (2, 3, 5, -(-kv_tiles // 32))
     assert torch.equal(unpack_keep_map(packed, kv_tiles), keep)
-    assert kept_tiles(packed) == keep.sum()
+    assert kept_tiles(packed, kv_tiles) == keep.sum()
+    assert kept_tiles(torch.full_like(packed, -1), kv_tiles) == keep.numel(), "bits past the last tile do not count"
     assert float(density(packed, kv_tiles)) == pytest.approx(float(keep.float().mean()))
 
 
@@ -116,7 +117,7 @@ def test_bad_ranges_are_named() -> None:
         """\
 ranges has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 7, has no partner)
 ranges[2:4] is [7, 7], an empty range
-ranges[1] is -1, expected a key position of at least 0
+ranges[1] is -1, expected a position of at least 0
 must_do_list[1] is 101, expected at most the number of keys, 100
 ranges[1] is 5.0 of type float, expected an int
 ranges[0] is True of type bool, expected an int

@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lite_attention import (
     LiteAttention,
     SeqParallelLiteAttention,
     attention,
+    branches,
     full_keep_map,
     merge_attention,
     modules,
@@ -29,7 +31,7 @@ from lite_attention import (
     skip_branch,
     unpack_keep_map,
 )
-from lite_attention.modules import MAX_BRANCHES
+from lite_attention.branches import MAX_BRANCHES
 
 CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
 THRESHOLD = -8.0
@@ -276,11 +278,11 @@ def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
     with skip_branch(1):
         with pytest.raises(KeyError), again:
             raise KeyError
-        assert modules._current_branch == 1
+        assert branches._current_branch == 1
         with again, again:
-            assert modules._current_branch == 2
-        assert modules._current_branch == 1
-    assert modules._current_branch == 0
+            assert branches._current_branch == 2
+        assert branches._current_branch == 1
+    assert branches._current_branch == 0
 
 
 def test_threads_pass_the_branch_as_an_argument() -> None:
@@ -387,6 +389,98 @@ def test_must_do_wins_over_must_skip() -> None:
     only[..., :2] = True
     check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
     assert layer.keep_map().all(), "must-do tiles stay kept, skipped ones keep their bit"
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_must_do_queries_compute_and_keep_every_tile(with_keys: bool, as_tensor: bool) -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    for q, k, v in inputs[:3]:
+        layer(q, k, v)
+    before = layer.keep_map()
+    # Rows 100 to 139 lie in the query tiles 1 and 2, row 399 in the ragged last one, 6. Keys 200 to 299: tiles 1, 2.
+    rows: object = torch.tensor([[100, 140], [399, 500]]) if as_tensor else [100, 140, 399, 400]
+    keys = [200, 300] if with_keys else None
+    out, lse = layer(*inputs[3], None, True, keys, None, must_do_queries=rows)
+    must = torch.zeros_like(before)
+    must[:, :, [1, 2, 6]] = True
+    if with_keys:
+        must[..., 1:3] = True
+    assert not before[must].all()
+    check_attention(out, lse, *inputs[3], pack_keep_map(before | must), None, CASE.scale)
+    after = layer.keep_map()
+    assert after[must].all()
+    assert not (after & ~(before | must)).any()
+
+
+def test_a_pass_that_starts_full_does_what_a_reset_does() -> None:
+    inputs = passes()
+    layer, other = LiteAttention(threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    for step, (q, k, v) in enumerate(inputs):
+        if step == 2:
+            other.reset_skip_state()
+        assert torch.equal(layer(q, k, v, start_full=torch.tensor(step == 2)), other(q, k, v))
+        assert torch.equal(layer.keep_map(), other.keep_map())
+    assert not layer.keep_map().all()
+
+
+def test_the_fraction_a_pass_skips_is_that_of_its_map_and_lists() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    fraction = torch.full((), 7.0)
+    layer(*inputs[0], skip_fraction_out=fraction)
+    assert fraction == 0.0
+    before = layer.keep_map()
+    layer(*inputs[1], skip_fraction_out=fraction)
+    assert float(fraction) == pytest.approx(1 - float(before.float().mean()))
+    visited = layer.keep_map()
+    layer(*inputs[2], None, False, [0, 128], [256, 512], must_do_queries=[0, 64], skip_fraction_out=fraction)
+    visited[..., 2:4] = False
+    visited[..., 0] = True
+    visited[:, :, 0] = True
+    assert float(fraction) == pytest.approx(1 - float(visited.float().mean()))
+    layer.enable_skip_optimization(False)
+    layer(*inputs[3], skip_fraction_out=fraction)
+    assert fraction == 0.0
+
+
+def test_a_map_can_be_set_and_broadcast() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=-math.inf)
+    layer(*inputs[0])
+    chosen = torch.rand(2, 4, 7, 6) < 0.5
+    layer.set_keep_map(chosen)
+    assert torch.equal(layer.keep_map(), chosen)
+    for q, k, v in inputs[:2]:
+        out, lse = layer(q, k, v, return_softmax_lse=True)
+        check_attention(out, lse, q, k, v, pack_keep_map(chosen), None, CASE.scale)
+    assert torch.equal(layer.keep_map(), chosen), "at -inf nothing more is dropped"
+    layer.reset_skip_state()
+    layer.set_keep_map(chosen[:1, :, :1])
+    assert torch.equal(layer.keep_map(), chosen[:1, :, :1].expand(2, 4, 7, 6)), "it counts after a reset too"
+
+
+def test_the_layout_version_tells_when_a_captured_graph_is_out_of_date() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+
+    def grows(change: Callable[[], object]) -> bool:
+        before = layer.layout_version
+        change()
+        return layer.layout_version > before
+
+    q, k, v = passes(count=1)[0]
+    assert grows(lambda: layer(q, k, v)), "room is made"
+    assert grows(lambda: layer(q, k, v, branch=1))
+    assert not grows(lambda: layer(q, k, v))
+    assert not grows(layer.reset_skip_state)
+    assert not grows(lambda: layer.set_threshold(-3.0))
+    assert not grows(lambda: layer.set_keep_map(layer.keep_map()))
+    assert grows(lambda: layer.set_threshold([-3.0] * 4)), "another shape"
+    assert not grows(lambda: layer.set_threshold([-4.0] * 4))
+    assert not grows(lambda: layer.enable_skip_optimization(True))
+    assert grows(lambda: layer.enable_skip_optimization(False))
+    assert grows(lambda: layer.to("meta"))
 
 
 def test_skipping_every_key_gives_zero_and_minus_infinity() -> None:

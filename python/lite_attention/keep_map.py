@@ -104,30 +104,39 @@ def full_keep_map(
     return row.repeat(*keep_map_shape(batch, heads, query_len, kv_len, head_dim, dtype)[:-1], 1)
 
 
-def kept_tiles(packed: Tensor) -> Tensor:
+def kept_tiles(packed: Tensor, kv_tiles: int) -> Tensor:
     """Number of kept tiles in a packed map, int64 and 0-d, on the map's device (no synchronisation).
 
-    Counts every set bit, so bits past the last tile must be 0, as the operators leave them.
+    Bits past the last tile do not count.
     """
-    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & 1).sum()
+    row = pack_keep_map(torch.ones(kv_tiles, dtype=torch.bool, device=packed.device))
+    # Bits are summed in fields of 2, 4, 8, 16 and 32 of them. Shifts copy the sign bit, which the masks take away.
+    count = packed & row
+    count = count - ((count >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (count + (count >> 4)) & 0x0F0F0F0F
+    count = count + (count >> 8)
+    count = (count + (count >> 16)) & 0x3F
+    return count.sum()
 
 
 def density(packed: Tensor, kv_tiles: int) -> Tensor:
     """Kept tiles / all tiles of a packed map, fp32 and 0-d, on the map's device (no synchronisation)."""
     rows = packed.numel() // packed.shape[-1]
-    return kept_tiles(packed).to(torch.float32) / (rows * kv_tiles)
+    return kept_tiles(packed, kv_tiles).to(torch.float32) / (rows * kv_tiles)
 
 
-def parse_ranges(ranges: Sequence[int], kv_len: int, name: str = "ranges") -> list[tuple[int, int]]:
-    """Read a flat ``[start, end, start, end, ...]`` list of key positions as half-open ``(low, high)`` pairs.
+def parse_ranges(
+    ranges: Sequence[int], length: int, name: str = "ranges", tokens: str = "keys"
+) -> list[tuple[int, int]]:
+    """Read a flat ``[start, end, ...]`` list of positions of keys, or of other ``tokens``, as ``(low, high)`` pairs.
 
-    A pair may be written ascending (``[60, 80]``) or descending (``[80, 60]``): both mean keys 60 to 79. Pairs may
-    touch, overlap and come in any order.
+    High is exclusive. A pair may be written ascending (``[60, 80]``) or descending (``[80, 60]``): both mean keys 60
+    to 79. Pairs may touch, overlap and come in any order.
 
     Raises:
         TypeError: an entry is not an int.
-        ValueError: odd length, or a pair that is empty, negative or past ``kv_len``; the text names the entry.
+        ValueError: odd length, or a pair that is empty, negative or past ``length``; the text names the entry.
     """
     if len(ranges) % 2 != 0:
         raise ValueError(
@@ -138,9 +147,9 @@ def parse_ranges(ranges: Sequence[int], kv_len: int, name: str = "ranges") -> li
         if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
             raise TypeError(f"{name}[{index}] is {entry!r} of type {type(entry).__name__}, expected an int")
         if entry < 0:
-            raise ValueError(f"{name}[{index}] is {entry}, expected a key position of at least 0")
-        if entry > kv_len:
-            raise ValueError(f"{name}[{index}] is {entry}, expected at most the number of keys, {kv_len}")
+            raise ValueError(f"{name}[{index}] is {entry}, expected a position of at least 0")
+        if entry > length:
+            raise ValueError(f"{name}[{index}] is {entry}, expected at most the number of {tokens}, {length}")
     pairs = []
     for index in range(0, len(ranges), 2):
         first, second = ranges[index], ranges[index + 1]

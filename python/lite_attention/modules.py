@@ -23,13 +23,13 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lite_attention import functional, tiles
+from lite_attention.branches import MAX_BRANCHES, resolved_branch
 from lite_attention.keep_map import (
     density,
     keep_map_shape,
@@ -41,58 +41,17 @@ from lite_attention.keep_map import (
     unpack_keep_map,
 )
 
-__all__ = ["MAP_SLOTS", "MAX_BRANCHES", "LiteAttention", "SeqParallelLiteAttention", "skip_branch"]
+__all__ = ["MAP_SLOTS", "LiteAttention", "SeqParallelLiteAttention"]
 
 # A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
 # graphs that torch.compile keeps of one function by default.
 MAP_SLOTS = 8
-MAX_BRANCHES = 8
 
 Ranges = Sequence[int] | Tensor
 _CheckedRanges = list[tuple[int, int]] | Tensor
 Threshold = float | Sequence[float] | Tensor
 
 _logger = logging.getLogger("lite_attention")
-_current_branch = 0
-
-
-class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
-    """Context manager: passes inside it use the skip state of branch ``branch``.
-
-    A branch is one independent stream of passes through a layer, for instance the conditional and the unconditional
-    pass of sequential guidance. Without it, passes use branch 0. The choice is one per process: threads that run
-    different branches at the same time pass ``branch=`` to the module instead.
-
-    Args:
-        branch: 0 to ``MAX_BRANCHES - 1``.
-
-    Raises:
-        TypeError, ValueError: ``branch`` is not such a number.
-    """
-
-    def __init__(self, branch: int) -> None:
-        self.branch = _checked_branch(branch, "skip_branch")
-        self._outer: list[int] = []
-
-    def __enter__(self) -> skip_branch:
-        global _current_branch
-        self._outer.append(_current_branch)
-        _current_branch = self.branch
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _current_branch
-        _current_branch = self._outer.pop()
-
-
-def _checked_branch(branch: int, name: str) -> int:
-    if isinstance(branch, bool) or not isinstance(branch, (int, torch.SymInt)):
-        raise TypeError(f"{name}: branch has type {type(branch).__name__}, expected an int")
-    if not 0 <= branch < MAX_BRANCHES:
-        raise ValueError(f"{name}: branch is {branch}, expected 0 to {MAX_BRANCHES - 1}")
-    return branch
 
 
 class _Shape(NamedTuple):
@@ -179,6 +138,9 @@ class LiteAttention(nn.Module):
         ``LITE_ATTENTION_DEBUG`` permits thresholds above 0.
     """
 
+    layout_version: int
+    """Grows whenever a CUDA graph captured before is out of date: a state buffer replaced, skipping switched."""
+
     _threshold: Tensor
     _live: Tensor
 
@@ -189,6 +151,7 @@ class LiteAttention(nn.Module):
         if max_batch_size < 1:
             raise ValueError(f"LiteAttention: max_batch_size is {max_batch_size}, expected at least 1")
         self.max_batch_size = max_batch_size
+        self.layout_version = 0
         self._enabled = bool(enable_skipping)
         self._allow_positive_threshold = _flag("LITE_ATTENTION_DEBUG")
         self._verbose = _flag("LITE_ATTENTION_VERBOSE")
@@ -217,6 +180,9 @@ class LiteAttention(nn.Module):
         *,
         kv_lens: Tensor | None = None,
         branch: int | None = None,
+        must_do_queries: Ranges | None = None,
+        start_full: Tensor | None = None,
+        skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One attention pass.
 
@@ -233,6 +199,10 @@ class LiteAttention(nn.Module):
                 wholly inside. Their bits are kept for later calls. Where both lists name a tile, it is computed.
             kv_lens: int32 ``[batch]``; keys at and past it do not exist (padded batches).
             branch: whose skip state to use; None for the one of :class:`skip_branch`, or 0.
+            must_do_queries: ranges of query rows, in the forms of must_do_list: the query tiles they touch compute and
+                keep every tile, for instance those of text tokens. must_skip_list does not apply to them.
+            start_full: bool, 0-d, on query's device. Where True, this pass starts from the full map, as after a reset.
+            skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
             out, of query's shape and dtype; with ``return_softmax_lse`` also lse, fp32 ``[batch, heads, query_len]``,
@@ -244,15 +214,25 @@ class LiteAttention(nn.Module):
             RuntimeError: the operator refuses an argument; the text names it.
         """
         _check_inputs(query, key, value, self.max_batch_size)
-        branch = _current_branch if branch is None else _checked_branch(branch, "LiteAttention")
+        branch = resolved_branch(branch, "LiteAttention")
         if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
             raise TypeError(f"LiteAttention: scale has type {type(scale).__name__}, expected a float or None")
-        must_do = _checked_ranges(must_do_list, "must_do_list", query, key)
-        must_skip = _checked_ranges(must_skip_list, "must_skip_list", query, key)
+        must_do = _checked_ranges(must_do_list, "must_do_list", query, key.shape[1], "keys")
+        must_skip = _checked_ranges(must_skip_list, "must_skip_list", query, key.shape[1], "keys")
+        must_rows = _checked_ranges(must_do_queries, "must_do_queries", query, query.shape[1], "queries")
+        _check_scalar(start_full, "start_full", torch.bool, query)
+        _check_scalar(skip_fraction_out, "skip_fraction_out", torch.float32, query)
         if not self._enabled:
             out, lse = functional.attention(query, key, value, kv_lens=kv_lens, scale=scale)
+            if skip_fraction_out is not None:
+                skip_fraction_out.zero_()
         else:
-            out, lse = self._skipping_pass(query, key, value, scale, must_do, must_skip, kv_lens, branch)
+            out, lse, visited = self._skipping_pass(
+                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full
+            )
+            if skip_fraction_out is not None:
+                _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+                skip_fraction_out.copy_(1.0 - density(visited, kv_tiles))
         return (out, lse) if return_softmax_lse else out
 
     def _skipping_pass(
@@ -263,9 +243,12 @@ class LiteAttention(nn.Module):
         scale: float | None,
         must_do_ranges: _CheckedRanges | None,
         must_skip_ranges: _CheckedRanges | None,
+        must_do_rows: _CheckedRanges | None,
         kv_lens: Tensor | None,
         branch: int,
-    ) -> tuple[Tensor, Tensor]:
+        start_full: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
         index, stamp = self._find_slot(
@@ -287,11 +270,18 @@ class LiteAttention(nn.Module):
             )
         slot: _MapSlot = self._slots[index]
         live = self._live[branch]
-        # Both maps are one row of words for every batch, head and query tile: the operators broadcast it.
+        # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
         must_skip = _row_of_words(must_skip_ranges, tiles_inside, query, key)
+        if must_do_rows is not None:
+            tile_m, _ = tiles.tile_shape(head_dim, query.dtype)
+            rows = tiles_touched(must_do_rows, query_len, tile_m, query.device)
+            others = torch.zeros_like(live, dtype=torch.int32) if must_do is None else must_do
+            must_do = torch.where(rows[:, None], -1, others).expand(1, 1, -1, slot.words.shape[-1])
 
         current = (live == stamp) & (slot.stamp == stamp)
+        if start_full is not None:
+            current = current & ~start_full
         keep = torch.where(current, slot.words, -1)
         visible = keep
         if must_skip is not None:
@@ -304,7 +294,7 @@ class LiteAttention(nn.Module):
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
-        return out, lse
+        return out, lse, visible if must_do is None else visible | must_do
 
     @torch.compiler.assume_constant_result
     def _find_slot(
@@ -374,6 +364,7 @@ class LiteAttention(nn.Module):
         owners = self._owners()
         index = owners.index(None) if None in owners else self._slot_to_give_away(branch)
         self._all_slots()[index].give_to(branch, shape)
+        self.layout_version += 1
 
     def _slot_to_give_away(self, branch: int) -> int:
         """The oldest slot of the same branch, whose map of another shape is out of date; else the oldest of all."""
@@ -391,6 +382,7 @@ class LiteAttention(nn.Module):
             self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
             self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
             self._oldest = 0
+            self.layout_version += 1
             for slot in self._all_slots():
                 slot.empty(device)
 
@@ -413,6 +405,7 @@ class LiteAttention(nn.Module):
                 self._threshold.copy_(new)
             else:
                 self._threshold = new
+                self.layout_version += 1
         self._threshold_values = values
 
     @property
@@ -425,20 +418,27 @@ class LiteAttention(nn.Module):
 
         Call it whenever a new video (or prompt) starts.
         """
-        live = self._live if branch is None else self._live[_checked_branch(branch, "reset_skip_state")]
+        live = self._live if branch is None else self._live[resolved_branch(branch, "reset_skip_state")]
         # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
         live.abs_().neg_()
 
+    @property
+    def skipping(self) -> bool:
+        """Whether passes skip; see :meth:`enable_skip_optimization`."""
+        return self._enabled
+
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Switch between skipping and dense attention. Dense passes leave the skip state as it is."""
-        self._enabled = bool(enable)
+        if self._enabled != bool(enable):
+            self._enabled = bool(enable)
+            self.layout_version += 1
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
         """Share of tiles that the branch's next pass will skip: fp32, 0-d, on the state's device, without a sync.
 
         0 before the first pass and after a reset. ``branch`` None means the one of :class:`skip_branch`, or 0.
         """
-        branch = _current_branch if branch is None else _checked_branch(branch, "skip_fraction")
+        branch = resolved_branch(branch, "skip_fraction")
         fraction = torch.zeros((), device=self._device())
         for slot, shape in self._maps_of(branch):
             skipped = 1.0 - density(slot.words, shape.kv_tiles())
@@ -453,11 +453,35 @@ class LiteAttention(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet, so its shape is unknown.
         """
-        branch = _current_branch if branch is None else _checked_branch(branch, "keep_map")
+        branch = resolved_branch(branch, "keep_map")
         slot, shape = self._last_map(branch, "keep_map")
         if bool(self._is_current(slot, branch, shape)):
             return unpack_keep_map(slot.words, shape.kv_tiles())
         return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
+
+    def set_keep_map(self, keep_map: Tensor, branch: int | None = None) -> None:
+        """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
+
+        Later passes drop more of it, unless the threshold is -inf, which drops nothing.
+
+        Args:
+            keep_map: bool ``[batch, heads, query_tiles, kv_tiles]``, True for a tile to compute; sizes of 1 broadcast.
+            branch: as for :meth:`skip_fraction`.
+
+        Raises:
+            RuntimeError: the branch has not run yet, so its shape is unknown.
+            TypeError, ValueError: ``keep_map`` is not bool or does not broadcast to the branch's map.
+        """
+        branch = resolved_branch(branch, "set_keep_map")
+        slot, shape = self._last_map(branch, "set_keep_map")
+        expected = (*shape.map_shape()[:-1], shape.kv_tiles())
+        sizes = list(keep_map.shape)
+        if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, expected, strict=True)):
+            raise ValueError(f"set_keep_map: keep_map has shape {sizes}, expected {list(expected)} or sizes of 1")
+        slot.words.copy_(pack_keep_map(keep_map.to(shape.device)))
+        stamp = _stamp(branch, shape)
+        slot.stamp.fill_(stamp)
+        self._live[branch].fill_(stamp)
 
     def tile_shape(self, branch: int | None = None) -> tuple[int, int]:
         """Rows of a query tile and keys of a KV tile in the branch's map. Waits for the device.
@@ -465,7 +489,7 @@ class LiteAttention(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet, so its head dim and dtype are unknown.
         """
-        branch = _current_branch if branch is None else _checked_branch(branch, "tile_shape")
+        branch = resolved_branch(branch, "tile_shape")
         _, shape = self._last_map(branch, "tile_shape")
         return tiles.tile_shape(shape.head_dim, shape.dtype)
 
@@ -542,6 +566,9 @@ class SeqParallelLiteAttention(nn.Module):
         *,
         kv_lens: Tensor | None = None,
         branch: int | None = None,
+        must_do_queries: Ranges | None = None,
+        start_full: Tensor | None = None,
+        skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass over one split of the keys.
 
@@ -561,6 +588,9 @@ class SeqParallelLiteAttention(nn.Module):
             must_skip_list,
             kv_lens=kv_lens,
             branch=branch,
+            must_do_queries=must_do_queries,
+            start_full=start_full,
+            skip_fraction_out=skip_fraction_out,
         )
         return result
 
@@ -672,7 +702,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, max_batch_size: int
         raise ValueError(f"LiteAttention: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
 
 
-def _checked_ranges(ranges: Ranges | None, name: str, query: Tensor, key: Tensor) -> _CheckedRanges | None:
+def _checked_ranges(ranges: Ranges | None, name: str, query: Tensor, length: int, tokens: str) -> _CheckedRanges | None:
     if ranges is None:
         return None
     if isinstance(ranges, Tensor):
@@ -689,7 +719,20 @@ def _checked_ranges(ranges: Ranges | None, name: str, query: Tensor, key: Tensor
         raise TypeError(
             f"LiteAttention: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
         )
-    return parse_ranges(ranges, key.shape[1], f"LiteAttention: {name}") or None
+    return parse_ranges(ranges, length, f"LiteAttention: {name}", tokens) or None
+
+
+def _check_scalar(tensor: Tensor | None, name: str, dtype: torch.dtype, query: Tensor) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"LiteAttention: {name} has type {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype != dtype:
+        raise TypeError(f"LiteAttention: {name} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.dim() != 0:
+        raise ValueError(f"LiteAttention: {name} has shape {list(tensor.shape)}, expected []")
+    if tensor.device != query.device:
+        raise ValueError(f"LiteAttention: {name} is on {tensor.device}, expected {query.device}, query's device")
 
 
 def _row_of_words(

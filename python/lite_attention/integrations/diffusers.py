@@ -1,0 +1,589 @@
+"""LiteAttention in the video transformers and pipelines of Hugging Face diffusers.
+
+:func:`enable_lite_attention` gives every video self-attention layer a processor that runs the layer's own processor and
+takes over the one attention call in it. Projections, norms and rotary embeddings stay diffusers' code, so what works
+with the stock processor (LoRA, fused projections, quantised weights) works here too.
+
+What is not video-to-video is never skipped: cross-attention layers keep their processors, and in layers that attend
+over text and video together every tile with a text key or a text query is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.branches import MAX_BRANCHES, resolved_branch, skip_branch
+from lite_attention.generation import GenerationClock
+from lite_attention.integrations._routing import only_self_attention, route_sdpa
+from lite_attention.keep_map import parse_ranges
+from lite_attention.modules import LiteAttention, Ranges, Threshold
+
+__all__ = ["LiteAttentionHandle", "VideoModel", "enable_lite_attention", "register_video_model"]
+
+# Ranges that set_must_do may hold, so that changing them changes no shape.
+MAX_MUST_DO_RANGES = 16
+# Steps of a generation whose skip fraction is remembered; later ones are left out.
+RECORDED_STEPS = 128
+# Fractions are kept as integers, which nn.Module.to does not cast.
+FRACTION_UNIT = 1_000_000
+NOT_RECORDED = -1
+# Batches are as large as the pipeline makes them; the module's own limit is for callers that know theirs.
+ANY_BATCH = 2**31
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """Where a transformer class keeps its video self-attention, and what else attends there.
+
+    Args:
+        layers: regular expressions that match the whole name of each such attention module.
+        text: whether text tokens stand before or after the video tokens in these layers, or are not there.
+        prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
+            each batch entry and False for the padding after them. Other masks are refused.
+        may_bypass: some calls leave attention out (spatio-temporal guidance); they do not touch the skip state.
+    """
+
+    layers: tuple[str, ...]
+    text: Literal["none", "first", "last"] = "none"
+    prefix_mask: bool = False
+    may_bypass: bool = False
+
+
+_VIDEO_MODELS = {
+    "CogVideoXTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",), text="first"),
+    "HunyuanVideoTransformer3DModel": VideoModel(
+        (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"), text="last", prefix_mask=True
+    ),
+    "LTXVideoTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",)),
+    "LTX2VideoTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",), may_bypass=True),
+    "WanTransformer3DModel": VideoModel((r"blocks\.\d+\.attn1",)),
+    "WanVACETransformer3DModel": VideoModel((r"blocks\.\d+\.attn1", r"vace_blocks\.\d+\.attn1")),
+}
+
+
+def register_video_model(class_name: str, model: VideoModel) -> None:
+    """Say how :func:`enable_lite_attention` is to treat transformers of another class.
+
+    Check that the model's output is unchanged at a threshold of -inf before relying on it.
+
+    Args:
+        class_name: name of the transformer's class; subclasses are treated likewise.
+        model: where its video self-attention is. Its attention processors must call diffusers' dispatcher or torch's
+            scaled_dot_product_attention once.
+    """
+    _VIDEO_MODELS[class_name] = model
+
+
+class _Generation(nn.Module):
+    """What the layers of one transformer share: the time and the ranges that must be computed."""
+
+    must_do: Tensor | None
+
+    def __init__(self, skip_first_steps: int) -> None:
+        super().__init__()
+        self.clock = GenerationClock(skip_first_steps)
+        self.register_buffer("must_do", None, persistent=False)
+
+    def set_must_do(self, ranges: list[tuple[int, int]]) -> bool:
+        """Take over the ranges, and say whether that made a new buffer."""
+        is_new = self.must_do is None and len(ranges) > 0
+        if is_new:
+            empty = torch.zeros(MAX_MUST_DO_RANGES, 2, dtype=torch.int64, device=self.clock.start_full.device)
+            self.register_buffer("must_do", empty, persistent=False)
+        if self.must_do is not None:
+            rows = [*ranges, *[(0, 0)] * (MAX_MUST_DO_RANGES - len(ranges))]
+            self.must_do.copy_(torch.tensor(rows))
+        return is_new
+
+    def tick(self, timestep: Tensor) -> None:
+        if self.clock.start_full.device != timestep.device:
+            self.to(timestep.device)  # offloading moves the transformer only once its forward begins
+        self.clock.tick(timestep)
+
+
+class LiteAttentionProcessor(nn.Module):
+    """Runs a layer's own processor, with LiteAttention in place of its attention call."""
+
+    _history: Tensor
+    # Written by diffusers where it sets up context parallelism.
+    _parallel_config: object | None = None
+
+    def __init__(
+        self, name: str, processor: Callable[..., Any], model: VideoModel, generation: _Generation, threshold: Threshold
+    ) -> None:
+        super().__init__()
+        self.name = name
+        # On a copy, so that the original is what it was when it comes back: whatever backend is chosen for the rest of
+        # the model, this layer's call must reach torch's function to be taken over.
+        self.processor = copy.copy(processor)
+        if hasattr(processor, "_attention_backend"):
+            self.processor._attention_backend = _native_backend()  # type: ignore[attr-defined]
+        self.model = model
+        self.generation = generation
+        self.attention = LiteAttention(threshold=threshold, max_batch_size=ANY_BATCH)
+        with torch.inference_mode(False):
+            history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
+            self.register_buffer("_history", history, persistent=False)
+
+    def attend(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the layer calls, with the arguments of its own processor."""
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                f"{self.name}: diffusers' context parallelism splits the tokens, so the skip state would not fit. "
+                "Disable one of the two"
+            )
+        calls: list[int] = []
+        handler = functools.partial(self._attention, 0, calls)
+        if self.model.text != "none" and encoder_hidden_states is not None:
+            handler = functools.partial(self._attention, encoder_hidden_states.shape[1], calls)
+        with route_sdpa(handler):
+            out = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        if len(calls) != 1 and not (self.model.may_bypass and len(calls) == 0):
+            raise RuntimeError(
+                f"{self.name}: {type(self.processor).__name__} called scaled_dot_product_attention {len(calls)} times, "
+                "expected once"
+            )
+        return out
+
+    def _attention(
+        self,
+        text_len: int,
+        calls: list[int],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        calls.append(text_len)
+        only_self_attention(self.name, query, key, dropout_p, is_causal)
+        batch, _, tokens, _ = query.shape
+        kv_lens = None
+        if attn_mask is not None:
+            if not self.model.prefix_mask or attn_mask.shape != (batch, 1, 1, tokens):
+                raise ValueError(
+                    f"{self.name}: attn_mask has shape {list(attn_mask.shape)}, expected "
+                    + (f"{[batch, 1, 1, tokens]}" if self.model.prefix_mask else "None")
+                )
+            kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
+        must_do, must_do_queries = self._must_do(tokens, text_len)
+        fraction = torch.zeros((), device=query.device)
+        out: Tensor = self.attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            scale,
+            must_do_list=must_do,
+            must_do_queries=must_do_queries,
+            kv_lens=kv_lens,
+            start_full=self.generation.clock.start_full.to(query.device),
+            skip_fraction_out=fraction,
+        )
+        self._record(fraction)
+        return out.transpose(1, 2)
+
+    def _must_do(self, tokens: int, text_len: int) -> tuple[Ranges | None, Ranges | None]:
+        """Ranges of keys and of queries that are always computed: the text's, and what the user asks for."""
+        ranges = self.generation.must_do
+        if text_len == 0:
+            return ranges, None
+        first = 0 if self.model.text == "first" else tokens - text_len
+        text = [first, first + text_len]
+        if ranges is None:
+            return text, text
+        video_start = text_len if self.model.text == "first" else 0
+        # Filled, not copied from the host, which a CUDA graph could not capture.
+        text_row = torch.cat([ranges.new_full((1, 1), text[0]), ranges.new_full((1, 1), text[1])], 1)
+        return torch.cat([ranges + video_start, text_row]), text
+
+    def _record(self, fraction: Tensor) -> None:
+        branch = resolved_branch(None, self.name)
+        row = self._history[branch]
+        step = self.generation.clock.step(branch).to(row.device)
+        steps = torch.arange(RECORDED_STEPS, device=row.device)
+        value = (fraction * FRACTION_UNIT).round().to(row.dtype)
+        row.copy_(torch.where(steps == step, value, torch.where(step == 0, NOT_RECORDED, row)))
+
+    def skip_fractions(self, branch: int) -> Tensor:
+        """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where not recorded."""
+        steps = int(self.generation.clock.step(branch)) + 1
+        row = self._history[branch, : max(0, min(steps, RECORDED_STEPS))].cpu()
+        return torch.where(row == NOT_RECORDED, torch.nan, row / FRACTION_UNIT)
+
+
+@functools.cache
+def _processor_class(processor_class: Any) -> type[LiteAttentionProcessor]:
+    """A class whose call has the signature of ``processor_class``: diffusers drops arguments that are not in it.
+
+    One for each class and not one for each layer, so that one compiled block serves all.
+    """
+
+    def call(
+        self: LiteAttentionProcessor,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return self.attend(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(processor_class.__call__)  # type: ignore[attr-defined]
+    return type(f"Lite{processor_class.__name__}", (LiteAttentionProcessor,), {"__call__": call})
+
+
+def _native_backend() -> object:
+    # Not imported at the top, so that the names of this module can be read without diffusers.
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return AttentionBackendName.NATIVE
+
+
+class _BranchNames:
+    """Numbers of the guidance branches that a pipeline names."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, name: str) -> int:
+        if name not in self._numbers:
+            if len(self._numbers) == MAX_BRANCHES:
+                raise RuntimeError(
+                    f"cache_context({name!r}): one guidance branch too many, expected at most {MAX_BRANCHES}: "
+                    f"{', '.join(self._numbers)}"
+                )
+            self._numbers[name] = len(self._numbers)
+        return self._numbers[name]
+
+    def known_number(self, name: str) -> int:
+        if name not in self._numbers:
+            known = ", ".join(map(repr, self._numbers)) or "none so far"
+            raise KeyError(f"branch is {name!r}, expected a name that cache_context was given: {known}")
+        return self._numbers[name]
+
+
+class _PatchedTransformer:
+    """One transformer with LiteAttention in its layers, and how to take it out again.
+
+    What is put on the transformer are partial functions of its own bound methods: a deep copy of it gets its own.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        branches: _BranchNames,
+        threshold: Threshold,
+        skip_first_steps: int,
+        layers: Sequence[int] | None,
+    ) -> None:
+        model = _video_model(transformer)
+        chosen = _chosen_layers(_layer_names(transformer, model), layers, type(transformer).__name__)
+        timestep_position = _position_of_timestep(transformer)
+        self.transformer = transformer
+        self.generation = _Generation(skip_first_steps)
+        self.generation.to(next(transformer.parameters()).device)
+        self.processors: dict[str, LiteAttentionProcessor] = {}
+        self._originals: dict[str, Callable[..., Any]] = {}
+        for name in chosen:
+            original = self._layer(name).processor
+            _check_processor(name, original)
+            self._originals[name] = original
+            wrapped = _processor_class(type(original))(  # type: ignore[arg-type]
+                name, original, model, self.generation, threshold
+            )
+            self.processors[name] = wrapped.to(self.generation.clock.start_full.device)
+        for name, processor in self.processors.items():
+            self._layer(name).set_processor(processor)
+        methods = {"forward": functools.partial(_ticking, transformer.forward, self.generation, timestep_position)}
+        if hasattr(transformer, "cache_context"):
+            cache_context: Any = transformer.cache_context
+            methods["cache_context"] = functools.partial(_in_branch, cache_context, branches)
+        self._methods = {name: functools.update_wrapper(method, method.args[0]) for name, method in methods.items()}
+        self._replaced = {name: vars(transformer).get(name) for name in self._methods}
+        vars(transformer).update(self._methods)
+
+    def restore(self) -> None:
+        for name, original in self._originals.items():
+            self._layer(name).set_processor(original)
+        present = vars(self.transformer)
+        for name, method in self._methods.items():
+            if present.get(name) is not method:
+                continue  # wrapped by someone else since then; without its layers it does nothing
+            if self._replaced[name] is None:
+                del present[name]
+            else:
+                present[name] = self._replaced[name]
+
+    def _layer(self, name: str) -> Any:
+        return self.transformer.get_submodule(name)
+
+
+def _position_of_timestep(transformer: nn.Module) -> int:
+    parameters = list(inspect.signature(transformer.forward).parameters)
+    if "timestep" not in parameters:
+        raise ValueError(
+            f"enable_lite_attention: {type(transformer).__name__}.forward has the parameters {', '.join(parameters)}, "
+            "expected timestep among them"
+        )
+    return parameters.index("timestep")
+
+
+def _ticking(
+    forward: Callable[..., Any], generation: _Generation, timestep_position: int, *args: Any, **kwargs: Any
+) -> Any:
+    """A transformer's forward. Part of it and not a hook before it, so that one graph holds both."""
+    generation.tick(args[timestep_position] if len(args) > timestep_position else kwargs["timestep"])
+    return forward(*args, **kwargs)
+
+
+@contextmanager
+def _in_branch(
+    cache_context: Callable[..., AbstractContextManager[None]], branches: _BranchNames, name: str, **kwargs: Any
+) -> Iterator[None]:
+    """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too."""
+    with skip_branch(branches.number(name)), cache_context(name, **kwargs):
+        yield
+
+
+class LiteAttentionHandle:
+    """What :func:`enable_lite_attention` returns: settings, state and figures of all layers, and the way back."""
+
+    layers: dict[str, LiteAttention]
+    """The attention of each layer, by the name of its module (in a pipeline: component name, dot, module name)."""
+
+    def __init__(
+        self,
+        transformers: dict[str, nn.Module],
+        scheduler: object | None,
+        threshold: Threshold,
+        skip_first_steps: int,
+        must_do: Sequence[int] | None,
+        layers: Sequence[int] | None,
+    ) -> None:
+        self._branches = _BranchNames()
+        self._patched: list[_PatchedTransformer] = []
+        self._scheduler = scheduler
+        self.layers = {}
+        self._processors: dict[str, LiteAttentionProcessor] = {}
+        try:
+            for prefix, transformer in transformers.items():
+                # The first steps of a generation are the first transformer's, where there are two for its two phases.
+                steps = skip_first_steps if not self._patched else 0
+                patched = _PatchedTransformer(transformer, self._branches, threshold, steps, layers)
+                self._patched.append(patched)
+                for name, processor in patched.processors.items():
+                    self.layers[f"{prefix}{name}"] = processor.attention
+                    self._processors[f"{prefix}{name}"] = processor
+            self.set_must_do(must_do)
+        except Exception:
+            self._restore_transformers()
+            raise
+        if scheduler is not None:
+            scheduler.set_timesteps = self._resetting(scheduler.set_timesteps)  # type: ignore[attr-defined]
+
+    def _resetting(self, set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
+        """``scheduler.set_timesteps``, which a pipeline calls where a generation starts, and a reset."""
+
+        @functools.wraps(set_timesteps)
+        def set_timesteps_and_reset(*args: Any, **kwargs: Any) -> Any:
+            self.reset()
+            return set_timesteps(*args, **kwargs)
+
+        return set_timesteps_and_reset
+
+    def reset(self) -> None:
+        """Start a new generation: the next call of every branch computes every tile.
+
+        Needed only where nothing else tells: see the page on diffusers. Never recompiles.
+        """
+        for patched in self._patched:
+            patched.generation.clock.reset()
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`."""
+        for layer in self.layers.values():
+            layer.set_threshold(threshold)
+
+    def set_must_do(self, ranges: Sequence[int] | None) -> None:
+        """Choose video tokens whose keys every query attends to, whatever the maps say.
+
+        Args:
+            ranges: flat list ``[start, end, ...]`` of positions among the video tokens, end exclusive, at most
+                ``MAX_MUST_DO_RANGES`` pairs; None or [] for no tokens. Positions past the last token are cut off.
+
+        Changes of the ranges never recompile; the first ones given do, once.
+
+        Raises:
+            TypeError, ValueError: the list is not of that form.
+        """
+        pairs = _checked_pairs(ranges)
+        for patched in self._patched:
+            if patched.generation.set_must_do(pairs):
+                for processor in patched.processors.values():
+                    processor.attention.layout_version += 1
+
+    def skip_fraction(self, branch: str | int = 0) -> Tensor:
+        """Share of the tiles that each layer skipped in each step of its latest generation. Waits for the device.
+
+        Args:
+            branch: name given to ``cache_context`` ("cond", "uncond", ...), or number of the branch.
+
+        Returns:
+            fp32 ``[layers, steps]`` on the CPU, layers in the order of :attr:`layers`; NaN where a layer did not run.
+            At most ``RECORDED_STEPS`` steps.
+
+        Raises:
+            KeyError: no branch of that name has run.
+            TypeError, ValueError: no such branch.
+        """
+        number = self._branches.known_number(branch) if isinstance(branch, str) else branch
+        index = resolved_branch(number, "skip_fraction")
+        rows = [processor.skip_fractions(index) for processor in self._processors.values()]
+        table = torch.full((len(rows), max(map(len, rows))), torch.nan)
+        for row, fractions in zip(table, rows, strict=True):
+            row[: len(fractions)] = fractions
+        return table
+
+    def disable(self) -> None:
+        """Give the layers their own processors back and forget the state. The handle is of no use afterwards."""
+        self._restore_transformers()
+        if self._scheduler is not None:
+            vars(self._scheduler).pop("set_timesteps", None)
+
+    def _restore_transformers(self) -> None:
+        for patched in self._patched:
+            patched.restore()
+        self._patched.clear()
+
+
+def enable_lite_attention(
+    transformer_or_pipeline: Any,
+    threshold: Threshold = -10.0,
+    skip_first_steps: int = 0,
+    must_do: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> LiteAttentionHandle:
+    """Let the video self-attention of a diffusers model skip what earlier denoising steps found negligible.
+
+    Guidance branches are kept apart, whether they are batched or run one after the other inside
+    ``transformer.cache_context``, as pipelines run them. A new generation is noticed by its timesteps, in a pipeline
+    also by ``scheduler.set_timesteps``.
+
+    Args:
+        transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
+            pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
+        threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.LiteAttention`.
+        skip_first_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
+        must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
+        layers: numbers of the self-attention layers that skip, in the order of the model, negative ones from its end;
+            None for all. The others are left as they are.
+
+    Returns:
+        A handle to change settings, read what was skipped, and go back.
+
+    Raises:
+        TypeError: no transformer of a known class.
+        ValueError: an argument is not what it should be, or LiteAttention is in the model already.
+        RuntimeError: the model is set up for context parallelism.
+    """
+    transformers = _transformers_of(transformer_or_pipeline)
+    is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
+    scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
+    return LiteAttentionHandle(transformers, scheduler, threshold, skip_first_steps, must_do, layers)
+
+
+def _transformers_of(model: Any) -> dict[str, nn.Module]:
+    """The transformers to change, by the prefix that their layers' names get."""
+    if isinstance(model, nn.Module):
+        return {"": _uncompiled(model)}
+    found = {
+        f"{name}.": _uncompiled(component)
+        for name in ("transformer", "transformer_2")
+        if isinstance(component := getattr(model, name, None), nn.Module)
+    }
+    if not found:
+        raise TypeError(
+            f"enable_lite_attention: transformer_or_pipeline is a {type(model).__name__}, expected a video transformer "
+            "or a pipeline that has one as its component transformer"
+        )
+    return found
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    original = getattr(module, "_orig_mod", module)
+    return original if isinstance(original, nn.Module) else module
+
+
+def _video_model(transformer: nn.Module) -> VideoModel:
+    for base in type(transformer).__mro__:
+        if base.__name__ in _VIDEO_MODELS:
+            return _VIDEO_MODELS[base.__name__]
+    raise TypeError(
+        f"enable_lite_attention: the transformer is a {type(transformer).__name__}, expected one of "
+        f"{', '.join(sorted(_VIDEO_MODELS))}; register_video_model adds others"
+    )
+
+
+def _layer_names(transformer: nn.Module, model: VideoModel) -> list[str]:
+    names = [
+        name
+        for name, module in transformer.named_modules()
+        if any(re.fullmatch(pattern, name) for pattern in model.layers) and hasattr(module, "set_processor")
+    ]
+    if not names:
+        raise ValueError(
+            f"enable_lite_attention: {type(transformer).__name__} has no attention module whose name matches "
+            f"{' or '.join(model.layers)}"
+        )
+    return names
+
+
+def _chosen_layers(names: list[str], layers: Sequence[int] | None, class_name: str) -> list[str]:
+    if layers is None:
+        return names
+    for index, layer in enumerate(layers):
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layers[{index}] is {layer!r} of type {type(layer).__name__}, expected an int")
+        if not -len(names) <= layer < len(names):
+            raise ValueError(
+                f"layers[{index}] is {layer}, expected {-len(names)} to {len(names) - 1}: {class_name} has "
+                f"{len(names)} self-attention layers"
+            )
+    chosen = {names[layer] for layer in layers}
+    if not chosen:
+        raise ValueError("layers is empty, expected at least one layer, or None for all")
+    return [name for name in names if name in chosen]
+
+
+def _check_processor(name: str, processor: object) -> None:
+    if isinstance(processor, LiteAttentionProcessor):
+        raise ValueError(f"{name}: LiteAttention is in this layer already, expected one handle: disable() it first")
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise RuntimeError(
+            f"{name}: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one "
+            "of the two"
+        )
+
+
+def _checked_pairs(ranges: Sequence[int] | None) -> list[tuple[int, int]]:
+    if ranges is None:
+        return []
+    pairs = parse_ranges(ranges, 2**31, "must_do", "video tokens")
+    if len(pairs) > MAX_MUST_DO_RANGES:
+        raise ValueError(f"must_do has {len(pairs)} ranges, expected at most {MAX_MUST_DO_RANGES}")
+    return pairs
