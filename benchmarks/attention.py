@@ -9,13 +9,7 @@ Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is m
 """
 
 import argparse
-import datetime
-import gc
-import json
 import math
-import shutil
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,12 +39,10 @@ from attention_record import (
     summary,
 )
 from checks import Check, WrongResultError, check
-from cpu_attention import git_revision
-from lite_attention.info import report
-from sustained import Telemetry, sustained
+from run import DTYPE, RESULTS, Run, reason
+from sustained import Telemetry, host_microseconds, sustained
 
-RESULTS = Path(__file__).parent / "results"
-DEVICE, DTYPE = "cuda", torch.bfloat16
+DEVICE = "cuda"
 DENSITIES = (0.75, 0.5, 0.25, 0.1)
 CUBLAS_SIZE = 8192
 HEAT_SECONDS = 3.0  # brings the GPU to the clock that it keeps under load
@@ -74,6 +66,9 @@ class Shape:
     @property
     def name(self) -> str:
         return f"B{self.batch} S{self.length} H{self.heads} D{self.head_dim}"
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def flop(self) -> int:
@@ -173,77 +168,16 @@ def flex_candidate(pattern: str, density: float, q: Tensor, k: Tensor, v: Tensor
     return Candidate(FLEX, peers.flex_attention_over(keep, q, k, v), pattern, keep, (peers.FLEX_BLOCK,) * 2)
 
 
-def reason(error: Exception) -> str:
-    """An error in one line; some of torch's fill pages."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
-def host_microseconds(call: Callable[[], object]) -> float:
-    """Median time until a call returns."""
-    nanoseconds = []
-    gc.collect()
-    gc.disable()
-    for _ in range(HOST_CALLS // HOST_CALLS_IN_FLIGHT):
-        torch.cuda.synchronize()
-        for _ in range(HOST_CALLS_IN_FLIGHT):
-            start = time.perf_counter_ns()
-            call()
-            nanoseconds.append(time.perf_counter_ns() - start)
-    gc.enable()
-    return statistics.median(nanoseconds) / 1000
-
-
-class Benchmark:
-    """One run: what it measures with, and the record that grows on disk."""
+class Benchmark(Run):
+    """The parts of the benchmark."""
 
     def __init__(self, output: Path, seconds: float, revision: str | None) -> None:
-        self.seconds = seconds
-        self.started = time.perf_counter()
-        self.telemetry = Telemetry()
-        gpu = torch.cuda.get_device_name()
-        self.path = output / f"attention_{gpu.split()[1].lower()}.json"
-        environment = report()
-        if revision is None:
-            revision = git_revision() if shutil.which("git") else "unknown"
-        self.record: dict[str, Any] = {
-            "command": "python benchmarks/attention.py",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            # without a checkout, the revision that the package was built from
-            "revision": environment["revision"] if revision == "unknown" else revision,
-            "gpu": gpu,
-            "driver": self.telemetry.driver(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "fa3": peers.fa3_version(),
-            "environment": environment,
-            "dtype": str(DTYPE).removeprefix("torch."),
-            "seconds_per_loop": seconds,
-            "absent": {},
-            "failures": [],
-        }
+        super().__init__("attention", output, seconds, revision, Telemetry())
         self.dense_peers: dict[str, peers.Prepare] = {CUDNN: peers.cudnn_sdpa}
         try:
             self.dense_peers[FA3] = peers.flash_attention_3()
         except (ImportError, OSError) as error:
             self.record["absent"][FA3] = reason(error)
-
-    def say(self, text: str) -> None:
-        """One line of progress."""
-        print(f"{time.perf_counter() - self.started:5.0f} s  {text}", flush=True)
-
-    def block(self, part: str, measure: Callable[..., Row], *arguments: Any) -> None:
-        """Add the row that `measure` returns to a part of the record; a failure is recorded and the run goes on."""
-        name = " ".join(one.name if isinstance(one, Shape) else str(one) for one in arguments)
-        self.say(f"{part} {name}")
-        try:
-            self.record.setdefault(part, []).append(measure(*arguments))
-        except Exception as error:
-            self.record["failures"].append({"part": part, "block": name, "error": reason(error)})
-            self.say(f"FAILED {part} {name}: {reason(error)}")
-        self.record["wall_seconds"] = round(time.perf_counter() - self.started, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.record, indent=1) + "\n")
-        torch.cuda.empty_cache()
 
     def peer(self, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> list[Candidate]:
         """A dense peer, if it is there."""
@@ -344,8 +278,8 @@ class Benchmark:
             microseconds[name] = {}
             for mode, context in {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.items():
                 with context():
-                    host_microseconds(call)
-                    microseconds[name][mode] = host_microseconds(call)
+                    host_microseconds(call, HOST_CALLS, HOST_CALLS_IN_FLIGHT)
+                    microseconds[name][mode] = host_microseconds(call, HOST_CALLS, HOST_CALLS_IN_FLIGHT)
             self.say(f"  {name}: {microseconds[name]}")
         return {"shape": shape.facts(), "goal": HOST_GOAL, "microseconds": microseconds}
 

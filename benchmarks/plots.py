@@ -1,6 +1,7 @@
-"""Draws the record of benchmarks/attention.py: rate against sequence length, and time against density.
+"""Draws a record of a GPU benchmark into RECORD_NAME.png beside it.
 
-Writes RECORD_length.png and RECORD_density.png beside the record.
+Of benchmarks/attention.py: rate against sequence length (length) and time against density (density). Of
+benchmarks/whole_model.py: time of a denoising step against density (step).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from attention_record import ATTENTION, CONTIGUOUS, CUDNN, FA3, PER_TILE, SCATTERED, SKIP_ATTENTION, UNEQUAL, Row, rate
+from whole_model_record import DENSITIES, find, row_name
 
 INK, MUTED, GRID = "#1c1917", "#78716c", "#e7e5e4"
 STYLE: Any = {
@@ -112,14 +114,55 @@ def draw_density(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _draw_step(axes: Axes, row: Row, mode: str) -> None:
+    for kernel, (label, colour, _) in KERNELS.items():
+        if (loop := find(row, (kernel, 1.0), mode)) is not None:
+            name = f"{label}, dense" if kernel == ATTENTION else label
+            axes.axhline(loop["ms"] / 1000, color=colour, linewidth=1.2, linestyle="--", label=name)
+    loops = [loop for density in DENSITIES if (loop := find(row, (SKIP_ATTENTION, density), mode)) is not None]
+    points = sorted((100 * loop["tiles_kept"], loop["ms"] / 1000) for loop in loops)
+    if points:
+        label, colour, marker = KERNELS[ATTENTION]
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    axes.set_title(f"{row_name(row)} ({row['clip']['tokens']:,} tokens)")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0)
+
+
+def draw_step(record: dict[str, Any], path: Path) -> None:
+    """Seconds of a denoising step against density, one panel for each model and clip."""
+    rows, mode = record["steps"], record["modes"][-1]
+    lines = -(-len(rows) // 2)
+    figure, grid = plt.subplots(
+        lines, 2, figsize=(10, 3.7 * lines + 0.4), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes, row in zip(grid.flat, rows, strict=False):
+        _draw_step(axes, row, mode)
+    for axes in grid[-1]:
+        axes.set_xlabel("tiles kept, %")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("seconds a step")
+    figure.suptitle(f"One denoising step of Wan 2.1, {mode}, {record['dtype']}, {record['gpu']}", fontsize=13)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("record", type=Path, help="a JSON file that benchmarks/attention.py wrote")
+    parser.add_argument("record", type=Path, help="a JSON file that attention.py or whole_model.py wrote")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
     with plt.rc_context(STYLE):
-        for part, draw, name in (("sweep", draw_length, "length"), ("density", draw_density, "density")):
+        for part, draw, name in (
+            ("sweep", draw_length, "length"),
+            ("density", draw_density, "density"),
+            ("steps", draw_step, "step"),
+        ):
             if part in record:
                 path = arguments.record.with_name(f"{arguments.record.stem}_{name}.png")
                 draw(record, path)

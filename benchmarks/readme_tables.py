@@ -21,11 +21,26 @@ from attention_record import (
     point,
     rate,
 )
+from whole_model_record import (
+    COLUMNS,
+    COLUMNS_IN_ALL_MODES,
+    DENSITY_IN_ALL_MODES,
+    HOST_MODEL,
+    HOST_MODEL_COMPILED,
+    HOST_OPERATOR,
+    column_name,
+    find,
+    row_name,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # What benchmarks/plots.py draws of a record, by the end of the file's name.
-PLOTS = {"length": "Dense TFLOP/s against sequence length", "density": "Time against the share of tiles kept"}
+PLOTS = {
+    "length": "Dense TFLOP/s against sequence length",
+    "density": "Time against the share of tiles kept",
+    "step": "Time of a denoising step against the share of tiles kept",
+}
 
 
 def cpu_attention_table(record: dict[str, Any]) -> str:
@@ -127,6 +142,96 @@ def attention_table(record: dict[str, Any]) -> str:
     lines = [*_dense_lines(record), "", *_density_lines(record), ""]
     lines += [f"Microseconds until a call returns on the host: {host}.", "", _conditions(record)]
     return "\n".join(lines)
+
+
+def _milliseconds(loop: Row | None) -> str:
+    return _figure(None if loop is None else loop["ms"], 1)
+
+
+def _step_lines(record: dict[str, Any]) -> list[str]:
+    mode = record["modes"][-1]
+    faster = f"{FA3} / {DENSITY_IN_ALL_MODES:.0%}"
+    lines = [
+        f"| {mode}, ms a step | {' | '.join(map(column_name, COLUMNS))} | {faster} |",
+        "| --- |" + " --- |" * (len(COLUMNS) + 1),
+    ]
+    for row in record["steps"]:
+        cells = " | ".join(_milliseconds(find(row, column, mode)) for column in COLUMNS)
+        ours = find(row, (SKIP_ATTENTION, DENSITY_IN_ALL_MODES), mode)
+        times = "" if ours is None or ours["time_over_fa3"] is None else f"{1 / ours['time_over_fa3']:.2f}x"
+        lines.append(f"| {row_name(row)} | {cells} | {times} |")
+    lines += [
+        "",
+        f"| {' / '.join(record['modes'])}, ms a step | {' | '.join(map(column_name, COLUMNS_IN_ALL_MODES))} |",
+        "| --- |" + " --- |" * len(COLUMNS_IN_ALL_MODES),
+    ]
+    for row in record["steps"]:
+        cells = " | ".join(
+            " / ".join(_milliseconds(find(row, column, mode)) for mode in record["modes"])
+            for column in COLUMNS_IN_ALL_MODES
+        )
+        lines.append(f"| {row_name(row)} | {cells} |")
+    return lines
+
+
+def _layer_lines(record: dict[str, Any]) -> list[str]:
+    """What LiteAttention costs a layer beside its kernels, in time and in memory."""
+    over = {(row["model"]["name"], row["clip"]["name"]): row["points"] for row in record["overhead"]}
+    percentages = _percentages(point["density"] for point in next(iter(over.values())))
+    lines = [
+        f"| a layer | captured model / `skip_attention` alone, time at {percentages} | skip state, MB | as lists, MB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in record["steps"]:
+        name, state = (row["model"]["name"], row["clip"]["name"]), row["state"]
+        ratios = " / ".join(f"{point['time_over_operator']:.4f}" for point in over.get(name, []))
+        bytes_cells = " | ".join(f"{state[key] / 1e6:.2f}" for key in ("bytes_per_layer", "list_bytes_per_layer"))
+        lines.append(f"| {' '.join(name)} | {ratios} | {bytes_cells} |")
+    microseconds = record["host"][0]["microseconds"]
+    figures = ", ".join(f"{name} {microseconds[name]:.0f}" for name in (HOST_OPERATOR, HOST_MODEL, HOST_MODEL_COMPILED))
+    source = record["steps"][0]["state"]["list_source"]
+    return [*lines, "", f"Lists: {source}; here 1. Microseconds a layer until a call returns on the host: {figures}."]
+
+
+def _projection(record: dict[str, Any]) -> str:
+    """What all layers would take, of models of which some were run; nothing where all were."""
+    mode = record["modes"][-1]
+    sentences = []
+    for row in record["steps"]:
+        found = {column: find(row, column, mode) for column in COLUMNS_IN_ALL_MODES}
+        seconds = {
+            column_name(column): one["projected_ms"] / 1000
+            for column, one in found.items()
+            if one is not None and one["projected_ms"] is not None
+        }
+        if seconds:
+            figures = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+            sentences.append(f" {row['model']['name']} {row['clip']['name']}: {figures} s a step.")
+    model = next(
+        (row["model"] for row in record["steps"] if row["model"]["layers"] < row["model"]["whole_layers"]), None
+    )
+    if model is None:
+        return ""
+    return f"Projected to {model['whole_layers']} layers at the same time each, not measured:{''.join(sentences)}"
+
+
+def whole_model_table(record: dict[str, Any]) -> str:
+    """On a GPU: a denoising step with the peers and with ours, what a layer costs, and what it was measured with."""
+    loops = [loop for row in record["steps"] for loop in row["loops"] if loop["sm_clock_mhz"] is not None]
+    clocks = [loop["sm_clock_mhz"] for loop in loops]
+    cudnn = record["cudnn"]
+    sampled = f" ({min(clocks):.0f} to {max(clocks):.0f} MHz)" if clocks else ""
+    conditions = (
+        f"{record['dtype']}, random weights, batch 1, {record['steps'][0]['clip']['frames']} frames, "
+        f"{record['steps'][0]['pattern']} maps, loops of {record['seconds_per_loop']:g} s on one {record['gpu']}"
+        f"{sampled}. Driver {record['driver']}, torch {record['environment']['torch']}, diffusers "
+        f"{record['diffusers']}, fa3-fwd {record['fa3']}, cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, revision "
+        f"{record['revision']}, {record['date'][:10]}. Made by `{record['command']}`."
+    )
+    parts = [*_step_lines(record), "", *_layer_lines(record), ""]
+    if projection := _projection(record):
+        parts += [projection, ""]
+    return "\n".join([*parts, conditions])
 
 
 def video_dit_table(record: dict[str, Any]) -> str:

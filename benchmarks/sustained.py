@@ -1,23 +1,30 @@
-"""Time per launch in loops of about a second, with the SM clock and the power drawn meanwhile.
+"""Time per launch in loops of about a second, with the SM clock and the power drawn meanwhile; time on the host.
 
 A Hopper GPU under attention is limited by power: a single cold launch shows a clock that it cannot keep.
 """
 
 import contextlib
+import gc
 import importlib
 import math
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 SAMPLE_SECONDS = 0.02
 # Samples before this share of a loop still show the launch before it.
 SETTLED_SHARE = 0.25
 LEAST_LAUNCHES = 3
+WARM_UP_LAUNCHES = 3
+# A call longer than this is warm after one launch, and one tells how long it takes.
+LONG_MS = 300.0
 # A call shorter than this is timed as replays of a CUDA graph, because launching it may take as long as it runs.
 GRAPH_BELOW_MS = 0.3
 CALLS_IN_GRAPH = 20
@@ -92,18 +99,34 @@ def _elapsed_ms(call: Callable[[], object], launches: int) -> float:
     return float(start.elapsed_time(end))
 
 
+def in_graph(call: Callable[[], Result]) -> Callable[[], Result]:
+    """`call`, which has run before, as a CUDA graph that writes the same result again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def sustained(call: Callable[[], object], seconds: float, telemetry: Telemetry) -> Loop:
     """Launch `call` back to back for about `seconds` and return the mean time of one."""
-    _elapsed_ms(call, 3)
-    estimate = _elapsed_ms(call, 3) / 3
+    estimate = _elapsed_ms(call, 1)
+    if estimate < LONG_MS:
+        _elapsed_ms(call, WARM_UP_LAUNCHES)
+        estimate = _elapsed_ms(call, WARM_UP_LAUNCHES) / WARM_UP_LAUNCHES
     calls, run = 1, call
     if estimate < GRAPH_BELOW_MS:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def many_calls() -> None:
             for _ in range(CALLS_IN_GRAPH):
                 call()
-        calls, run = CALLS_IN_GRAPH, graph.replay
-        estimate = _elapsed_ms(run, 3) / 3
+
+        calls, run = CALLS_IN_GRAPH, in_graph(many_calls)
+        estimate = _elapsed_ms(run, WARM_UP_LAUNCHES) / WARM_UP_LAUNCHES
     repeats = max(LEAST_LAUNCHES, round(seconds * 1000 / estimate))
     with telemetry.sampling() as samples:
         total = _elapsed_ms(run, repeats)
@@ -115,3 +138,18 @@ def sustained(call: Callable[[], object], seconds: float, telemetry: Telemetry) 
         sm_clock_mhz=_mean([clock for clock, _ in settled]),
         power_watts=_mean([power for _, power in settled]),
     )
+
+
+def host_microseconds(call: Callable[[], object], calls: int, in_flight: int) -> float:
+    """Median time until a call returns, over `calls` of them, of which never more than `in_flight` wait for the GPU."""
+    nanoseconds = []
+    gc.collect()
+    gc.disable()
+    for _ in range(calls // in_flight):
+        torch.cuda.synchronize()
+        for _ in range(in_flight):
+            start = time.perf_counter_ns()
+            call()
+            nanoseconds.append(time.perf_counter_ns() - start)
+    gc.enable()
+    return statistics.median(nanoseconds) / 1000

@@ -1,4 +1,4 @@
-"""A made-up record of benchmarks/attention.py, put together as the script does it."""
+"""Made-up records of benchmarks/attention.py and whole_model.py, put together as the scripts do it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ from attention_record import (  # noqa: E402
     dense_row,
     density_row,
     skip_row,
+)
+from whole_model_record import (  # noqa: E402
+    CAPTURED,
+    COLUMNS,
+    COLUMNS_IN_ALL_MODES,
+    HOST_MODEL,
+    HOST_MODEL_COMPILED,
+    HOST_MODULE,
+    HOST_OPERATOR,
+    HOST_SDPA,
+    MODES,
+    overhead_point,
+    state_facts,
+    step_row,
 )
 
 
@@ -94,4 +108,58 @@ def made_up_record() -> dict[str, Any]:
             }
         ],
         "wall_seconds": 300.0,
+    }
+
+
+def made_up_step_row(model: dict[str, Any], clip: dict[str, Any], dense_ms: float, rest_ms: float) -> dict[str, Any]:
+    slower = {CUDNN: 1.2, FA3: 1.03}
+    loops = []
+    for kernel, density in COLUMNS:
+        for mode in MODES if (kernel, density) in COLUMNS_IN_ALL_MODES else MODES[-1:]:
+            ms = slower.get(kernel, 1.0) * density * dense_ms + rest_ms * (1.0 if mode == CAPTURED else 1.1)
+            loop = {"kernel": kernel, "density": density, "mode": mode, "ms": ms, "sm_clock_mhz": 1650.0}
+            loops.append({**loop, "tiles_kept": density} if kernel == SKIP_ATTENTION else loop)
+    state = state_facts(model["heads"], clip["tokens"], measured=clip["tokens"] * model["heads"])
+    return step_row(model, clip, {"ms": 2.0}, loops, pattern=SCATTERED, state=state, checks=[], absent={})
+
+
+def made_up_overhead_row(model: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
+    points = []
+    for density, over in ((0.25, 1.004), (0.1, 1.012)):
+        loops = [{"kernel": HOST_OPERATOR, "ms": 10.0}, {"kernel": HOST_MODEL, "ms": 10.0 * over}] * 2
+        points.append(overhead_point(density, 1.01, loops, {"kernels": 30, "gaps": 0.002}))
+    return {"model": model, "clip": clip, "points": points}
+
+
+def made_up_whole_model_record() -> dict[str, Any]:
+    models = [
+        {"name": "1.3B", "heads": 12, "layers": 30, "whole_layers": 30},
+        {"name": "14B", "heads": 40, "layers": 4, "whole_layers": 40},
+    ]
+    clips = [{"name": "480p", "tokens": 32760, "frames": 81}, {"name": "720p", "tokens": 75600, "frames": 81}]
+    cases = [(model, clip) for model in models for clip in clips]
+    times = [(290.0, 160.0), (1530.0, 400.0), (130.0, 100.0), (680.0, 260.0)]
+    attention = made_up_record()
+    facts = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
+    return {
+        "command": "python benchmarks/whole_model.py",
+        **{fact: attention[fact] for fact in facts},
+        "absent": {},
+        "failures": [],
+        "diffusers": "0.42.1",
+        "modes": list(MODES),
+        "host": [
+            {
+                "microseconds": {
+                    HOST_SDPA: 25.0,
+                    HOST_OPERATOR: 16.0,
+                    HOST_MODULE: 120.0,
+                    HOST_MODEL: 180.0,
+                    HOST_MODEL_COMPILED: 90.0,
+                }
+            }
+        ],
+        "overhead": [made_up_overhead_row(*case) for case in cases],
+        "steps": [made_up_step_row(*case, *time) for case, time in zip(cases, times, strict=True)],
+        "wall_seconds": 500.0,
     }

@@ -359,7 +359,9 @@ def test_module_scalars_and_maps() -> None:
         "a map of another size": lambda: layer.set_keep_map(layer.keep_map()[..., :2]),
         "a map before a pass": lambda: LiteAttention().set_keep_map(torch.ones(1, 1, 1, 1, dtype=torch.bool)),
     }
-    assert_expected_inline(report(calls), """\
+    assert_expected_inline(
+        report(calls),
+        """\
 start_full True -> TypeError: LiteAttention: start_full has type bool, expected a tensor
 start_full of int -> TypeError: LiteAttention: start_full has dtype torch.int64, expected torch.bool
 start_full of rank 1 -> ValueError: LiteAttention: start_full has shape [1], expected []
@@ -368,7 +370,8 @@ skip_fraction_out of int -> TypeError: LiteAttention: skip_fraction_out has dtyp
 a map of int -> TypeError: pack_keep_map: keep has dtype torch.int32, expected torch.bool
 a map of rank 3 -> ValueError: set_keep_map: keep_map has shape [4, 2, 19], expected [2, 4, 2, 19] or sizes of 1
 a map of another size -> ValueError: set_keep_map: keep_map has shape [2, 4, 2, 2], expected [2, 4, 2, 19] or sizes of 1
-a map before a pass -> RuntimeError: set_keep_map: branch 0 has no keep map yet, expected a skipping pass before""")
+a map before a pass -> RuntimeError: set_keep_map: branch 0 has no keep map yet, expected a skipping pass before""",
+    )
 
 
 def test_module_construction_and_settings() -> None:

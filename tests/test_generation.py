@@ -126,10 +126,13 @@ def test_errors() -> None:
         "a timestep elsewhere": lambda: clock.tick(torch.zeros(1, device="meta")),
         "branch 8": lambda: clock.step(8),
     }
-    assert_expected_inline(report(calls), """\
+    assert_expected_inline(
+        report(calls),
+        """\
 1.5 first steps -> TypeError: skip_first_steps has type float, expected an int
 -1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
 a number -> TypeError: GenerationClock: timestep has type float, expected a tensor
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
 a timestep elsewhere -> ValueError: GenerationClock: timestep is on meta, expected cpu, the clock's device
-branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""")
+branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
+    )
