@@ -139,7 +139,7 @@ class LiteAttention(nn.Module):
     """
 
     layout_version: int
-    """Grows whenever a CUDA graph captured before is out of date: a state buffer replaced, skipping switched."""
+    """Grows whenever a CUDA graph captured before is out of date: a buffer in use replaced, skipping switched."""
 
     _threshold: Tensor
     _live: Tensor
@@ -363,8 +363,10 @@ class LiteAttention(nn.Module):
             self._start_over(shape.device)
         owners = self._owners()
         index = owners.index(None) if None in owners else self._slot_to_give_away(branch)
-        self._all_slots()[index].give_to(branch, shape)
-        self.layout_version += 1
+        slot = self._all_slots()[index]
+        if slot.owner is not None:
+            self.layout_version += 1
+        slot.give_to(branch, shape)
 
     def _slot_to_give_away(self, branch: int) -> int:
         """The oldest slot of the same branch, whose map of another shape is out of date; else the oldest of all."""
