@@ -346,7 +346,7 @@ def test_errors() -> None:
         """\
 not a model -> TypeError: enable_lite_attention: transformer_or_pipeline is a object, expected a video transformer or a pipeline that has one as its component transformer
 a model of another kind -> TypeError: enable_lite_attention: the transformer is a Linear, expected one of CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel; register_video_model adds others
-twice -> ValueError: blocks.0.attn1: LiteAttention is in this layer already, expected one handle: disable() it first
+twice -> ValueError: enable_lite_attention: LiteAttention is in this WanTransformer3DModel already, expected one handle: disable() it first
 context parallelism -> RuntimeError: blocks.0.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
 context parallelism later -> RuntimeError: blocks.1.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from models import Model, noise, same_state
-from torch import Tensor
+from torch import Tensor, nn
+from video_models import CASES, make_latents, make_transformer
+
+from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
 
 STEPS = 4
+WAN = CASES["wan"]
+WAN_INPUTS = [
+    # The last is the first step of a second generation.
+    WAN.inputs(make_latents(WAN, step), timestep)
+    for step, timestep in enumerate((999.0, 800.0, 600.0, 1000.0))
+]
 
 
 def prepared_model() -> Model:
@@ -61,22 +70,73 @@ def test_exporting_before_any_call_says_what_to_do() -> None:
         torch.export.export(Model(1), (noise(0),))
 
 
-def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path) -> None:
-    model = prepared_model()
-    expected = expected_outputs(model)
+def run_in_another_process(program: torch.export.ExportedProgram, calls: list[dict[str, Tensor]], folder: Path) -> list:
+    """What the program's AOTInductor package returns for these keyword arguments, called one after the other."""
     with torch.no_grad():
-        program = torch.export.export(model, (noise(0),))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch.save([noise(step % 2) for step in range(STEPS)], tmp_path / "inputs.pt")
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    torch.save(calls, folder / "calls.pt")
     code = f"""
 import torch
 import torch._inductor.codecache  # torch 2.10 does not load it by itself
 import lite_attention  # the operators
 
 step = torch._inductor.aoti_load_package({package!r})
-inputs = torch.load({str(tmp_path / "inputs.pt")!r})
-torch.save([step(x) for x in inputs], {str(tmp_path / "outputs.pt")!r})
+torch.save([step(**call) for call in torch.load({str(folder / "calls.pt")!r})], {str(folder / "outs.pt")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    outs = torch.load(tmp_path / "outputs.pt")
+    return torch.load(folder / "outs.pt")
+
+
+def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path) -> None:
+    model = prepared_model()
+    expected = expected_outputs(model)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"x": noise(0)})
+    outs = run_in_another_process(program, [{"x": noise(step % 2)} for step in range(STEPS)], tmp_path)
     torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
+
+
+def wan(blocks: int) -> tuple[nn.Module, LiteAttentionHandle]:
+    transformer = make_transformer(WAN)
+    transformer.blocks = transformer.blocks[:blocks]
+    return transformer, enable_lite_attention(transformer, threshold=-3.0)
+
+
+def prepared_wan(blocks: int) -> nn.Module:
+    """As a user prepares it: one call makes room for the state, and the next starts a generation."""
+    transformer, handle = wan(blocks)
+    with torch.no_grad():
+        transformer(**WAN_INPUTS[1])
+    handle.reset()
+    return transformer
+
+
+def wan_outputs(blocks: int) -> list[Tensor]:
+    transformer, handle = wan(blocks)
+    with torch.no_grad():
+        outs = [transformer(**inputs)[0] for inputs in WAN_INPUTS]
+        handle.disable()
+        dense = [transformer(**inputs)[0] for inputs in WAN_INPUTS]
+    # What is skipped shows in the values, in the steps that skip.
+    differs = [float((out - other).abs().max()) > 1e-3 for out, other in zip(outs, dense, strict=True)]
+    assert differs == [False, True, True, False]
+    return outs
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> None:
+    with torch.no_grad():
+        program = torch.export.export(prepared_wan(2), (), WAN_INPUTS[0], strict=strict)
+        step = program.module()
+        outs = [step(**inputs)[0] for inputs in WAN_INPUTS]
+    torch.testing.assert_close(outs, wan_outputs(2), atol=1e-5, rtol=1e-5)
+    clocks = [name for name in program.graph_signature.buffers if name.endswith("clock._steps")]
+    assert len(clocks) == 1, "AOTInductor refuses a buffer that is written under two names"
+
+
+def test_aot_inductor_package_of_wan_steps_like_eager_in_another_process(tmp_path: Path) -> None:
+    """Of one block, as compiling takes its time."""
+    with torch.no_grad():
+        program = torch.export.export(prepared_wan(1), (), WAN_INPUTS[0])
+    outs = run_in_another_process(program, WAN_INPUTS, tmp_path)
+    torch.testing.assert_close([out for (out,) in outs], wan_outputs(1), atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionHandler", "route_sdpa"]
+__all__ = ["AttentionHandler", "reason_to_refuse", "route_sdpa"]
 
 
 class AttentionHandler(Protocol):
@@ -60,17 +60,15 @@ class route_sdpa(TorchFunctionMode):  # noqa: N801 - read as a function, like to
         return func(*args, **kwargs)
 
 
-def only_self_attention(name: str, query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> None:
-    """Refuse a call that LiteAttention cannot take over. ``name`` is the layer's, for the text of the error.
+def reason_to_refuse(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:
+    """Why LiteAttention cannot take over a call, or None if it can.
 
-    Raises:
-        ValueError: dropout, a causal mask, or other numbers of queries and keys.
+    A reason and not an error: torch.compile would trace a layer's name, once it is an argument, for each layer anew.
     """
     if dropout_p != 0.0:
-        raise ValueError(f"{name}: attention with dropout_p={dropout_p}, expected 0: skipping is for inference")
+        return f"attention with dropout_p={dropout_p}, expected 0: skipping is for inference"
     if is_causal:
-        raise ValueError(f"{name}: attention with is_causal=True, expected bidirectional attention")
+        return "attention with is_causal=True, expected bidirectional attention"
     if query.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"{name}: attention of {query.shape[-2]} queries to {key.shape[-2]} keys, expected as many: self-attention"
-        )
+        return f"attention of {query.shape[-2]} queries to {key.shape[-2]} keys, expected as many: self-attention"
+    return None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lite_attention.branches import MAX_BRANCHES, resolved_branch, skip_branch
 from lite_attention.generation import GenerationClock
-from lite_attention.integrations._routing import only_self_attention, route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.keep_map import parse_ranges
 from lite_attention.modules import LiteAttention, Ranges, Threshold
 
@@ -39,6 +39,8 @@ FRACTION_UNIT = 1_000_000
 NOT_RECORDED = -1
 # Batches are as large as the pipeline makes them; the module's own limit is for callers that know theirs.
 ANY_BATCH = 2**31
+# The name under which a transformer registers what its layers share.
+GENERATION = "lite_attention_generation"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class _Generation(nn.Module):
 class LiteAttentionProcessor(nn.Module):
     """Runs a layer's own processor, with LiteAttention in place of its attention call."""
 
+    generation: _Generation
     _history: Tensor
     # Written by diffusers where it sets up context parallelism.
     _parallel_config: object | None = None
@@ -129,7 +132,8 @@ class LiteAttentionProcessor(nn.Module):
         if hasattr(processor, "_attention_backend"):
             self.processor._attention_backend = _native_backend()  # type: ignore[attr-defined]
         self.model = model
-        self.generation = generation
+        # Not as a submodule: the transformer registers it, once, as torch.export wants it.
+        vars(self)["generation"] = generation
         self.attention = LiteAttention(threshold=threshold, max_batch_size=ANY_BATCH)
         with torch.inference_mode(False):
             history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
@@ -171,7 +175,9 @@ class LiteAttentionProcessor(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         calls.append(text_len)
-        only_self_attention(self.name, query, key, dropout_p, is_causal)
+        refused = reason_to_refuse(query, key, dropout_p, is_causal)
+        if refused is not None:
+            raise ValueError(f"{self.name}: {refused}")
         batch, _, tokens, _ = query.shape
         kv_lens = None
         if attn_mask is not None:
@@ -212,7 +218,7 @@ class LiteAttentionProcessor(nn.Module):
         return torch.cat([ranges + video_start, text_row]), text
 
     def _record(self, fraction: Tensor) -> None:
-        branch = resolved_branch(None, self.name)
+        branch = resolved_branch(None, "LiteAttentionProcessor")
         row = self._history[branch]
         step = self.generation.clock.step(branch).to(row.device)
         steps = torch.arange(RECORDED_STEPS, device=row.device)
@@ -292,6 +298,11 @@ class _PatchedTransformer:
         layers: Sequence[int] | None,
     ) -> None:
         model = _video_model(transformer)
+        if hasattr(transformer, GENERATION):
+            raise ValueError(
+                f"enable_lite_attention: LiteAttention is in this {type(transformer).__name__} already, expected one "
+                "handle: disable() it first"
+            )
         chosen = _chosen_layers(_layer_names(transformer, model), layers, type(transformer).__name__)
         timestep_position = _position_of_timestep(transformer)
         self.transformer = transformer
@@ -307,6 +318,7 @@ class _PatchedTransformer:
                 name, original, model, self.generation, threshold
             )
             self.processors[name] = wrapped.to(self.generation.clock.start_full.device)
+        transformer.add_module(GENERATION, self.generation)
         for name, processor in self.processors.items():
             self._layer(name).set_processor(processor)
         methods = {"forward": functools.partial(_ticking, transformer.forward, self.generation, timestep_position)}
@@ -318,6 +330,7 @@ class _PatchedTransformer:
         vars(transformer).update(self._methods)
 
     def restore(self) -> None:
+        delattr(self.transformer, GENERATION)
         for name, original in self._originals.items():
             self._layer(name).set_processor(original)
         present = vars(self.transformer)
@@ -571,8 +584,6 @@ def _chosen_layers(names: list[str], layers: Sequence[int] | None, class_name: s
 
 
 def _check_processor(name: str, processor: object) -> None:
-    if isinstance(processor, LiteAttentionProcessor):
-        raise ValueError(f"{name}: LiteAttention is in this layer already, expected one handle: disable() it first")
     if getattr(processor, "_parallel_config", None) is not None:
         raise RuntimeError(
             f"{name}: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one "

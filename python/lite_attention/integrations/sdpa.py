@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention.integrations._routing import route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.modules import LiteAttention, Threshold
 
 __all__ = ["LiteSDPA"]
@@ -75,9 +75,9 @@ class LiteSDPA(nn.Module):
     def __enter__(self) -> LiteSDPA:
         self._depth += 1
         if self._depth == 1:
-            for index, (name, module) in enumerate(zip(self.layers, self._chosen, strict=True)):
+            for index, module in enumerate(self._chosen):
                 self._own_forwards[index] = vars(module).get("forward")
-                vars(module)["forward"] = self._routed(index, name, module)
+                vars(module)["forward"] = self._routed(index, module)
         return self
 
     def __exit__(
@@ -91,27 +91,30 @@ class LiteSDPA(nn.Module):
                 else:
                     vars(module)["forward"] = forward
 
-    def _routed(self, index: int, name: str, module: nn.Module) -> functools.partial[Any]:
+    def _routed(self, index: int, module: nn.Module) -> functools.partial[Any]:
         """The function that takes the place of the module's forward: the same at every entry, for torch.compile."""
         routed = self._routed_forwards[index]
         if routed is None or routed.args[0] != module.forward:
-            routed = functools.partial(_routed_forward, module.forward, name, self.layers[name])
+            attention: Any = self._attention[index]
+            routed = functools.partial(_routed_forward, module.forward, self, attention)
             functools.update_wrapper(routed, module.forward)
             self._routed_forwards[index] = routed
         return routed
 
 
-def _routed_forward(forward: Callable[..., Any], name: str, attention: LiteAttention, *args: Any, **kwargs: Any) -> Any:
+def _routed_forward(
+    forward: Callable[..., Any], owner: LiteSDPA, attention: LiteAttention, *args: Any, **kwargs: Any
+) -> Any:
     """The forward of a chosen module."""
-    calls: list[str] = []
-    with route_sdpa(functools.partial(_attend, name, attention, calls)):
+    calls: list[LiteAttention] = []
+    with route_sdpa(functools.partial(_attend, owner, attention, calls)):
         return forward(*args, **kwargs)
 
 
 def _attend(
-    name: str,
+    owner: LiteSDPA,
     attention: LiteAttention,
-    calls: list[str],
+    calls: list[LiteAttention],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -122,13 +125,14 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Handler of one call; tensors ``[B, H, S, D]``."""
-    is_self_attention = query.dim() == 4 and query.shape[-2] == key.shape[-2]
-    if attn_mask is not None or dropout_p != 0.0 or is_causal or not is_self_attention:
+    takes_over = attn_mask is None and query.dim() == 4 and reason_to_refuse(query, key, dropout_p, is_causal) is None
+    if not takes_over:
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    calls.append(name)
+    calls.append(attention)
     if len(calls) > 1:
+        name = next(name for name, layer in owner.layers.items() if layer is attention)
         raise RuntimeError(
             f"LiteSDPA: {name or 'the model itself'} makes several self-attention calls in one forward, expected one, "
             "to which its skip state belongs. Name its submodules in layers"
