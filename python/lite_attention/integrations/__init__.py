@@ -1,1 +1,1 @@
-"""Doors to other packages. None is imported by ``import lite_attention``; each needs the package it is named after."""
+"""Doors to other packages. None is imported by ``import lite_attention``; each imports its package where it is used."""
