@@ -1,6 +1,7 @@
 """The calls that users of the original LiteAttention have in their models work unchanged, and give attention."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -127,12 +128,13 @@ except ImportError:
 class WanSelfAttention(nn.Module):
     """A stand-in with the names and the data flow of Wan2.1's class, changed as its users change it."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, pass_lens: bool) -> None:
         super().__init__()
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.window_size = (-1, -1)
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.pass_lens = pass_lens
         if LITE_ATTENTION_AVAILABLE:
             self.lite_attention = LiteAttention(enable_skipping=True, threshold=-10.0)
         else:
@@ -149,34 +151,62 @@ class WanSelfAttention(nn.Module):
             q_rope = q_rope.bfloat16()
             k_rope = k_rope.bfloat16()
             v = v.bfloat16()
-            x = self.lite_attention(q_rope, k_rope, v)
+            if self.pass_lens:  # as docs/module.md has it
+                x = self.lite_attention(q_rope, k_rope, v, kv_lens=seq_lens.int())
+            else:  # as the original's README has it
+                x = self.lite_attention(q_rope, k_rope, v)
             x = x.float()
         else:
-            x = full_attention(q_rope, k_rope, v)
+            x = flash_attention(q=q_rope, k=k_rope, v=v, k_lens=seq_lens, window_size=self.window_size)
         return self.o(x.flatten(2))
 
 
 def rope_apply(x: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor:
-    """Wan's rotary embedding, here along one axis: fp32 in and out."""
+    """Wan's rotary embedding: pairs of channels turn by frame, row and column; padding stays as it is. fp32 out."""
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs[: x.shape[1], None]).flatten(-2).float()
+    third = pairs.shape[-1] // 3
+    by_axis = freqs.split([pairs.shape[-1] - 2 * third, third, third], dim=1)
+    rotated = pairs.clone()
+    for index, sizes in enumerate(grid_sizes.tolist()):
+        turns = [
+            axis[:size].view([-1 if i == dim else 1 for i in range(3)] + [axis.shape[1]]).expand(*sizes, -1)
+            for dim, (axis, size) in enumerate(zip(by_axis, sizes, strict=True))
+        ]
+        tokens = math.prod(sizes)
+        rotated[index, :tokens] *= torch.cat(turns, -1).reshape(tokens, 1, -1)
+    return torch.view_as_real(rotated).flatten(-2).float()
 
 
-def test_wan_self_attention() -> None:
-    attention = WanSelfAttention(dim=256, num_heads=2)
-    freqs = torch.polar(torch.ones(600, 64), torch.arange(600)[:, None] / 10000 ** (torch.arange(64) / 64)).to(
-        torch.complex128
-    )
-    x, lens, grid = torch.randn(2, 600, 256), torch.tensor([600, 600]), torch.tensor([[6, 10, 10]] * 2)
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """What Wan calls without LiteAttention: keys at and past a sample's length are not attended to."""
+    assert window_size == (-1, -1)
+    exists = torch.arange(k.shape[1]) < k_lens[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=exists[:, None, None]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lens", [[600, 600], [600, 480]], ids=["full", "padded"])
+@pytest.mark.parametrize("pass_lens", [False, True], ids=["original", "ours"])
+def test_wan_self_attention(pass_lens: bool, lens: list[int]) -> None:
+    attention = WanSelfAttention(dim=256, num_heads=2, pass_lens=pass_lens)
+    positions = torch.arange(100)[:, None] / 10000 ** (torch.arange(64) / 64)
+    freqs = torch.polar(torch.ones(100, 64, dtype=torch.float64), positions.double())
+    x, seq_lens = torch.randn(2, 600, 256), torch.tensor(lens)
+    grid = torch.tensor([[length // 60, 6, 10] for length in lens])
+    x[1, lens[1] :] = 0.0
     with torch.no_grad():
-        outs = [attention(x, lens, grid, freqs) for _ in range(3)]
+        outs = [attention(x, seq_lens, grid, freqs) for _ in range(3)]
         module, attention.lite_attention = attention.lite_attention, None
-        expected = attention(x, lens, grid, freqs)
+        expected = attention(x, seq_lens, grid, freqs)
     assert set(attention.state_dict()) == {
         *(f"{name}.{kind}" for name in "qkvo" for kind in ("weight", "bias")), "norm_q.weight", "norm_k.weight"
     }  # fmt: skip
+    differs = not pass_lens and lens[1] < 600
     for out in outs:
         assert out.dtype == torch.float32
-        torch.testing.assert_close(out, expected, atol=3e-3, rtol=0)
+        assert (float((out - expected)[1, : lens[1]].abs().max()) > 0.02) == differs, "the padding counts without lens"
+        torch.testing.assert_close(out[0], expected[0], atol=3e-3, rtol=0)
+        if not differs:
+            torch.testing.assert_close(out, expected, atol=3e-3, rtol=0)
     assert module is not None
     assert module.keep_map().shape == (2, 2, 10, 5)
