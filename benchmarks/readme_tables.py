@@ -271,6 +271,7 @@ TABLES = {
     "video_dit_cpu": video_dit_table,
     "attention_h200": attention_table,
     "video_dit_h200": video_dit_gpu_table,
+    "whole_model_h200": whole_model_table,
 }
 # A record that is not there yet leaves a word in its place.
 NOT_MEASURED = "Not measured yet."
