@@ -1,12 +1,15 @@
 """The diffusers door, on diffusers' own transformers and pipelines."""
 
 import copy
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from expecttest import assert_expected_inline
 from inputs import report
 from torch import Tensor, nn
@@ -31,7 +34,9 @@ every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    known = {name: model for name, model in door._VIDEO_MODELS.items() if hasattr(diffusers, name)}
+    monkeypatch.setattr(door, "_VIDEO_MODELS", known)
     torch._dynamo.reset()
     with torch.no_grad():
         yield
@@ -147,6 +152,31 @@ def test_fused_projections_and_other_backends_elsewhere_work() -> None:
     torch.testing.assert_close(denoise(transformer), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
+    case = CASES["hunyuan"]
+    transformer = make_transformer(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(transformer, case, make_latents(case), 900.0)
+        enable_lite_attention(transformer, threshold=-math.inf)
+        out = run(transformer, case, make_latents(case), 900.0)
+    assert float((out - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_layer_that_was_left_out_starts_full() -> None:
+    case = CASES["ltx2"]
+    torch.manual_seed(0)
+    transformer = case.make(perturbed_attn=True).eval()
+    handle = enable_lite_attention(transformer, threshold=0.0)
+    layer = handle.layers["transformer_blocks.0.attn1"]
+    denoise(transformer, case)
+    assert not layer.keep_map().all()
+    perturbed = case.inputs(make_latents(case), 900.0) | {
+        "spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.zeros(1, 1, 1)
+    }  # fmt: skip
+    transformer(**perturbed)
+    assert layer.keep_map().all()
+
+
 # Time and guidance
 
 
@@ -256,6 +286,74 @@ def fresh() -> tuple[nn.Module, VideoCase]:
     return transformer, WAN
 
 
+def accelerate_hook(transformer: nn.Module) -> Callable[[], None]:
+    """As accelerate puts hooks on a module and takes them away."""
+    transformer._old_forward = transformer.forward  # type: ignore[assignment]
+
+    def new_forward(*args: Any, **kwargs: Any) -> Any:
+        return transformer._old_forward(*args, **kwargs)  # type: ignore[operator]
+
+    transformer.forward = functools.update_wrapper(new_forward, transformer.forward)  # type: ignore[method-assign]
+
+    def remove() -> None:
+        transformer.forward = transformer._old_forward  # type: ignore[method-assign,assignment]
+        delattr(transformer, "_old_forward")
+
+    return remove
+
+
+def diffusers_hook(transformer: nn.Module) -> Callable[[], None]:
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(ModelHook(), "hook")
+    return lambda: registry.remove_hook("hook")
+
+
+@pytest.mark.parametrize("hook", [accelerate_hook, diffusers_hook])
+@pytest.mark.parametrize("first", [False, True], ids=["hook after", "hook before"])
+def test_hooks_that_come_and_go_do_not_stop_the_clock(hook: Callable[..., Callable[[], None]], first: bool) -> None:
+    def denoise_conditional(seed: int) -> list[Tensor]:
+        with transformer.cache_context("cond"):
+            return denoise(transformer, seed=seed)
+
+    transformer = make_transformer(WAN)
+    remove = hook(transformer) if first else None
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    remove = remove or hook(transformer)
+    expected = denoise_conditional(1)
+    denoise_conditional(0)
+    remove()
+    assert_all_equal(denoise_conditional(1), expected)
+    handle.disable()
+    assert transformer.forward.__func__ is type(transformer).forward  # type: ignore[attr-defined]
+    enable_lite_attention(transformer, threshold=THRESHOLD)
+    denoise(transformer)
+    assert_all_equal(denoise(transformer, seed=1), expected)
+
+
+def test_settings_made_in_inference_mode_can_be_changed_outside_of_it() -> None:
+    transformer = make_transformer(WAN)
+    with torch.inference_mode():
+        handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+        handle.set_must_do([0, 10])
+        denoise(transformer)
+    handle.set_must_do([0, 20])
+    handle.reset()
+    denoise(transformer)
+
+
+def test_disabling_leaves_what_others_have_put_there_since() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer)
+    mine = type(handle._processors["blocks.0.attn1"].processor)()
+    transformer.blocks[0].attn1.set_processor(mine)  # type: ignore[union-attr,index]
+    handle.disable()
+    assert transformer.blocks[0].attn1.processor is mine  # type: ignore[union-attr,index]
+    again = enable_lite_attention(transformer, threshold=THRESHOLD)
+    handle.disable()
+    denoise(transformer)
+    assert (again.skip_fraction()[:, 1:] > 0.05).all(), "disabling twice does nothing to another handle"
+
+
 def test_a_deep_copy_has_a_state_of_its_own() -> None:
     transformer, _ = fresh()
     expected = denoise(transformer)
@@ -283,9 +381,7 @@ def test_subclasses_are_treated_as_their_base() -> None:
     assert tuple(enable_lite_attention(transformer).layers) == WAN.layers
 
 
-def test_other_models_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_VIDEO_MODELS", dict(door._VIDEO_MODELS))
-
+def test_other_models_can_be_registered() -> None:
     class Unheard(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,6 +412,8 @@ def test_errors() -> None:
     deaf = make_transformer(WAN)
     deaf.blocks[0].attn1.set_processor(Deaf())  # type: ignore[union-attr,index]
     enable_lite_attention(deaf)
+    offloaded = make_transformer(WAN)
+    apply_group_offloading(offloaded, torch.device("cpu"), offload_type="leaf_level")
     masked = make_transformer(WAN)
     enable_lite_attention(masked)
     handle = enable_lite_attention(transformer)
@@ -323,6 +421,9 @@ def test_errors() -> None:
     x = make_latents(WAN)
     mask = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
     attn, hidden = masked.blocks[0].attn1, torch.randn(1, TOKENS, HEADS * HEAD_DIM)  # type: ignore[union-attr,index]
+    hunyuan = make_transformer(CASES["hunyuan"])
+    enable_lite_attention(hunyuan)
+    joint = hunyuan.single_transformer_blocks[0].attn  # type: ignore[union-attr,index]
     many = list(range(34))
     calls = {
         "not a model": lambda: enable_lite_attention(object()),
@@ -331,7 +432,10 @@ def test_errors() -> None:
         "context parallelism": lambda: enable_lite_attention(parallel),
         "context parallelism later": lambda: run(later, WAN, x, 900.0),
         "a processor of its own kind": lambda: run(deaf, WAN, x, 900.0),
+        "group offloading": lambda: enable_lite_attention(offloaded),
         "a mask": lambda: attn(hidden, None, mask),
+        "a float mask": lambda: joint(hidden, None, mask.float()),
+        "a number as timestep": lambda: masked(**WAN.inputs(x, 1.0) | {"timestep": 900.0}),
         "layer 2 of 2": lambda: enable_lite_attention(transformer, layers=[0, 2]),
         "layer as text": lambda: enable_lite_attention(transformer, layers=["0"]),  # type: ignore[list-item]
         "no layers": lambda: enable_lite_attention(transformer, layers=[]),
@@ -350,7 +454,10 @@ twice -> ValueError: enable_lite_attention: LiteAttention is in this WanTransfor
 context parallelism -> RuntimeError: blocks.0.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
 context parallelism later -> RuntimeError: blocks.1.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
-a mask -> ValueError: blocks.0.attn1: attn_mask has shape [1, 1, 1, 980], expected None
+group offloading -> RuntimeError: enable_lite_attention: WanTransformer3DModel is set up for group offloading, which loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole
+a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
+a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
+a number as timestep -> TypeError: GenerationClock: timestep has type float, expected a tensor
 layer 2 of 2 -> ValueError: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: layers is empty, expected at least one layer, or None for all
@@ -358,7 +465,7 @@ threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of
 -1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
-an unknown branch -> KeyError: "branch is 'cond', expected a name that cache_context was given: none so far\"""",
+an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
     )
     assert not any(isinstance(module, LiteAttention) for module in transformer.modules()), "all or nothing"
 

@@ -1,5 +1,6 @@
 """The diffusers door in whole pipelines: guidance, schedulers, two transformers, one generation after another."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
+    WanVideoToVideoPipeline,
 )
 from torch import Tensor
 from video_pipelines import STEPS, cogvideox, generate, wan
@@ -102,3 +104,23 @@ def test_cogvideox_with_batched_guidance() -> None:
     assert keep.shape[0] == 2
     assert not torch.equal(keep[0], keep[1])
     assert_second_video_is_as_if_it_were_the_first(pipeline, handle)
+
+
+def test_a_copy_of_the_scheduler_is_not_the_scheduler() -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    generate(pipeline)
+    duplicate = copy.deepcopy(pipeline.scheduler)
+    duplicate.set_timesteps(7)
+    assert len(duplicate.timesteps) == 7
+    assert len(pipeline.scheduler.timesteps) == STEPS
+    assert handle.skip_fraction("cond").shape == (2, STEPS), "nothing was reset"
+    handle.disable()
+    handle.disable()
+    assert "set_timesteps" not in vars(pipeline.scheduler)
+
+
+def test_a_pipeline_that_does_not_name_its_branches_is_refused() -> None:
+    parts = {name: part for name, part in wan().components.items() if name not in ("transformer_2",)}
+    with pytest.raises(ValueError, match="WanVideoToVideoPipeline does not name its guidance branches"):
+        enable_lite_attention(WanVideoToVideoPipeline(**parts))

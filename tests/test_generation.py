@@ -96,6 +96,14 @@ def test_casts_leave_the_time_alone() -> None:
     assert steps_of(clock, [0.9990, 0.9989]) == [1, 2]
 
 
+def test_a_clock_made_on_meta_works_once_it_is_real() -> None:
+    with torch.device("meta"):
+        clock = GenerationClock(2)
+    clock.to_empty(device="cpu")
+    assert steps_of(clock, [900.0, 800.0, 700.0]) == [0, 1, 2]
+    assert not clock.start_full
+
+
 def test_one_graph_for_all_steps_and_generations() -> None:
     counter = CompileCounter()
     clock = GenerationClock(2)

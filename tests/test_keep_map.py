@@ -36,6 +36,14 @@ def test_unpacking_undoes_packing(kv_tiles: int) -> None:
     assert float(density(packed, kv_tiles)) == pytest.approx(float(keep.float().mean()))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_counts_are_right_in_compiled_code_of_any_size(backend: str) -> None:
+    compiled = torch.compile(density, fullgraph=True, dynamic=True, backend=backend)
+    for kv_tiles in (31, 63, 64, 95, 96):
+        keep = torch.rand(2, 1, 3, kv_tiles) < 0.5
+        assert float(compiled(pack_keep_map(keep), kv_tiles)) == pytest.approx(float(keep.float().mean()))
+
+
 def test_bits_past_the_last_tile_are_zero() -> None:
     full = full_keep_map(1, 1, 64, 33 * 128, 64, torch.bfloat16)
     assert [word & 0xFFFFFFFF for word in full.flatten().tolist()] == [0xFFFFFFFF, 1]

@@ -285,6 +285,16 @@ def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
     assert branches._current_branch == 0
 
 
+def test_branches_that_interleave_are_noticed() -> None:
+    first, second = skip_branch(1), skip_branch(2)
+    first.__enter__()
+    second.__enter__()
+    for one in (first, second):
+        with pytest.raises(RuntimeError, match="another branch is current at its end"):
+            one.__exit__(None, None, None)
+    branches._current_branch = 0
+
+
 def test_threads_pass_the_branch_as_an_argument() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     streams = [passes(seed=seed) for seed in range(3)]
@@ -459,6 +469,8 @@ def test_a_map_can_be_set_and_broadcast() -> None:
     layer.reset_skip_state()
     layer.set_keep_map(chosen[:1, :, :1])
     assert torch.equal(layer.keep_map(), chosen[:1, :, :1].expand(2, 4, 7, 6)), "it counts after a reset too"
+    layer.set_keep_map(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    assert layer.keep_map().all()
 
 
 def test_the_layout_version_tells_when_a_captured_graph_is_out_of_date() -> None:

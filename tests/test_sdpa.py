@@ -132,6 +132,15 @@ def test_branches_have_their_own_maps() -> None:
     assert not torch.equal(layer.keep_map(0), layer.keep_map(1))
 
 
+def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
+    model = Model()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs())
+        with LiteSDPA(model, LAYERS, threshold=-torch.inf):
+            out = model(*inputs())
+    assert float((out - expected).norm() / expected.norm()) < 0.01
+
+
 def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     model = Model()
     with pytest.raises(IndexError), LiteSDPA(model, LAYERS):
@@ -169,7 +178,15 @@ def test_errors() -> None:
         with LiteSDPA(model, ""):
             model(*inputs())
 
+    def hidden_call() -> None:
+        attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        layers = nn.ModuleDict({"0": nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True)})
+        layers["0"].self_attn = attention
+        with LiteSDPA(layers, "0"), torch.enable_grad():
+            layers["0"].train()(inputs()[0])
+
     calls: dict[str, Callable[[], object]] = {
+        "a call inside of torch": hidden_call,
         "no such layer": lambda: LiteSDPA(model, r"layers\.\d+"),
         "two calls in a module": two_calls,
         "threshold above 0": lambda: LiteSDPA(model, LAYERS, threshold=1.0),
@@ -177,6 +194,7 @@ def test_errors() -> None:
     assert_expected_inline(
         report(calls),
         """\
+a call inside of torch -> NotImplementedError: torch.nn.MultiheadAttention calls its attention out of reach, expected a layer that calls torch.nn.functional.scaled_dot_product_attention itself
 no such layer -> ValueError: LiteSDPA: layers is layers\\.\\d+, expected to match the name of a module of the Model
 two calls in a module -> RuntimeError: LiteSDPA: the model itself makes several self-attention calls in one forward, expected one, to which its skip state belongs. Name its submodules in layers
 threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG""",

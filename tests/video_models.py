@@ -27,7 +27,7 @@ Inputs = dict[str, Any]
 class VideoCase(NamedTuple):
     """One class of transformer: how to make it, its inputs at a timestep, and what the door should find in it."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[Tensor, float], Inputs]
     latents: tuple[int, ...]
     layers: tuple[str, ...]
@@ -108,12 +108,12 @@ def _ltx_inputs(latents: Tensor, timestep: float) -> Inputs:
     }
 
 
-def _make_ltx2() -> nn.Module:
+def _make_ltx2(**arguments: object) -> nn.Module:
     return LTX2VideoTransformer3DModel(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
         cross_attention_dim=HEADS * HEAD_DIM, audio_in_channels=CHANNELS, audio_out_channels=CHANNELS,
         audio_num_attention_heads=2, audio_attention_head_dim=16, audio_cross_attention_dim=32, num_layers=2,
-        caption_channels=TEXT_DIM,
+        caption_channels=TEXT_DIM, **arguments,
     )  # fmt: skip
 
 

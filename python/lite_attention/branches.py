@@ -41,7 +41,13 @@ class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _current_branch
+        own = _current_branch == self.branch
         _current_branch = self._outer.pop()
+        if not own and error is None:
+            raise RuntimeError(
+                f"skip_branch({self.branch}): another branch is current at its end, expected its own. Threads that run "
+                "models at the same time pass branch= to the layers instead"
+            )
 
 
 def resolved_branch(branch: int | None, name: str) -> int:

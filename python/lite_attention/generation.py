@@ -7,6 +7,8 @@ same code runs eagerly, compiled, and in a CUDA graph, which sees a new generati
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,12 +52,29 @@ class GenerationClock(nn.Module):
             raise TypeError(f"skip_first_steps has type {type(skip_first_steps).__name__}, expected an int")
         if skip_first_steps < 0:
             raise ValueError(f"skip_first_steps is {skip_first_steps}, expected at least 0")
+        self._skip_first_steps_value = skip_first_steps
+        for name, buffer in self._fresh_buffers(None).items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def _fresh_buffers(self, device: torch.device | None) -> dict[str, Tensor]:
         with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
-            self.register_buffer("start_full", torch.ones((), dtype=torch.bool), persistent=False)
-            self.register_buffer("_steps", torch.full((MAX_BRANCHES,), NO_STEP), persistent=False)
-            self.register_buffer("_timesteps", torch.zeros(MAX_BRANCHES, dtype=torch.int64), persistent=False)
-            self.register_buffer("_directions", torch.zeros(MAX_BRANCHES, dtype=torch.int64), persistent=False)
-            self.register_buffer("_skip_first_steps", torch.tensor(skip_first_steps), persistent=False)
+            zeros = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
+            return {
+                "start_full": torch.ones((), dtype=torch.bool, device=device),
+                "_steps": torch.full_like(zeros, NO_STEP),
+                "_timesteps": zeros,
+                "_directions": zeros.clone(),
+                "_skip_first_steps": torch.tensor(self._skip_first_steps_value, device=device),
+            }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerationClock:
+        """As nn.Module's; a clock that was on the meta device, without values, starts over."""
+        had_values = not self.start_full.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not had_values:
+            for name, buffer in self._fresh_buffers(self.start_full.device).items():
+                setattr(self, name, buffer)
+        return self
 
     def tick(self, timestep: Tensor, branch: int | None = None) -> None:
         """Note that a model call begins.

@@ -110,7 +110,7 @@ def kept_tiles(packed: Tensor, kv_tiles: int) -> Tensor:
     Bits past the last tile do not count.
     """
     bits = kv_tiles - WORD_BITS * torch.arange(packed.shape[-1], dtype=torch.int32, device=packed.device)
-    row = torch.where(bits < WORD_BITS, (1 << bits.clamp(0, WORD_BITS - 1)) - 1, -1)
+    row = torch.where(bits < WORD_BITS, 0x7FFFFFFF >> (WORD_BITS - 1 - bits.clamp(0, WORD_BITS - 1)), -1)
     # Bits are summed in fields of 2, 4, 8, 16 and 32 of them. Shifts copy the sign bit, which the masks take away.
     count = packed & row
     count = count - ((count >> 1) & 0x55555555)

@@ -365,7 +365,7 @@ class LiteAttention(nn.Module):
         index = owners.index(None) if None in owners else self._slot_to_give_away(branch)
         slot = self._all_slots()[index]
         if slot.owner is not None:
-            self.layout_version += 1
+            self.outdate_captured_graphs()
         slot.give_to(branch, shape)
 
     def _slot_to_give_away(self, branch: int) -> int:
@@ -384,7 +384,7 @@ class LiteAttention(nn.Module):
             self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
             self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
             self._oldest = 0
-            self.layout_version += 1
+            self.outdate_captured_graphs()
             for slot in self._all_slots():
                 slot.empty(device)
 
@@ -407,7 +407,7 @@ class LiteAttention(nn.Module):
                 self._threshold.copy_(new)
             else:
                 self._threshold = new
-                self.layout_version += 1
+                self.outdate_captured_graphs()
         self._threshold_values = values
 
     @property
@@ -424,6 +424,10 @@ class LiteAttention(nn.Module):
         # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
         live.abs_().neg_()
 
+    def outdate_captured_graphs(self) -> None:
+        """Let CUDA graphs captured before refuse to run: something they hold of this layer has changed."""
+        self.layout_version += 1
+
     @property
     def skipping(self) -> bool:
         """Whether passes skip; see :meth:`enable_skip_optimization`."""
@@ -433,7 +437,7 @@ class LiteAttention(nn.Module):
         """Switch between skipping and dense attention. Dense passes leave the skip state as it is."""
         if self._enabled != bool(enable):
             self._enabled = bool(enable)
-            self.layout_version += 1
+            self.outdate_captured_graphs()
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
         """Share of tiles that the branch's next pass will skip: fp32, 0-d, on the state's device, without a sync.
@@ -480,7 +484,7 @@ class LiteAttention(nn.Module):
         sizes = list(keep_map.shape)
         if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, expected, strict=True)):
             raise ValueError(f"set_keep_map: keep_map has shape {sizes}, expected {list(expected)} or sizes of 1")
-        slot.words.copy_(pack_keep_map(keep_map.to(shape.device)))
+        slot.words.copy_(pack_keep_map(keep_map.expand(expected).to(shape.device)))
         stamp = _stamp(branch, shape)
         slot.stamp.fill_(stamp)
         self._live[branch].fill_(stamp)

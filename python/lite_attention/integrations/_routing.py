@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionHandler", "reason_to_refuse", "route_sdpa"]
+__all__ = ["AttentionHandler", "as_autocast", "reason_to_refuse", "route_sdpa"]
 
 
 class AttentionHandler(Protocol):
@@ -53,11 +53,25 @@ class route_sdpa(TorchFunctionMode):  # noqa: N801 - read as a function, like to
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
             return self.handler(*args, **kwargs)
+        if func is multi_head_attention_forward:
+            raise NotImplementedError(
+                "torch.nn.MultiheadAttention calls its attention out of reach, expected a layer that calls "
+                "torch.nn.functional.scaled_dot_product_attention itself"
+            )
         if getattr(func, "__module__", None) == torch._tensor.__name__:
             # Methods that torch writes in Python (Tensor.unflatten) reach their parent by super(), which Dynamo traces
             # only where they are called as methods.
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in the dtype that autocast, where it is on, would have given torch's own call."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def reason_to_refuse(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:

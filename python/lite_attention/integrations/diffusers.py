@@ -14,7 +14,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lite_attention.branches import MAX_BRANCHES, resolved_branch, skip_branch
 from lite_attention.generation import GenerationClock
-from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
 from lite_attention.keep_map import parse_ranges
 from lite_attention.modules import LiteAttention, Ranges, Threshold
 
@@ -52,7 +52,7 @@ class VideoModel:
         text: whether text tokens stand before or after the video tokens in these layers, or are not there.
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
-        may_bypass: some calls leave attention out (spatio-temporal guidance); they do not touch the skip state.
+        may_bypass: some calls leave attention out (spatio-temporal guidance); the layer's next pass starts full.
     """
 
     layers: tuple[str, ...]
@@ -100,7 +100,8 @@ class _Generation(nn.Module):
         """Take over the ranges, and say whether that made a new buffer."""
         is_new = self.must_do is None and len(ranges) > 0
         if is_new:
-            empty = torch.zeros(MAX_MUST_DO_RANGES, 2, dtype=torch.int64, device=self.clock.start_full.device)
+            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+                empty = torch.zeros(MAX_MUST_DO_RANGES, 2, dtype=torch.int64, device=self.clock.start_full.device)
             self.register_buffer("must_do", empty, persistent=False)
         if self.must_do is not None:
             rows = [*ranges, *[(0, 0)] * (MAX_MUST_DO_RANGES - len(ranges))]
@@ -108,8 +109,9 @@ class _Generation(nn.Module):
         return is_new
 
     def tick(self, timestep: Tensor) -> None:
-        if self.clock.start_full.device != timestep.device:
-            self.to(timestep.device)  # offloading moves the transformer only once its forward begins
+        if isinstance(timestep, Tensor) and self.clock.start_full.device != timestep.device:
+            with torch.inference_mode(False):
+                self.to(timestep.device)  # offloading moves the transformer only once its forward begins
         self.clock.tick(timestep)
 
 
@@ -154,7 +156,9 @@ class LiteAttentionProcessor(nn.Module):
             handler = functools.partial(self._attention, encoder_hidden_states.shape[1], calls)
         with route_sdpa(handler):
             out = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-        if len(calls) != 1 and not (self.model.may_bypass and len(calls) == 0):
+        if self.model.may_bypass and len(calls) == 0:
+            self.attention.reset_skip_state(resolved_branch(None, "LiteAttentionProcessor"))  # it may miss a start
+        elif len(calls) != 1:
             raise RuntimeError(
                 f"{self.name}: {type(self.processor).__name__} called scaled_dot_product_attention {len(calls)} times, "
                 "expected once"
@@ -175,16 +179,19 @@ class LiteAttentionProcessor(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         calls.append(text_len)
+        query, key, value = as_autocast(query, key, value)
         refused = reason_to_refuse(query, key, dropout_p, is_causal)
         if refused is not None:
             raise ValueError(f"{self.name}: {refused}")
         batch, _, tokens, _ = query.shape
         kv_lens = None
         if attn_mask is not None:
-            if not self.model.prefix_mask or attn_mask.shape != (batch, 1, 1, tokens):
+            fits = attn_mask.dtype == torch.bool and attn_mask.shape == (batch, 1, 1, tokens)
+            if not (self.model.prefix_mask and fits):
+                expected = f"torch.bool and {[batch, 1, 1, tokens]}" if self.model.prefix_mask else "no mask"
                 raise ValueError(
-                    f"{self.name}: attn_mask has shape {list(attn_mask.shape)}, expected "
-                    + (f"{[batch, 1, 1, tokens]}" if self.model.prefix_mask else "None")
+                    f"{self.name}: attn_mask has dtype {attn_mask.dtype} and shape {list(attn_mask.shape)}, expected "
+                    f"{expected}"
                 )
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
         must_do, must_do_queries = self._must_do(tokens, text_len)
@@ -279,8 +286,43 @@ class _BranchNames:
     def known_number(self, name: str) -> int:
         if name not in self._numbers:
             known = ", ".join(map(repr, self._numbers)) or "none so far"
-            raise KeyError(f"branch is {name!r}, expected a name that cache_context was given: {known}")
+            raise ValueError(f"branch is {name!r}, expected a name that cache_context was given: {known}")
         return self._numbers[name]
+
+
+class _Replaced:
+    """Methods put on an object, and how to take them off again."""
+
+    def __init__(self, owner: object, methods: Mapping[str, Callable[..., Any]]) -> None:
+        self._owner, self._methods = owner, methods
+        self._before = {name: vars(owner).get(name) for name in methods}
+        vars(owner).update(methods)
+
+    def restore(self) -> None:
+        present = vars(self._owner)
+        for name, method in self._methods.items():
+            if present.get(name) is not method:
+                continue  # replaced or wrapped by someone else since then, whose it is now
+            if self._before[name] is None:
+                del present[name]
+            else:
+                present[name] = self._before[name]
+
+
+class _Resetting:
+    """``scheduler.set_timesteps``, which a pipeline calls where a generation starts, with what is to be done then."""
+
+    def __init__(self, set_timesteps: Callable[..., Any], start_generation: Callable[[], None]) -> None:
+        self._set_timesteps, self._start_generation = set_timesteps, start_generation
+        functools.update_wrapper(self, set_timesteps)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._start_generation()
+        return self._set_timesteps(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A pipeline's copy of its scheduler, for the sound of a video, has its own timesteps and starts no generation.
+        return copy.deepcopy(self._set_timesteps, memo)
 
 
 class _PatchedTransformer:
@@ -305,6 +347,7 @@ class _PatchedTransformer:
             )
         chosen = _chosen_layers(_layer_names(transformer, model), layers, type(transformer).__name__)
         timestep_position = _position_of_timestep(transformer)
+        _refuse_group_offloading(transformer)
         self.transformer = transformer
         self.generation = _Generation(skip_first_steps)
         self.generation.to(next(transformer.parameters()).device)
@@ -321,29 +364,57 @@ class _PatchedTransformer:
         transformer.add_module(GENERATION, self.generation)
         for name, processor in self.processors.items():
             self._layer(name).set_processor(processor)
-        methods = {"forward": functools.partial(_ticking, transformer.forward, self.generation, timestep_position)}
+        self._timestep_position = timestep_position
+        self._forwards: list[_Replaced] = []
+        self._cache_context: _Replaced | None = None
+        self.keep_ticking()
         if hasattr(transformer, "cache_context"):
             cache_context: Any = transformer.cache_context
-            methods["cache_context"] = functools.partial(_in_branch, cache_context, branches)
-        self._methods = {name: functools.update_wrapper(method, method.args[0]) for name, method in methods.items()}
-        self._replaced = {name: vars(transformer).get(name) for name in self._methods}
-        vars(transformer).update(self._methods)
+            in_branch = functools.partial(_in_branch, cache_context, branches, self.keep_ticking)
+            methods = {"cache_context": functools.update_wrapper(in_branch, cache_context)}
+            self._cache_context = _Replaced(transformer, methods)
+
+    def keep_ticking(self) -> None:
+        """Make the transformer's forward tell the time, where it does not: hooks that are removed take it away."""
+        # accelerate's hooks call, and put back when they go, what they keep under this name.
+        name = "_old_forward" if "_old_forward" in vars(self.transformer) else "forward"
+        forward: Any = getattr(self.transformer, name)
+        inner = forward
+        while inner is not None:
+            if self._is_ticking(inner):
+                return
+            inner = getattr(inner, "__wrapped__", None)
+        ticking = functools.partial(_ticking, forward, self.generation, self._timestep_position)
+        self._forwards.append(_Replaced(self.transformer, {name: functools.update_wrapper(ticking, forward)}))
 
     def restore(self) -> None:
         delattr(self.transformer, GENERATION)
         for name, original in self._originals.items():
-            self._layer(name).set_processor(original)
+            if self._layer(name).processor is self.processors[name]:
+                self._layer(name).set_processor(original)
+        for replaced in (*reversed(self._forwards), self._cache_context):
+            if replaced is not None:
+                replaced.restore()
         present = vars(self.transformer)
-        for name, method in self._methods.items():
-            if present.get(name) is not method:
-                continue  # wrapped by someone else since then; without its layers it does nothing
-            if self._replaced[name] is None:
-                del present[name]
-            else:
-                present[name] = self._replaced[name]
+        if self._is_ticking(present.get("forward")):  # put there by a hook that went
+            present["forward"] = present["forward"].args[0]
+
+    def _is_ticking(self, forward: object) -> bool:
+        is_partial = isinstance(forward, functools.partial) and forward.func is _ticking
+        return is_partial and forward.args[1] is self.generation  # type: ignore[attr-defined]
 
     def _layer(self, name: str) -> Any:
         return self.transformer.get_submodule(name)
+
+
+def _refuse_group_offloading(transformer: nn.Module) -> None:
+    for name, module in transformer.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if any("group_offloading" in hook for hook in hooks):
+            raise RuntimeError(
+                f"enable_lite_attention: {name or type(transformer).__name__} is set up for group offloading, which "
+                "loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole"
+            )
 
 
 def _position_of_timestep(transformer: nn.Module) -> int:
@@ -366,9 +437,14 @@ def _ticking(
 
 @contextmanager
 def _in_branch(
-    cache_context: Callable[..., AbstractContextManager[None]], branches: _BranchNames, name: str, **kwargs: Any
+    cache_context: Callable[..., AbstractContextManager[None]],
+    branches: _BranchNames,
+    keep_ticking: Callable[[], None],
+    name: str,
+    **kwargs: Any,
 ) -> Iterator[None]:
     """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too."""
+    keep_ticking()
     with skip_branch(branches.number(name)), cache_context(name, **kwargs):
         yield
 
@@ -390,7 +466,6 @@ class LiteAttentionHandle:
     ) -> None:
         self._branches = _BranchNames()
         self._patched: list[_PatchedTransformer] = []
-        self._scheduler = scheduler
         self.layers = {}
         self._processors: dict[str, LiteAttentionProcessor] = {}
         try:
@@ -406,18 +481,15 @@ class LiteAttentionHandle:
         except Exception:
             self._restore_transformers()
             raise
-        if scheduler is not None:
-            scheduler.set_timesteps = self._resetting(scheduler.set_timesteps)  # type: ignore[attr-defined]
+        self._scheduler = None if scheduler is None else _Replaced(scheduler, self._resetting(scheduler))
 
-    def _resetting(self, set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
-        """``scheduler.set_timesteps``, which a pipeline calls where a generation starts, and a reset."""
+    def _resetting(self, scheduler: Any) -> dict[str, Callable[..., Any]]:
+        return {"set_timesteps": _Resetting(scheduler.set_timesteps, self._start_generation)}
 
-        @functools.wraps(set_timesteps)
-        def set_timesteps_and_reset(*args: Any, **kwargs: Any) -> Any:
-            self.reset()
-            return set_timesteps(*args, **kwargs)
-
-        return set_timesteps_and_reset
+    def _start_generation(self) -> None:
+        for patched in self._patched:
+            patched.keep_ticking()
+        self.reset()
 
     def reset(self) -> None:
         """Start a new generation: the next call of every branch computes every tile.
@@ -448,7 +520,7 @@ class LiteAttentionHandle:
         for patched in self._patched:
             if patched.generation.set_must_do(pairs):
                 for processor in patched.processors.values():
-                    processor.attention.layout_version += 1
+                    processor.attention.outdate_captured_graphs()
 
     def skip_fraction(self, branch: str | int = 0) -> Tensor:
         """Share of the tiles that each layer skipped in each step of its latest generation. Waits for the device.
@@ -461,8 +533,7 @@ class LiteAttentionHandle:
             At most ``RECORDED_STEPS`` steps.
 
         Raises:
-            KeyError: no branch of that name has run.
-            TypeError, ValueError: no such branch.
+            TypeError, ValueError: no such branch, or none of that name has run.
         """
         number = self._branches.known_number(branch) if isinstance(branch, str) else branch
         index = resolved_branch(number, "skip_fraction")
@@ -476,7 +547,7 @@ class LiteAttentionHandle:
         """Give the layers their own processors back and forget the state. The handle is of no use afterwards."""
         self._restore_transformers()
         if self._scheduler is not None:
-            vars(self._scheduler).pop("set_timesteps", None)
+            self._scheduler.restore()
 
     def _restore_transformers(self) -> None:
         for patched in self._patched:
@@ -499,7 +570,8 @@ def enable_lite_attention(
 
     Args:
         transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
-            pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
+            pipeline with one or two of them (``transformer``, ``transformer_2``) that names its guidance branches by
+            ``cache_context``. May be compiled.
         threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.LiteAttention`.
         skip_first_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
         must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
@@ -512,9 +584,10 @@ def enable_lite_attention(
     Raises:
         TypeError: no transformer of a known class.
         ValueError: an argument is not what it should be, or LiteAttention is in the model already.
-        RuntimeError: the model is set up for context parallelism.
+        RuntimeError: the model is set up for context parallelism or group offloading.
     """
     transformers = _transformers_of(transformer_or_pipeline)
+    _refuse_guidance_without_names(transformer_or_pipeline, transformers)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
     scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
     return LiteAttentionHandle(transformers, scheduler, threshold, skip_first_steps, must_do, layers)
@@ -535,6 +608,21 @@ def _transformers_of(model: Any) -> dict[str, nn.Module]:
             "or a pipeline that has one as its component transformer"
         )
     return found
+
+
+def _refuse_guidance_without_names(pipeline: Any, transformers: dict[str, nn.Module]) -> None:
+    """Some pipelines run their guidance branches in turn and do not say which is which."""
+    if isinstance(pipeline, nn.Module) or not all(hasattr(one, "cache_context") for one in transformers.values()):
+        return
+    try:
+        source = inspect.getsource(type(pipeline).__call__)
+    except (OSError, TypeError):  # made at run time
+        return
+    if "cache_context" not in source:
+        raise ValueError(
+            f"enable_lite_attention: {type(pipeline).__name__} does not name its guidance branches (cache_context), "
+            "expected a pipeline that does. If it calls the transformer once a step, pass its transformer instead"
+        )
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
