@@ -48,10 +48,10 @@ def _timesteps(latents: Tensor, timestep: float) -> Tensor:
     return torch.full((latents.shape[0],), timestep, device=latents.device)
 
 
-def _make_wan() -> nn.Module:
+def _make_wan(**arguments: object) -> nn.Module:
     return WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=CHANNELS, out_channels=CHANNELS,
-        text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64,
+        text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64, **arguments,
     )  # fmt: skip
 
 
@@ -61,6 +61,18 @@ def _wan_inputs(latents: Tensor, timestep: float) -> Inputs:
         "timestep": _timesteps(latents, timestep),
         "encoder_hidden_states": _text(latents),
         "return_dict": False,
+    }
+
+
+def _make_wan_from_image() -> nn.Module:
+    return _make_wan(image_dim=8, added_kv_proj_dim=HEADS * HEAD_DIM)
+
+
+def _wan_from_image_inputs(latents: Tensor, timestep: float) -> Inputs:
+    text = _text(latents).repeat(1, 13, 1)[:, :512]  # diffusers takes the last 512 tokens as the text
+    return _wan_inputs(latents, timestep) | {
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_image": text[:, :30, :8],
     }
 
 
@@ -158,6 +170,9 @@ def _hunyuan_inputs(latents: Tensor, timestep: float) -> Inputs:
 _PATCHED = (CHANNELS, FRAMES, 2 * SIDE, 2 * SIDE)
 CASES = {
     "wan": VideoCase(_make_wan, _wan_inputs, _PATCHED, ("blocks.0.attn1", "blocks.1.attn1")),
+    "wan-from-image": VideoCase(
+        _make_wan_from_image, _wan_from_image_inputs, _PATCHED, ("blocks.0.attn1", "blocks.1.attn1")
+    ),
     "wan-vace": VideoCase(
         _make_vace, _vace_inputs, _PATCHED, ("blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1")
     ),
