@@ -12,6 +12,7 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from torch import Tensor
+from video_models import CASES, make_latents, run
 from video_pipelines import STEPS, cogvideox, generate, wan
 
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
@@ -74,6 +75,18 @@ def test_a_video_after_one_that_was_broken_off() -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(pipeline, callback_on_step_end=break_off)
     assert torch.equal(generate(pipeline, seed=1), expected)
+
+
+def test_a_video_that_starts_below_where_the_last_one_broke_off() -> None:
+    pipeline, case = wan(), CASES["wan"]
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    with torch.no_grad():
+        for step, timestep in enumerate((900.0, 800.0)):
+            run(pipeline.transformer, case, make_latents(case, step), timestep)
+        pipeline.scheduler.set_timesteps(STEPS)
+        run(pipeline.transformer, case, make_latents(case), 600.0)
+    assert (handle.skip_fraction() == 0).all()
+    assert handle.skip_fraction().shape == (2, 1)
 
 
 def test_two_transformers_have_a_state_each() -> None:

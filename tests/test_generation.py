@@ -84,6 +84,8 @@ def test_branches_have_their_own_time() -> None:
     clock.tick(torch.tensor(700.0))
     assert int(clock.step()) == 2
     assert not clock.start_full
+    clock.tick(torch.tensor(900.0), branch=1)
+    assert int(clock.step(1)) == 0, "the same timestep as before in this branch"
     clock.tick(torch.tensor(700.0), branch=MAX_BRANCHES - 1)
     assert clock.start_full
     assert [int(clock.step(branch)) for branch in (0, 1, 2, MAX_BRANCHES - 1)] == [2, 0, -1, 0]
