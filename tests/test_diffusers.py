@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers.models import attention_dispatch
 from expecttest import assert_expected_inline
 from inputs import report
 from torch import Tensor, nn
@@ -144,7 +145,9 @@ def test_must_do_ranges_count_video_tokens() -> None:
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-def test_fused_projections_and_other_backends_elsewhere_work(first: bool) -> None:
+def test_fused_projections_and_other_backends_elsewhere_work(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # set below, for the whole process
     transformer = make_transformer(WAN)
     expected = denoise(transformer)
     if not first:
