@@ -205,6 +205,74 @@ void fill_kv_lens(const Call& call, const std::optional<Tensor>& kv_lens, Forwar
   }
 }
 
+void choose_tile(const Call& call, std::optional<int64_t> tile_n, ForwardParams& params) {
+  if (!tile_n.has_value()) return;
+  const int32_t coarse = params.tile.tile_n;
+  if (*tile_n != coarse && *tile_n != kFineTileN) {
+    fail(call.op, "tile_n is ", *tile_n, ", expected ", coarse, coarse == kFineTileN ? "" : " or ",
+         coarse == kFineTileN ? "" : std::to_string(kFineTileN), " for head_dim ", params.head_dim);
+  }
+  params.tile.tile_n = static_cast<int32_t>(*tile_n);
+}
+
+void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_lens, ForwardParams& params) {
+  if (!kv_tile_lens.has_value()) return;
+  const Tensor& lens = *kv_tile_lens;
+  check_device(call, "kv_tile_lens", lens);
+  check_dtype(call, "kv_tile_lens", lens, ScalarType::Int);
+  const bool per_batch = lens.dim() == 2;
+  if (!has_shape(lens, {params.kv_tiles()}) && !has_shape(lens, {params.batch, params.kv_tiles()})) {
+    fail(call.op, "kv_tile_lens has shape ", shape_of(lens), ", expected [", params.kv_tiles(), "] or [", params.batch,
+         ", ", params.kv_tiles(), "], one length a KV tile, for Sk=", params.kv_len,
+         " and tile_n=", params.tile.tile_n);
+  }
+  params.kv_tile_lens = lens.const_data_ptr<int32_t>();
+  params.kv_tile_lens_batch_stride = per_batch ? lens.stride(0) : 0;
+  params.kv_tile_lens_stride = lens.stride(per_batch ? 1 : 0);
+  if (!is_host(call)) return;  // as for kv_lens
+  for (int64_t entry = 0; entry < (per_batch ? params.batch : 1); ++entry) {
+    for (int64_t tile = 0; tile < params.kv_tiles(); ++tile) {
+      const int32_t keys =
+          params.kv_tile_lens[entry * params.kv_tile_lens_batch_stride + tile * params.kv_tile_lens_stride];
+      if (keys < 0 || keys > params.tile.tile_n) {
+        fail(call.op, "kv_tile_lens[", per_batch ? std::to_string(entry) + ", " : "", tile, "] is ", keys,
+             ", expected 0 to ", params.tile.tile_n, ", tile_n");
+      }
+    }
+  }
+}
+
+void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
+                     const std::optional<Tensor>& head_windows, ForwardParams& params) {
+  TokenMask& mask = params.token_mask;
+  if (causal.has_value()) {
+    if (*causal == "top-left") {
+      mask.alignment = CausalAlignment::kTopLeft;
+    } else if (*causal == "bottom-right") {
+      mask.alignment = CausalAlignment::kBottomRight;
+    } else {
+      fail(call.op, "causal is '", *causal, "', expected 'top-left' or 'bottom-right'");
+    }
+  }
+  if (!head_windows.has_value()) return;
+  check_device(call, "head_windows", *head_windows);
+  check_dtype(call, "head_windows", *head_windows, ScalarType::Int);
+  check_shape(call, "head_windows", *head_windows, {params.query_heads, 2}, "sink_size and recent_size of each head");
+  if (!mask.given()) {
+    fail(call.op, "head_windows is given and causal is not, expected causal to be 'top-left' or 'bottom-right'");
+  }
+  mask.head_windows = head_windows->const_data_ptr<int32_t>();
+  mask.head_stride = head_windows->stride(0);
+  mask.stride = head_windows->stride(1);
+  if (!is_host(call)) return;  // as for kv_lens
+  for (int64_t head = 0; head < params.query_heads; ++head) {
+    for (int64_t size = 0; size < 2; ++size) {
+      const int32_t value = mask.head_windows[head * mask.head_stride + size * mask.stride];
+      if (value < 0) fail(call.op, "head_windows[", head, ", ", size, "] is ", value, ", expected 0 or more keys");
+    }
+  }
+}
+
 void fill_threshold(const Call& call, const Tensor& threshold, ForwardParams& params) {
   check_device(call, "threshold", threshold);
   check_dtype(call, "threshold", threshold, ScalarType::Float);

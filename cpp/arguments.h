@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "params.h"
@@ -42,8 +43,12 @@ Call make_call(const char* op, DeviceType backend, const Tensor& first_argument)
 void fill_qkv(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, double scale, ForwardParams& params);
 
 // These need params to hold q, k and v.
+void choose_tile(const Call& call, std::optional<int64_t> tile_n, ForwardParams& params);
 void fill_kv_lens(const Call& call, const std::optional<Tensor>& kv_lens, ForwardParams& params);
 void fill_threshold(const Call& call, const Tensor& threshold, ForwardParams& params);
+void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_lens, ForwardParams& params);
+void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
+                     const std::optional<Tensor>& head_windows, ForwardParams& params);
 KeepMapView view_keep_map(const Call& call, const char* argument, const Tensor& map, const ForwardParams& params);
 KeepMapView view_broadcast_keep_map(const Call& call, const char* argument, const Tensor& map,
                                     const ForwardParams& params);

@@ -30,7 +30,7 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   module.def("selected_cpu_variant", &cpu::selected_variant, "The build of the CPU kernel in use.");
 
   // Must equal OPERATOR_INTERFACE in python/lite_attention/_library.py.
-  module.attr("OPERATOR_INTERFACE") = 1;
+  module.attr("OPERATOR_INTERFACE") = 2;
   module.attr("VERSION") = LITE_ATTENTION_VERSION;
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;
@@ -40,4 +40,5 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   module.attr("CUDA_VERSION") = LITE_ATTENTION_CUDA_VERSION;
   module.attr("CUTLASS_VERSION") = LITE_ATTENTION_CUTLASS_VERSION;
   module.attr("HEAD_DIM_MULTIPLE") = kHeadDimMultiple;
+  module.attr("FINE_TILE_N") = kFineTileN;
 }

@@ -26,11 +26,17 @@ inline std::tuple<Tensor, Tensor> allocate_results(const Call& call, const Tenso
 template <typename Backend>
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& keep, const std::optional<Tensor>& kv_lens,
-                                     double scale) {
+                                     double scale, std::optional<int64_t> tile_n,
+                                     const std::optional<Tensor>& kv_tile_lens,
+                                     const std::optional<std::string>& causal,
+                                     const std::optional<Tensor>& head_windows) {
   const Call call = make_call("attention", Backend::kDevice, q);
   ForwardParams params;
   fill_qkv(call, q, k, v, scale, params);
+  choose_tile(call, tile_n, params);
   fill_kv_lens(call, kv_lens, params);
+  fill_kv_tile_lens(call, kv_tile_lens, params);
+  fill_token_mask(call, causal, head_windows, params);
   if (keep.has_value()) params.keep = view_keep_map(call, "keep", *keep, params);
   auto results = allocate_results(call, q, params);
   Backend::forward(call, params);

@@ -5,6 +5,7 @@
 
 #include "keep_map.h"
 #include "tile_shape.h"
+#include "token_mask.h"
 
 namespace lite_attention {
 
@@ -33,6 +34,11 @@ struct ForwardParams {
   const int32_t* kv_lens = nullptr;  // [batch], or null: every sequence has kv_len keys
   int64_t kv_lens_stride = 1;
 
+  const int32_t* kv_tile_lens = nullptr;  // [batch, KV tiles], or null: every tile has all of its keys
+  int64_t kv_tile_lens_batch_stride = 0;
+  int64_t kv_tile_lens_stride = 1;
+  TokenMask token_mask;
+
   KeepMapView keep;       // words null: every tile is visited
   KeepMapView must_keep;  // words null: none
 
@@ -49,6 +55,10 @@ struct ForwardParams {
     return kv_lens == nullptr ? kv_len : kv_lens[entry * kv_lens_stride];
   }
   LITE_ATTENTION_INLINE int64_t words() const { return ceil_div(kv_tiles(), kTilesPerWord); }
+  // What the first query row of a batch entry with so many keys is aligned to.
+  LITE_ATTENTION_INLINE int64_t first_position(int64_t keys) const {
+    return token_mask.alignment == CausalAlignment::kBottomRight ? keys - query_len : 0;
+  }
 };
 
 struct MergeParams {

@@ -20,6 +20,9 @@ inline constexpr std::array<TileShape, 2> kTileShapes{{
     {256, 64, 64, 128},
 }};
 
+// Maps may have this grain along the keys too, at any head dim: what selects blocks of 64 tokens needs no wider one.
+inline constexpr int32_t kFineTileN = 64;
+
 inline constexpr int32_t kMaxHeadDim = kTileShapes.back().max_head_dim;
 inline constexpr int32_t kHeadDimMultiple = 8;  // 16-byte rows in the 16-bit dtypes
 

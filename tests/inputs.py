@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ class Case(NamedTuple):
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def tiles(self, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-        return tile_counts(self.query_len, self.kv_len, self.head_dim, dtype)
+    def tiles(self, dtype: torch.dtype = torch.float32, tile_n: int | None = None) -> tuple[int, int]:
+        return tile_counts(self.query_len, self.kv_len, self.head_dim, dtype, tile_n)
 
 
 def make_qkv(
@@ -94,9 +94,10 @@ def random_map(
     seed: int = 0,
     sizes: tuple[int, int, int] | None = None,
     device: torch.device | str = "cpu",
+    tile_n: int | None = None,
 ) -> Tensor:
     """A packed map ``[*sizes, words]``, by default of the case's own sizes, with about this share of bits set."""
-    query_tiles, kv_tiles = case.tiles()
+    query_tiles, kv_tiles = case.tiles(tile_n=tile_n)
     sizes = sizes or (case.batch, case.heads, query_tiles)
     random = torch.Generator(device).manual_seed(seed)
     return pack_keep_map(torch.rand(*sizes, kv_tiles, generator=random, device=device) < density)
@@ -222,14 +223,15 @@ def check_attention(
     keep: Tensor | None,
     kv_lens: Tensor | None,
     scale: float,
+    **masks: Any,
 ) -> None:
-    """The values, shapes and dtypes of an attention result over the kept tiles."""
+    """The values, shapes and dtypes of an attention result over the kept tiles and visible keys."""
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     assert out.is_contiguous()
     assert lse.dtype == torch.float32
-    exact = reference.attention(q, k, v, keep, kv_lens, scale)
-    naive = reference.attention(q, k, v, keep, kv_lens, scale, compute_dtype=q.dtype)
+    exact = reference.attention(q, k, v, keep, kv_lens, scale, **masks)
+    naive = reference.attention(q, k, v, keep, kv_lens, scale, **masks, compute_dtype=q.dtype)
     assert_as_good_as_naive("out", out, exact[0], naive[0])
     assert_as_good_as_naive("lse", lse, exact[1], naive[1])
 
@@ -270,12 +272,19 @@ def check_decisions(
 
 
 def check_dense_or_mapped(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: Tensor | None = None, kv_lens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    keep: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    **masks: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run ``attention`` into poisoned memory and compare what it returns with the oracle."""
     with poisoned_memory(q.device):
-        out, lse = attention(q, k, v, keep=keep, kv_lens=kv_lens, scale=scale)
-    check_attention(out, lse, q, k, v, keep, kv_lens, scale)
+        out, lse = attention(q, k, v, keep=keep, kv_lens=kv_lens, scale=scale, **masks)
+    check_attention(out, lse, q, k, v, keep, kv_lens, scale, **masks)
     return out, lse
 
 

@@ -17,16 +17,18 @@ from torch import Tensor
 NAMESPACE = "lite_attention"
 OLDEST_TORCH = (2, 10)
 # Raised whenever an operator's schema or meaning changes: Python files and a library of two builds must not meet.
-OPERATOR_INTERFACE = 1
+OPERATOR_INTERFACE = 2
 
 _SCHEMAS = {
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale) -> (Tensor out, Tensor lse)"
+        "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale, *, int? tile_n=None, "
+        "Tensor? kv_tile_lens=None, str? causal=None, Tensor? head_windows=None) -> (Tensor out, Tensor lse)"
     ),
     "skip_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? must_keep, Tensor? kv_lens, Tensor threshold, float scale)"
         " -> (Tensor out, Tensor lse, Tensor next_keep)"
     ),
+    "top_k_map": "(Tensor scores, int count) -> Tensor",
     "merge_attention": "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
 }
 
@@ -111,7 +113,7 @@ def _register_missing_kernels(name: str) -> None:
         missing["CUDA"] = f": {why_no_cuda_kernels}"
     for key, reason in missing.items():
 
-        def no_kernel(*_: object, device_type: str = key.lower(), reason: str = reason) -> NoReturn:
+        def no_kernel(*_: object, device_type: str = key.lower(), reason: str = reason, **__: object) -> NoReturn:
             raise NotImplementedError(
                 f"{name}: no kernel for device type '{device_type}'{reason}. "
                 "`python -m lite_attention.info` tells what this build can run"
@@ -145,14 +147,14 @@ def _register_forward_only(name: str) -> None:
     """Every call passes here, therefore by hand: torch.library.register_autograd costs 15 us a call, this 8."""
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any, **named: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled():
-            tensors = _tensors_in(arguments)
+            tensors = _tensors_in((*arguments, *named.values()))
             if any(tensor.requires_grad for tensor in tensors):
-                run = partial(operator.redispatch, below, *arguments)
+                run = partial(operator.redispatch, below, *arguments, **named)
                 return _ForwardOnly.apply(name, run, *tensors)  # type: ignore[no-untyped-call]
-        return operator.redispatch(below, *arguments)
+        return operator.redispatch(below, *arguments, **named)
 
     _library.impl(name, run_below_autograd, "Autograd", with_keyset=True)
 
@@ -182,9 +184,21 @@ def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake(f"{NAMESPACE}::attention", lib=_library)
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kv_lens: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    kv_lens: Tensor | None,
+    scale: float,
+    *,
+    tile_n: int | None = None,
+    kv_tile_lens: Tensor | None = None,
+    causal: str | None = None,
+    head_windows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_fake_inputs("attention", q=q, k=k, v=v, keep=keep, kv_lens=kv_lens)
+    _check_fake_inputs(
+        "attention", q=q, k=k, v=v, keep=keep, kv_lens=kv_lens, kv_tile_lens=kv_tile_lens, head_windows=head_windows
+    )
     return _out_and_lse(q)
 
 
@@ -203,6 +217,14 @@ def _skip_attention_fake(
         "skip_attention", q=q, k=k, v=v, keep=keep, must_keep=must_keep, kv_lens=kv_lens, threshold=threshold
     )
     return *_out_and_lse(q), keep.new_empty(keep.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::top_k_map", lib=_library)
+def _top_k_map_fake(scores: Tensor, count: int) -> Tensor:
+    if scores.dim() == 0:
+        raise RuntimeError("top_k_map: scores has 0 dimensions, expected at least 1")
+    words = (scores.shape[-1] + 31) // 32
+    return scores.new_empty((*scores.shape[:-1], words), dtype=torch.int32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::merge_attention", lib=_library)

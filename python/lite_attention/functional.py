@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "merge_attention", "skip_attention"]
+__all__ = ["attention", "merge_attention", "skip_attention", "top_k_map"]
 
 _OPERATORS = torch.ops.lite_attention
+
+CausalAlignment = Literal["top-left", "bottom-right"]
 
 
 def _softmax_scale(q: Tensor, scale: float | None) -> float:
@@ -41,12 +43,12 @@ def _check_optional_tensors(operator: str, **tensors: Tensor | None) -> None:
             _check_tensors(operator, **{name: tensor})
 
 
-def _call(operator: Callable[..., Any], *arguments: Any) -> Any:
+def _call(operator: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The operator's result; where no gradient can be asked for, without the way through its autograd in Python."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return operator(*arguments)
+        return operator(*arguments, **named)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return operator(*arguments, **named)
 
 
 def in_fp32_range(threshold: float) -> float:
@@ -62,8 +64,12 @@ def attention(
     keep: Tensor | None = None,
     kv_lens: Tensor | None = None,
     scale: float | None = None,
+    tile_n: int | None = None,
+    kv_tile_lens: Tensor | None = None,
+    causal: CausalAlignment | None = None,
+    head_windows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept tiles; without a map, dense attention.
+    """Attention over the kept tiles and the keys visible in them; without a map or mask, dense attention.
 
     Args:
         q: ``[B, Sq, Hq, D]``, fp32, bf16 or fp16; any strides whose last one is 1. D is a multiple of 8, at most 256.
@@ -71,19 +77,40 @@ def attention(
         keep: keep map, int32 ``[B, Hq, query_tiles, words]`` (see :mod:`lite_attention.keep_map`).
         kv_lens: int32 ``[B]``; keys at and past it do not exist (padded batches).
         scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
+        tile_n: keys per KV tile, which is the map's grain along the keys: the default of
+            :func:`lite_attention.tile_shape`, or 64.
+        kv_tile_lens: int32 ``[kv_tiles]`` or ``[B, kv_tiles]``: only the first so many keys of each KV tile exist. For
+            sequences with gaps, such as padded blocks. Holds together with ``kv_lens``.
+        causal: a query row sees the keys up to its position. "top-left": row i is at position i. "bottom-right": the
+            last row is at the last existing key (``kv_lens`` or Sk), for queries that continue earlier keys.
+        head_windows: int32 ``[Hq, 2]``, needs ``causal``: of the keys up to a row's position, the head sees the first
+            ``sink_size`` and the last ``recent_size``, its own position included
+            (``lite_attention.tiles.UNLIMITED``: all).
 
     Returns:
         out ``[B, Sq, Hq, D]`` of q's dtype, contiguous, and lse, fp32 ``[B, Hq, Sq]``, the natural log of the softmax
-        denominator. A query tile without a kept tile gives out 0 and lse -inf.
+        denominator. A row that sees no key gives out 0 and lse -inf.
 
     Raises:
         RuntimeError, TypeError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
     _check_tensors("attention", q=q, k=k, v=v)
-    _check_optional_tensors("attention", keep=keep, kv_lens=kv_lens)
+    _check_optional_tensors(
+        "attention", keep=keep, kv_lens=kv_lens, kv_tile_lens=kv_tile_lens, head_windows=head_windows
+    )
     result: tuple[Tensor, Tensor] = _call(
-        _OPERATORS.attention.default, q, k, v, keep, kv_lens, _softmax_scale(q, scale)
+        _OPERATORS.attention.default,
+        q,
+        k,
+        v,
+        keep,
+        kv_lens,
+        _softmax_scale(q, scale),
+        tile_n=tile_n,
+        kv_tile_lens=kv_tile_lens,
+        causal=causal,
+        head_windows=head_windows,
     )
     return result
 
@@ -128,6 +155,26 @@ def skip_attention(
     result: tuple[Tensor, Tensor, Tensor] = _call(
         _OPERATORS.skip_attention.default, q, k, v, keep, must_keep, kv_lens, threshold, _softmax_scale(q, scale)
     )
+    return result
+
+
+def top_k_map(scores: Tensor, count: int) -> Tensor:
+    """The keep map of the ``count`` largest scores of each row.
+
+    Args:
+        scores: ``[..., n]``, fp32, bf16 or fp16: one score for each KV tile, say. Of equal scores the one of lowest
+            index ranks first; NaN ranks below everything, 0 and -0 are equal.
+        count: bits to set in each row, at least 1; all n where n is smaller.
+
+    Returns:
+        The packed map, int32 ``[..., ceil(n / 32)]`` (see :mod:`lite_attention.keep_map`), on the scores' device.
+
+    Raises:
+        RuntimeError, TypeError: an argument does not fit; the text names it.
+        NotImplementedError: the device has no kernel in this build.
+    """
+    _check_tensors("top_k_map", scores=scores)
+    result: Tensor = _call(_OPERATORS.top_k_map.default, scores, count)
     return result
 
 

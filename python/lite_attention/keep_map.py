@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lite_attention.tiles import tile_shape
+from lite_attention.tiles import resolve_tile_n, tile_shape
 
 WORD_BITS = 32
 
@@ -37,17 +37,25 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return (numerator + denominator - 1) // denominator
 
 
-def tile_counts(query_len: int, kv_len: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many (query tiles, KV tiles) cover sequences of these lengths."""
-    tile_m, tile_n = tile_shape(head_dim, dtype)
-    return ceil_div(query_len, tile_m), ceil_div(kv_len, tile_n)
+def tile_counts(
+    query_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, tile_n: int | None = None
+) -> tuple[int, int]:
+    """How many (query tiles, KV tiles) cover sequences of these lengths; ``tile_n`` as for ``attention``."""
+    tile_m, _ = tile_shape(head_dim, dtype)
+    return ceil_div(query_len, tile_m), ceil_div(kv_len, resolve_tile_n(head_dim, tile_n))
 
 
 def keep_map_shape(
-    batch: int, heads: int, query_len: int, kv_len: int, head_dim: int, dtype: torch.dtype
+    batch: int,
+    heads: int,
+    query_len: int,
+    kv_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    tile_n: int | None = None,
 ) -> tuple[int, int, int, int]:
     """Shape ``(batch, heads, query_tiles, words)`` of the packed map for these sequences."""
-    query_tiles, kv_tiles = tile_counts(query_len, kv_len, head_dim, dtype)
+    query_tiles, kv_tiles = tile_counts(query_len, kv_len, head_dim, dtype, tile_n)
     return batch, heads, query_tiles, ceil_div(kv_tiles, WORD_BITS)
 
 
@@ -93,15 +101,16 @@ def full_keep_map(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    tile_n: int | None = None,
 ) -> Tensor:
     """The packed map that keeps every tile: int32 ``[batch, heads, query_tiles, words]``.
 
-    ``query_len`` and ``kv_len`` are in tokens, ``heads`` counts query heads; ``head_dim`` and ``dtype`` (of q) choose
-    the tile shape.
+    ``query_len`` and ``kv_len`` are in tokens, ``heads`` counts query heads; ``head_dim``, ``dtype`` (of q) and
+    ``tile_n`` (as for ``attention``) choose the tile shape.
     """
-    _, kv_tiles = tile_counts(query_len, kv_len, head_dim, dtype)
+    _, kv_tiles = tile_counts(query_len, kv_len, head_dim, dtype, tile_n)
     row = pack_keep_map(torch.ones(kv_tiles, dtype=torch.bool, device=device))
-    return row.repeat(*keep_map_shape(batch, heads, query_len, kv_len, head_dim, dtype)[:-1], 1)
+    return row.repeat(*keep_map_shape(batch, heads, query_len, kv_len, head_dim, dtype, tile_n)[:-1], 1)
 
 
 def kept_tiles(packed: Tensor, kv_tiles: int) -> Tensor:

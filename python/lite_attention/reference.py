@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from lite_attention.keep_map import ceil_div, pack_keep_map, unpack_keep_map
-from lite_attention.tiles import tile_shape, visit_rows
+from lite_attention.tiles import resolve_tile_n, tile_shape, visit_rows
 
 LOG2_E = math.log2(math.e)
 
-__all__ = ["attention", "decisions", "merge_attention", "skip_attention", "visit_order"]
+__all__ = [
+    "attention",
+    "decisions",
+    "merge_attention",
+    "skip_attention",
+    "top_k_map",
+    "visible_keys",
+    "visit_order",
+]
 
 
 def visit_order(
@@ -77,6 +85,28 @@ def _masked_softmax(scores: Tensor, value: Tensor, scale: float) -> tuple[Tensor
     return weight @ value, lse
 
 
+def visible_keys(
+    query_len: int, kv_len: int, existing_keys: int, causal: str, window: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which keys each query row of one batch entry and head sees: bool ``[query_len, kv_len]``.
+
+    Args:
+        existing_keys: keys that the batch entry has.
+        causal: "top-left": row i is at position i; "bottom-right": the last row is at the last existing key. A row sees
+            keys up to its position.
+        window: (sink_size, recent_size), or None: of those keys, only the first sink_size ones and the recent_size
+            last ones.
+    """
+    key = torch.arange(kv_len, device=device)
+    first_position = {"top-left": 0, "bottom-right": existing_keys - query_len}[causal]
+    position = (torch.arange(query_len, device=device) + first_position).unsqueeze(-1)
+    visible = key <= position
+    if window is not None:
+        sink_size, recent_size = window.to(torch.int64)
+        visible &= (key < sink_size) | (key > position - recent_size)
+    return visible
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -85,9 +115,13 @@ def attention(
     kv_lens: Tensor | None,
     scale: float,
     *,
+    tile_n: int | None = None,
+    kv_tile_lens: Tensor | None = None,
+    causal: str | None = None,
+    head_windows: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept tiles.
+    """Attention over the kept tiles and the visible keys in them.
 
     Args:
         q: ``[B, Sq, Hq, D]``.
@@ -95,14 +129,20 @@ def attention(
         keep: keep map int32 ``[B, Hq, query_tiles, words]``, or None for every tile. Sizes 1 broadcast.
         kv_lens: int32 ``[B]``, keys at and past it do not exist; None for all of them.
         scale: factor on q.k before the softmax.
+        tile_n: keys per KV tile; None for the default of the head dim.
+        kv_tile_lens: int32 ``[kv_tiles]`` or ``[B, kv_tiles]``, how many keys of each KV tile exist, the first ones.
+        causal, head_windows: which keys each query row sees, see :func:`visible_keys`.
 
     Returns:
         out ``[B, Sq, Hq, D]`` and lse ``[B, Hq, Sq]`` (natural log), both in ``compute_dtype``.
     """
     batch, query_len, heads, head_dim = q.shape
     kv_len, group = k.shape[1], heads // k.shape[2]
-    tile_m, tile_n = tile_shape(head_dim, q.dtype)
+    tile_m, _ = tile_shape(head_dim, q.dtype)
+    tile_n = resolve_tile_n(head_dim, tile_n)
     query_tiles, kv_tiles = ceil_div(query_len, tile_m), ceil_div(kv_len, tile_n)
+    in_tile = torch.arange(kv_len, device=q.device) % tile_n
+    tile_lens = None if kv_tile_lens is None else kv_tile_lens.expand(batch, kv_tiles)
     kept = None if keep is None else _expanded(keep, kv_tiles, batch, heads, query_tiles)
 
     out = torch.empty(batch, query_len, heads, head_dim, dtype=compute_dtype, device=q.device)
@@ -115,6 +155,12 @@ def attention(
             if kept is not None:
                 per_key = kept[b, h].repeat_interleave(tile_n, -1)[:, :kv_len]
                 scores.masked_fill_(~per_key.repeat_interleave(tile_m, 0)[:query_len], -math.inf)
+            if tile_lens is not None:
+                scores[:, in_tile >= tile_lens[b].repeat_interleave(tile_n)[:kv_len]] = -math.inf
+            if causal is not None:
+                keys = _kv_len(kv_lens, b, kv_len)
+                window = None if head_windows is None else head_windows[h]
+                scores.masked_fill_(~visible_keys(query_len, kv_len, keys, causal, window, q.device), -math.inf)
             out[b, :, h], lse[b, h] = _masked_softmax(scores, value, scale)
     return out, lse
 
@@ -213,3 +259,22 @@ def merge_attention(
     weights = torch.exp(all_lses - lse).masked_fill(lse == -math.inf, 0.0)
     weighted = [w.transpose(1, 2).unsqueeze(-1) * out.to(compute_dtype) for w, out in zip(weights, outs, strict=True)]
     return torch.stack(weighted).sum(0), lse
+
+
+def top_k_map(scores: Tensor, count: int) -> Tensor:
+    """The packed map of the ``count`` largest scores of each row; of equal ones those of lowest index.
+
+    Args:
+        scores: ``[..., n]``. NaN ranks below everything, 0 and -0 are equal.
+        count: how many bits to set in each row; all n where n is smaller.
+
+    Returns:
+        int32 ``[..., ceil(n / 32)]``.
+    """
+    below_all = scores.isnan()
+    ranked = scores.double().masked_fill(below_all, -math.inf)
+    # Two stable sorts: by score, then what is NaN behind what is -inf.
+    order = ranked.argsort(-1, descending=True, stable=True)
+    order = order.gather(-1, below_all.gather(-1, order).int().argsort(-1, stable=True))
+    chosen = torch.zeros_like(below_all).scatter_(-1, order[..., :count], True)
+    return pack_keep_map(chosen)

@@ -18,6 +18,8 @@ class _TileShape(NamedTuple):
 _TABLE = tuple(_TileShape(*row) for row in host.tile_shapes())
 MAX_HEAD_DIM: int = _TABLE[-1].max_head_dim
 HEAD_DIM_MULTIPLE: int = host.HEAD_DIM_MULTIPLE
+FINE_TILE_N: int = host.FINE_TILE_N  # the other grain along the keys, of every head dim
+UNLIMITED: int = torch.iinfo(torch.int32).max  # the recent_size of a head that sees all keys up to its position
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,3 +62,18 @@ def visit_rows(head_dim: int, dtype: torch.dtype) -> int:
         ValueError: head_dim or dtype is not supported.
     """
     return _look_up(head_dim, dtype).visit_rows
+
+
+def resolve_tile_n(head_dim: int, tile_n: int | None) -> int:
+    """Keys per KV tile of a map: ``tile_n`` where it is a grain that the kernels have, and the default for None.
+
+    Raises:
+        ValueError: head_dim is not supported, or the kernels have no such grain for it.
+    """
+    default = _look_up(head_dim, SUPPORTED_DTYPES[0]).tile_n
+    if tile_n is None:
+        return default
+    if tile_n not in (default, FINE_TILE_N):
+        grains = " or ".join(map(str, sorted({default, FINE_TILE_N}, reverse=True)))
+        raise ValueError(f"tile_n is {tile_n}, expected {grains} for head_dim {head_dim}")
+    return tile_n

@@ -63,7 +63,9 @@ class VisitGroup {
         head_(head),
         first_query_tile_(group * (params.tile.visit_rows / params.tile.tile_m)),
         query_tiles_(smaller(params.tile.visit_rows / params.tile.tile_m, params.query_tiles() - first_query_tile_)),
-        kv_len_(params.existing_keys(batch)) {}
+        kv_len_(params.existing_keys(batch)),
+        window_(params.token_mask, head),
+        first_position_(params.first_position(kv_len_)) {}
 
   void run() {
     load_queries();
@@ -140,8 +142,34 @@ class VisitGroup {
     return row.given() && row.bit(tile);
   }
 
+  // How many of a tile's keys exist, the first ones.
+  int64_t keys_of(int64_t tile) const {
+    const int64_t keys = smaller(params_.tile.tile_n, kv_len_ - tile * params_.tile.tile_n);
+    return params_.kv_tile_lens == nullptr
+               ? keys
+               : smaller(keys, params_.kv_tile_lens[batch_ * params_.kv_tile_lens_batch_stride +
+                                                    tile * params_.kv_tile_lens_stride]);
+  }
+
+  int64_t first_row(int64_t query_tile) const { return (first_query_tile_ + query_tile) * params_.tile.tile_m; }
+  int64_t position(int64_t query_tile, int64_t row) const { return first_position_ + first_row(query_tile) + row; }
+
+  bool some_row_sees(int64_t query_tile, int64_t tile) const {
+    const int64_t begin = tile * params_.tile.tile_n;
+    return !params_.token_mask.given() ||
+           window_.any_sees(position(query_tile, 0), position(query_tile, valid_rows(query_tile) - 1), begin,
+                            begin + keys_of(tile));
+  }
+
+  bool every_row_sees(int64_t query_tile, int64_t tile) const {
+    const int64_t begin = tile * params_.tile.tile_n;
+    return !params_.token_mask.given() ||
+           window_.all_see(position(query_tile, 0), position(query_tile, valid_rows(query_tile) - 1), begin,
+                           begin + keys_of(tile));
+  }
+
   bool visits(int64_t query_tile, int64_t tile) const {
-    if (tile >= existing_tiles()) return false;
+    if (keys_of(tile) <= 0 || !some_row_sees(query_tile, tile)) return false;
     const KeepMapRow keep = map_row(params_.keep, query_tile);
     return !keep.given() || keep.bit(tile) || must_keep(query_tile, tile);
   }
@@ -149,11 +177,10 @@ class VisitGroup {
   void load_queries() {
     for (int64_t query_tile = 0; query_tile < query_tiles_; ++query_tile) {
       const int64_t valid = valid_rows(query_tile);
-      const int64_t first_row = (first_query_tile_ + query_tile) * params_.tile.tile_m;
       for (int64_t row = 0; row < params_.tile.tile_m; row += 4) {
         float rows[4][kMaxHeadDim] = {};  // rows past the last query stay zero: harmless and never stored
         for (int64_t i = 0; i < smaller(4, valid - row); ++i) {
-          widen_row<dtype>(row_of<dtype>(params_.q, batch_, first_row + row + i, head_), params_.head_dim, rows[i]);
+          widen_row<dtype>(row_of<dtype>(params_.q, batch_, first_row(query_tile) + row + i, head_), params_.head_dim, rows[i]);
         }
         float* target = panel_rows(workspace_.q, query_tile, row);
         for (int64_t d = 0; d < params_.head_dim; d += 4) {
@@ -181,12 +208,24 @@ class VisitGroup {
     }
   }
 
+  // Scores of keys that the token mask hides from a row of the panel become -inf.
+  void hide_keys(int64_t query_tile, int64_t first_row, int64_t tile, int64_t keys) const {
+    const int64_t first_key = tile * params_.tile.tile_n;
+    for (int64_t row = 0; row < kPanelRows; ++row) {
+      const int64_t row_position = position(query_tile, first_row + row);
+      for (int64_t key = 0; key < keys; ++key) {
+        if (!window_.sees(row_position, first_key + key)) workspace_.scores[key * kPanelRows + row] = -kInfinity;
+      }
+    }
+  }
+
   // Computes a tile for a query tile; returns whether some row's maximum in it is near the row's maximum so far.
   bool attend(int64_t query_tile, int64_t tile) {
     const float threshold =
         params_.threshold == nullptr ? kInfinity : params_.threshold[head_ * params_.threshold_stride];
-    const int64_t keys = smaller(params_.tile.tile_n, kv_len_ - tile * params_.tile.tile_n);
+    const int64_t keys = keys_of(tile);
     const int64_t valid = valid_rows(query_tile);
+    const bool masked = !every_row_sees(query_tile, tile);
     const float* k = packed_ + tile * layout_.floats;
     const float* v = k + layout_.v_offset;
     bool near_maximum = false;
@@ -195,6 +234,7 @@ class VisitGroup {
       Floats correction[kPanelVectors];
       score_tile(panel_rows(workspace_.q, query_tile, first_row), k, layout_.k_stride, keys, params_.head_dim,
                  workspace_.scores);
+      if (masked) hide_keys(query_tile, first_row, tile, keys);
       near_maximum |= softmax_tile(workspace_.scores, keys, valid - first_row, params_.scale, threshold,
                                    workspace_.row_max + rows, workspace_.row_sum + rows, correction);
       accumulate_tile(workspace_.scores, v, layout_.v_block_stride, keys, params_.head_dim, correction,
@@ -218,15 +258,15 @@ class VisitGroup {
   }
 
   void store_row(int64_t query_tile, int64_t row, float* values) const {
-    const int64_t position = (first_query_tile_ + query_tile) * params_.tile.tile_m + row;
+    const int64_t query_row = first_row(query_tile) + row;
     const float sum = workspace_.row_sum[query_tile * params_.tile.tile_m + row];
     const float max = workspace_.row_max[query_tile * params_.tile.tile_m + row];
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key, or none with a finite score
     Storage* __restrict target =
         static_cast<Storage*>(params_.out) +
-        ((batch_ * params_.query_len + position) * params_.query_heads + head_) * params_.head_dim;
+        ((batch_ * params_.query_len + query_row) * params_.query_heads + head_) * params_.head_dim;
     for (int64_t d = 0; d < params_.head_dim; ++d) target[d] = Element<dtype>::narrow(values[d] * inverse);
-    params_.lse[(batch_ * params_.query_heads + head_) * params_.query_len + position] =
+    params_.lse[(batch_ * params_.query_heads + head_) * params_.query_len + query_row] =
         max * params_.scale + ::logf(sum);
   }
 
@@ -239,6 +279,8 @@ class VisitGroup {
   const int64_t first_query_tile_;
   const int64_t query_tiles_;
   const int64_t kv_len_;
+  const HeadWindow window_;
+  const int64_t first_position_;  // of query row 0, where a token mask is given
   bool visited_any_[kMaxQueryTiles];
 };
 
