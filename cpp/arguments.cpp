@@ -335,20 +335,44 @@ void fill_merge(const Call& call, const std::vector<Tensor>& outs, const std::ve
   params.lses = views.data() + parts;
 }
 
+void fill_scores(const Call& call, const Tensor& scores, int64_t count, TopKMapParams& params) {
+  check_device(call, "scores", scores);
+  params.dtype = data_type(call, "scores", scores, true);
+  const int64_t dims = scores.dim();
+  if (dims < 1 || dims > static_cast<int64_t>(kMaxDimensions)) {
+    fail(call.op, "scores has ", dims, " dimensions, expected 1 to ", kMaxDimensions);
+  }
+  if (count < 1) fail(call.op, "count is ", count, ", expected at least 1");
+  params.columns = scores.size(dims - 1);
+  params.count = count;
+  if (params.columns < 1 || params.columns > kMaxColumns) {
+    fail(call.op, "scores has ", params.columns, " columns, expected 1 to ", kMaxColumns);
+  }
+  if (params.columns > 1 && scores.stride(dims - 1) != 1) {
+    fail(call.op, "scores has stride ", scores.stride(dims - 1), " in its last dimension, expected 1");
+  }
+  const auto size = [&](int64_t from_end) { return dims > from_end ? scores.size(dims - 1 - from_end) : 1; };
+  const auto stride = [&](int64_t from_end) { return dims > from_end ? scores.stride(dims - 1 - from_end) : 0; };
+  params.query_tiles = size(1);
+  params.heads = size(2);
+  params.batch = size(3);
+  params.scores = {scores.const_data_ptr(), stride(3), stride(1), stride(2)};
+}
+
 // torch::stable::new_empty would do, but finds its operator by name at every call: 2 us more.
-Tensor allocate(const Call& call, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 4> strides;
+Tensor allocate(const Call& call, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  std::array<int64_t, kMaxDimensions> strides;
   int64_t stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
     strides[dim] = stride;
-    stride *= sizes.begin()[dim];
+    stride *= sizes[dim];
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), shim_code(dtype),
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_code(dtype),
                                shim_code(call.device.type()), call.device.index(), &handle) != AOTI_TORCH_SUCCESS) {
     // The exception itself does not cross the stable interface.
-    fail(call.op, "torch cannot allocate a tensor of shape ", shape_of(std::vector<int64_t>(sizes)), " on ",
-         name_of(call.device), ", it wrote why to the standard error stream");
+    fail(call.op, "torch cannot allocate a tensor of shape ", shape_of(sizes), " on ", name_of(call.device),
+         ", it wrote why to the standard error stream");
   }
   return Tensor(handle);
 }

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "params.h"
+#include "top_k_map.h"
 
 namespace lite_attention {
 
@@ -57,7 +57,10 @@ KeepMapView view_broadcast_keep_map(const Call& call, const char* argument, cons
 void fill_merge(const Call& call, const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                 std::vector<TensorView>& views, MergeParams& params);
 
-// A contiguous tensor of at most four dimensions on the call's device, its contents whatever was there.
-Tensor allocate(const Call& call, ScalarType dtype, std::initializer_list<int64_t> sizes);
+void fill_scores(const Call& call, const Tensor& scores, int64_t count, TopKMapParams& params);
+
+// A contiguous tensor of at most kMaxDimensions dimensions on the call's device, its contents whatever was there.
+inline constexpr size_t kMaxDimensions = 4;
+Tensor allocate(const Call& call, ScalarType dtype, const std::vector<int64_t>& sizes);
 
 }  // namespace lite_attention

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "kernels/sm90/forward.h"
+#include "kernels/sm90/top_k_map.h"
 #include "operators.h"
 
 namespace lite_attention {
@@ -62,6 +63,10 @@ struct Cuda {
   static void merge(const Call& call, const MergeParams& params) {
     run_on_device(call, [&](cudaStream_t stream) { sm90::merge(params, stream); });
   }
+
+  static void top_k_map(const Call& call, const TopKMapParams& params) {
+    run_on_device(call, [&](cudaStream_t stream) { sm90::top_k_map(params, stream); });
+  }
 };
 
 }  // namespace
@@ -70,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(lite_attention, CUDA, library) {
   library.impl("attention", TORCH_BOX(&attention<Cuda>));
   library.impl("skip_attention", TORCH_BOX(&skip_attention<Cuda>));
   library.impl("merge_attention", TORCH_BOX(&merge_attention<Cuda>));
+  library.impl("top_k_map", TORCH_BOX(&top_k_map<Cuda>));
 }
 
 }  // namespace lite_attention

@@ -4,6 +4,7 @@
 //   static constexpr DeviceType kDevice;
 //   static void forward(const Call& call, const ForwardParams& params);
 //   static void merge(const Call& call, const MergeParams& params);
+//   static void top_k_map(const Call& call, const TopKMapParams& params);
 #pragma once
 
 #include <optional>
@@ -61,6 +62,20 @@ std::tuple<Tensor, Tensor, Tensor> skip_attention(const Tensor& q, const Tensor&
   params.next_keep = next_keep.mutable_data_ptr<int32_t>();
   Backend::forward(call, params);
   return {std::move(out), std::move(lse), std::move(next_keep)};
+}
+
+template <typename Backend>
+Tensor top_k_map(const Tensor& scores, int64_t count) {
+  const Call call = make_call("top_k_map", Backend::kDevice, scores);
+  TopKMapParams params;
+  fill_scores(call, scores, count, params);
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim + 1 < scores.dim(); ++dim) sizes.push_back(scores.size(dim));
+  sizes.push_back(params.row_words());
+  Tensor map = allocate(call, ScalarType::Int, sizes);
+  params.words = map.mutable_data_ptr<int32_t>();
+  if (params.rows() > 0) Backend::top_k_map(call, params);
+  return map;
 }
 
 template <typename Backend>

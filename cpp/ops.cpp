@@ -6,6 +6,7 @@
 #include <new>
 
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/top_k_map.h"
 #include "operators.h"
 
 namespace lite_attention {
@@ -31,6 +32,10 @@ struct Cpu {
   static void merge(const Call&, const MergeParams& params) {
     cpu::merge(params, torch::stable::get_num_threads(), parallel_run);
   }
+
+  static void top_k_map(const Call&, const TopKMapParams& params) {
+    cpu::top_k_map(params, torch::stable::get_num_threads(), parallel_run);
+  }
 };
 
 }  // namespace
@@ -39,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(lite_attention, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention<Cpu>));
   library.impl("skip_attention", TORCH_BOX(&skip_attention<Cpu>));
   library.impl("merge_attention", TORCH_BOX(&merge_attention<Cpu>));
+  library.impl("top_k_map", TORCH_BOX(&top_k_map<Cpu>));
 }
 
 }  // namespace lite_attention

@@ -1,8 +1,8 @@
 // Masks by token: causal, and of causal heads those that see only the first keys (sink) and the most recent ones.
 //
 // A query row has a position p: the last key it may see. With a window it sees the keys below sink_size and the
-// recent_size keys up to and including p, both cut at p. Rows of a query tile have consecutive positions, so whole tiles
-// are told apart from those that a mask cuts by looking at the first and the last row alone.
+// recent_size keys up to and including p, both cut at p. Rows of a query tile have consecutive positions, so whole
+// tiles are told apart from those that a mask cuts by looking at the first and the last row alone.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +27,21 @@ struct TokenMask {
   LITE_ATTENTION_INLINE bool given() const { return alignment != CausalAlignment::kNone; }
 };
 
-inline constexpr int64_t kUnlimitedWindow = INT32_MAX;
+// The tiles of a query tile that need no mask: those below sink_end, and those from begin up to end.
+struct WholeTiles {
+  int32_t sink_end;
+  int32_t begin;
+  int32_t end;
+
+  LITE_ATTENTION_INLINE bool contain(int64_t tile) const { return tile < sink_end || (tile >= begin && tile < end); }
+};
 
 // What one head's rows see.
 struct HeadWindow {
-  int64_t sink_size = 0;
-  int64_t recent_size = kUnlimitedWindow;
+  int32_t sink_size;
+  int32_t recent_size;
 
-  LITE_ATTENTION_INLINE HeadWindow(const TokenMask& mask, int64_t head) {
+  LITE_ATTENTION_INLINE HeadWindow(const TokenMask& mask, int64_t head) : sink_size(0), recent_size(INT32_MAX) {
     if (mask.head_windows == nullptr) return;
     const int32_t* window = mask.head_windows + head * mask.head_stride;
     // A GPU operator cannot refuse negative sizes without waiting: they count as 0.
@@ -57,10 +64,13 @@ struct HeadWindow {
     return begin <= last && (begin < sink_size || (recent_size > 0 && end > window_begin(first)));
   }
 
-  // Whether every row at positions first to last sees every key of [begin, end).
-  LITE_ATTENTION_INLINE bool all_see(int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    return end - 1 <= first &&
-           (end <= sink_size || begin >= window_begin(last) || sink_size >= window_begin(last));
+  // The tiles of which every row at positions first to last sees every key.
+  LITE_ATTENTION_INLINE WholeTiles whole_tiles(int64_t first, int64_t last, int64_t tile_n) const {
+    const int64_t end = first < 0 ? 0 : (first + 1) / tile_n;
+    const int64_t begin = sink_size >= window_begin(last) ? 0 : ceil_div(window_begin(last), tile_n);
+    const int64_t sink_end = sink_size / tile_n;
+    return {static_cast<int32_t>(sink_end < end ? sink_end : end), static_cast<int32_t>(begin),
+            static_cast<int32_t>(end)};
   }
 };
 

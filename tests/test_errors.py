@@ -23,6 +23,7 @@ from lite_attention import (
     skip_attention,
     skip_branch,
     tile_shape,
+    top_k_map,
     visit_rows,
 )
 from lite_attention._library import why_no_cuda_kernels
@@ -164,6 +165,71 @@ kv_lens of the wrong length -> RuntimeError: attention: kv_lens has shape [1], e
 kv_lens of rank 2 -> RuntimeError: attention: kv_lens has shape [1, 2], expected [2] (one length a batch entry)
 kv_lens below 0 -> RuntimeError: attention: kv_lens[1] is -1, expected 0 to 2400, k's length
 kv_lens past the keys -> RuntimeError: attention: kv_lens[0] is 2401, expected 0 to 2400, k's length""",
+    )
+
+
+def test_masks() -> None:
+    windows = torch.ones(HEADS, 2, dtype=torch.int32)
+    tile_lens = torch.full((19,), 64, dtype=torch.int32)  # 2400 keys in tiles of 128
+    calls = {
+        "tile_n of 96": bad_attention(tile_n=96),
+        "map of the other grain": bad_attention(tile_n=64, keep=KEEP),
+        "tile lengths of the other grain": bad_attention(tile_n=64, kv_tile_lens=tile_lens),
+        "tile lengths in int64": bad_attention(kv_tile_lens=tile_lens.long()),
+        "tile lengths of another batch": bad_attention(kv_tile_lens=tile_lens.repeat(3, 1)),
+        "a tile of -1 keys": bad_attention(kv_tile_lens=tile_lens.index_fill(0, torch.tensor(4), -1)),
+        "a tile of 129 keys": bad_attention(kv_tile_lens=tile_lens.repeat(2, 1).index_fill(1, torch.tensor(4), 129)),
+        "tile lengths as a list": bad_attention(kv_tile_lens=[64]),
+        "causal of no known kind": bad_attention(causal="upper-left"),
+        "causal as a bool": bad_attention(causal=True),
+        "windows that are not causal": bad_attention(head_windows=windows),
+        "windows of KV heads": bad_attention(causal="top-left", head_windows=windows[:KV_HEADS]),
+        "windows in int64": bad_attention(causal="top-left", head_windows=windows.long()),
+        "a negative sink": bad_attention(causal="top-left", head_windows=windows.index_fill(1, torch.tensor(0), -2)),
+        "a negative window": bad_attention(causal="top-left", head_windows=windows.index_fill(1, torch.tensor(1), -3)),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+tile_n of 96 -> RuntimeError: attention: tile_n is 96, expected 128 or 64 for head_dim 16
+map of the other grain -> RuntimeError: attention: keep has 1 words per row, expected 2 for Sk=2400 and tile_n=64
+tile lengths of the other grain -> RuntimeError: attention: kv_tile_lens has shape [19], expected [38] or [2, 38], one length a KV tile, for Sk=2400 and tile_n=64
+tile lengths in int64 -> RuntimeError: attention: kv_tile_lens has dtype int64, expected int32
+tile lengths of another batch -> RuntimeError: attention: kv_tile_lens has shape [3, 19], expected [19] or [2, 19], one length a KV tile, for Sk=2400 and tile_n=128
+a tile of -1 keys -> RuntimeError: attention: kv_tile_lens[4] is -1, expected 0 to 128, tile_n
+a tile of 129 keys -> RuntimeError: attention: kv_tile_lens[0, 4] is 129, expected 0 to 128, tile_n
+tile lengths as a list -> TypeError: attention: kv_tile_lens has type list, expected a tensor
+causal of no known kind -> RuntimeError: attention: causal is 'upper-left', expected 'top-left' or 'bottom-right'
+causal as a bool -> TypeError: attention: causal has type bool, expected 'top-left', 'bottom-right' or None
+windows that are not causal -> RuntimeError: attention: head_windows is given and causal is not, expected causal to be 'top-left' or 'bottom-right'
+windows of KV heads -> RuntimeError: attention: head_windows has shape [2, 2], expected [4, 2] (sink_size and recent_size of each head)
+windows in int64 -> RuntimeError: attention: head_windows has dtype int64, expected int32
+a negative sink -> RuntimeError: attention: head_windows[0, 0] is -2, expected 0 or more keys
+a negative window -> RuntimeError: attention: head_windows[0, 1] is -3, expected 0 or more keys""",
+    )
+
+
+def test_scores_of_a_top_k_map() -> None:
+    scores = torch.zeros(2, 5)
+    calls = {
+        "scores in int32": lambda: top_k_map(scores.int(), 2),
+        "scores of rank 0": lambda: top_k_map(torch.tensor(1.0), 2),
+        "scores of rank 5": lambda: top_k_map(scores[None, None, None], 2),
+        "no columns": lambda: top_k_map(scores[:, :0], 2),
+        "columns apart": lambda: top_k_map(scores.T, 2),
+        "count 0": lambda: top_k_map(scores, 0),
+        "scores as a list": lambda: top_k_map([1.0], 2),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+scores in int32 -> RuntimeError: top_k_map: scores has dtype int32, expected float32, bfloat16 or float16
+scores of rank 0 -> RuntimeError: top_k_map: scores has 0 dimensions, expected 1 to 4
+scores of rank 5 -> RuntimeError: top_k_map: scores has 5 dimensions, expected 1 to 4
+no columns -> RuntimeError: top_k_map: scores has 0 columns, expected 1 to 1073741824
+columns apart -> RuntimeError: top_k_map: scores has stride 5 in its last dimension, expected 1
+count 0 -> RuntimeError: top_k_map: count is 0, expected at least 1
+scores as a list -> TypeError: top_k_map: scores has type list, expected a tensor""",
     )
 
 
@@ -469,14 +535,15 @@ LSE_OF_Q = torch.zeros(BATCH, HEADS, QUERIES)
 
 
 def test_schemas_are_as_promised() -> None:
-    names = ("attention", "skip_attention", "merge_attention")
+    names = ("attention", "skip_attention", "merge_attention", "top_k_map")
     schemas = [str(getattr(torch.ops.lite_attention, name).default._schema) for name in names]
     assert_expected_inline(
         "\n".join(schemas),
         """\
-lite_attention::attention(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale) -> (Tensor out, Tensor lse)
+lite_attention::attention(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? kv_lens, float scale, *, int? tile_n=None, Tensor? kv_tile_lens=None, str? causal=None, Tensor? head_windows=None) -> (Tensor out, Tensor lse)
 lite_attention::skip_attention(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? must_keep, Tensor? kv_lens, Tensor threshold, float scale) -> (Tensor out, Tensor lse, Tensor next_keep)
-lite_attention::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)""",
+lite_attention::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)
+lite_attention::top_k_map(Tensor scores, int count) -> Tensor""",
     )
 
 

@@ -47,6 +47,26 @@ def test_attention_strided(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [None, "top-left", "bottom-right"])
+@pytest.mark.parametrize("tile_n", [None, 64])
+def test_attention_with_masks(dtype: torch.dtype, causal: str | None, tile_n: int | None) -> None:
+    keep = random_map(CASE, 0.5, tile_n=tile_n)
+    tile_lens = torch.tensor([64, 0, 64, 17, 44] if tile_n else [128, 77, 44], dtype=torch.int32)
+    windows = torch.tensor(4 * [[3, 70]], dtype=torch.int32) if causal else None
+    masks = {"tile_n": tile_n, "kv_tile_lens": tile_lens, "causal": causal, "head_windows": windows}
+    arguments = (*make_qkv(CASE, dtype), keep, lens(), CASE.scale)
+    results = opcheck(OPS.attention.default, arguments, masks, test_utils=CHECKS)
+    assert results == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 5, 70)], ids=str)
+def test_top_k_map(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check(OPS.top_k_map.default, torch.randn(shape).to(dtype), 3)
+    check(OPS.top_k_map.default, torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]], 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("must_sizes", [None, (1, 1, 1), (2, 4, 2)], ids=str)
 @pytest.mark.parametrize("with_lens", [False, True])
 def test_skip_attention(dtype: torch.dtype, must_sizes: tuple[int, int, int] | None, with_lens: bool) -> None:

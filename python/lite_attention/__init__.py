@@ -3,24 +3,35 @@
 from lite_attention import reference
 from lite_attention._library import __version__
 from lite_attention.branches import skip_branch
+from lite_attention.duo import reorder_weights_for_duo_attn
 from lite_attention.functional import attention, merge_attention, skip_attention, top_k_map
 from lite_attention.keep_map import full_keep_map, pack_keep_map, unpack_keep_map
 from lite_attention.modules import LiteAttention, SeqParallelLiteAttention
+from lite_attention.sliding_tile import sliding_tile_attention, sliding_tile_map
+from lite_attention.streaming import streaming_attention, streaming_sparse_attn_func
 from lite_attention.tiles import tile_shape, visit_rows
+from lite_attention.video_sparse import block_sparse_attention, video_sparse_attn
 
 __all__ = [
     "LiteAttention",
     "SeqParallelLiteAttention",
     "__version__",
     "attention",
+    "block_sparse_attention",
     "full_keep_map",
     "merge_attention",
     "pack_keep_map",
     "reference",
+    "reorder_weights_for_duo_attn",
     "skip_attention",
     "skip_branch",
+    "sliding_tile_attention",
+    "sliding_tile_map",
+    "streaming_attention",
+    "streaming_sparse_attn_func",
     "tile_shape",
     "top_k_map",
     "unpack_keep_map",
+    "video_sparse_attn",
     "visit_rows",
 ]

@@ -99,6 +99,10 @@ def attention(
     _check_optional_tensors(
         "attention", keep=keep, kv_lens=kv_lens, kv_tile_lens=kv_tile_lens, head_windows=head_windows
     )
+    if causal is not None and not isinstance(causal, str):
+        raise TypeError(
+            f"attention: causal has type {type(causal).__name__}, expected 'top-left', 'bottom-right' or None"
+        )
     result: tuple[Tensor, Tensor] = _call(
         _OPERATORS.attention.default,
         q,

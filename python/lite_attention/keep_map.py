@@ -68,8 +68,9 @@ def pack_keep_map(keep: Tensor) -> Tensor:
     if keep.dtype != torch.bool:
         raise TypeError(f"pack_keep_map: keep has dtype {keep.dtype}, expected torch.bool")
     words = ceil_div(keep.shape[-1], WORD_BITS)
-    padded = F.pad(keep, (0, words * WORD_BITS - keep.shape[-1]))
-    bits: Tensor = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int32)
+    # Padded as integers: Inductor's C++ does not compile a padded bool of dynamic shape.
+    padded = F.pad(keep.to(torch.int32), (0, words * WORD_BITS - keep.shape[-1]))
+    bits: Tensor = padded.unflatten(-1, (words, WORD_BITS))
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=keep.device)
     return torch.sum(bits << shifts, -1, dtype=torch.int32)
 

@@ -274,7 +274,7 @@ def top_k_map(scores: Tensor, count: int) -> Tensor:
     below_all = scores.isnan()
     ranked = scores.double().masked_fill(below_all, -math.inf)
     # Two stable sorts: by score, then what is NaN behind what is -inf.
-    order = ranked.argsort(-1, descending=True, stable=True)
-    order = order.gather(-1, below_all.gather(-1, order).int().argsort(-1, stable=True))
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, below_all.gather(-1, order).int().argsort(dim=-1, stable=True))
     chosen = torch.zeros_like(below_all).scatter_(-1, order[..., :count], True)
     return pack_keep_map(chosen)

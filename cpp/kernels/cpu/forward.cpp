@@ -162,10 +162,11 @@ class VisitGroup {
   }
 
   bool every_row_sees(int64_t query_tile, int64_t tile) const {
-    const int64_t begin = tile * params_.tile.tile_n;
     return !params_.token_mask.given() ||
-           window_.all_see(position(query_tile, 0), position(query_tile, valid_rows(query_tile) - 1), begin,
-                           begin + keys_of(tile));
+           window_
+               .whole_tiles(position(query_tile, 0), position(query_tile, valid_rows(query_tile) - 1),
+                            params_.tile.tile_n)
+               .contain(tile);
   }
 
   bool visits(int64_t query_tile, int64_t tile) const {
@@ -180,7 +181,8 @@ class VisitGroup {
       for (int64_t row = 0; row < params_.tile.tile_m; row += 4) {
         float rows[4][kMaxHeadDim] = {};  // rows past the last query stay zero: harmless and never stored
         for (int64_t i = 0; i < smaller(4, valid - row); ++i) {
-          widen_row<dtype>(row_of<dtype>(params_.q, batch_, first_row(query_tile) + row + i, head_), params_.head_dim, rows[i]);
+          widen_row<dtype>(row_of<dtype>(params_.q, batch_, first_row(query_tile) + row + i, head_), params_.head_dim,
+                           rows[i]);
         }
         float* target = panel_rows(workspace_.q, query_tile, row);
         for (int64_t d = 0; d < params_.head_dim; d += 4) {

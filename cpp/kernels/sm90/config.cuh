@@ -30,20 +30,23 @@ struct Config {
   static constexpr int kTileN = kTile.tile_n;
   static constexpr int kWarpgroups = kTile.visit_rows / kTileM;  // consumers; one more produces
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;  // on one multiprocessor
+  static constexpr int kStages = kWarpgroups == 1 ? (kHeadDim <= 64 ? 6 : 3) : kHeadDim <= 64 ? 4 : 2;
   static constexpr int kWorkSlots = 2;
   static constexpr int kVisits = 16;  // how far the reading of the map may be ahead of the loads
   static constexpr int kSlabs = kHeadDim / kSwizzleColumns;
   // Scores, weights and output of one thread exceed 160 registers at 128 columns: three warpgroups there finish a tile
   // before they begin the next, each filling the tensor cores while the others do not.
-  static constexpr bool kOverlap = kHeadDim != 128 || kWarpgroups == 2;
+  static constexpr bool kOverlap = kHeadDim != 128 || kWarpgroups != 3;
   // The output is staged in memory of its own where there is room, so that the next queries load during the epilogue.
   static constexpr bool kStagesOutput = kWarpgroups == 3;
   // setmaxnreg moves registers between warpgroups but makes none: a launch of 512 threads holds 128 each, 384 hold 168.
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 232 : 216;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
   static_assert(kTileM == 64, "a query tile is what one warpgroup's wgmma computes");
-  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups == 3 ? 512 : 504));
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups == 3   ? 512
+                                                                          : kWarpgroups == 2 ? 504
+                                                                                             : 256));
 
   using QkAtom = decltype(cute::GMMA::ss_op_selector<Element, Element, float,
                                                      cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_16>>());
@@ -75,9 +78,9 @@ struct Config {
 struct WorkItem {
   int32_t tiles;  // how many are visited; kNoMoreWork ends the kernel
   int32_t
-      masked_from_end;    // which visit, counted from the last (1), is of the tile that not all keys of exist; 0: none
-  int32_t masked_keys;    // how many of its keys exist
-  int32_t per_warpgroup;  // whether the query tiles of the group visit different tiles
+      masked_from_end;  // which visit, counted from the last (1), is of the tile that not all keys of exist; 0: none
+  int32_t masked_keys;  // how many of its keys exist
+  int32_t per_visit;    // as in GroupPlan; if set, each visit says itself how it is masked
   int32_t batch;
   int32_t head;
   int32_t kv_head;
@@ -87,17 +90,31 @@ struct WorkItem {
 };
 inline constexpr int32_t kNoMoreWork = -1;
 
-// One tile of a walk, from the warp that reads the map to the one that loads.
+// The rest of it, for walks whose visits are masked one by one. Apart from what every walk needs: with it in WorkItem,
+// ptxas spills registers of walks that never read it.
+struct WorkItemMasks {
+  int32_t keys;            // how many exist
+  int32_t first_position;  // of query row 0, where a token mask is given
+  HeadWindow window;
+};
+
+// One tile of a walk, from the warp that reads the map to the one that loads, and from that one to the consumers.
 struct Visit {
-  int32_t tile;         // kNoTile: the item has no tiles; kNoMoreWork ends the walk
-  uint32_t warpgroups;  // bit w: warpgroup w visits it; kFirstOfItem: it begins the next work item
+  int32_t tile;  // kNoTile: the item has no tiles; kNoMoreWork ends the walk
+  // Bit w: warpgroup w visits the tile. Bit kMaskedShift + w: and must mask it; then, from kKeysShift on, how many of
+  // its keys exist. kFirstOfItem: the visit begins the next work item.
+  uint32_t how;
 };
 inline constexpr int32_t kNoTile = -2;
+inline constexpr int kMaskedShift = 8;
+inline constexpr uint32_t kMaskedMask = 0xff;
+inline constexpr int kKeysShift = 16;
+inline constexpr uint32_t kKeysMask = 0xff;
 inline constexpr uint32_t kFirstOfItem = 1u << 31;
 
 struct StageVisit {
   int32_t tile;
-  uint32_t warpgroups;    // as in Visit
+  uint32_t how;           // as in Visit
   int64_t next_keep_row;  // as in WorkItem
 };
 
@@ -114,14 +131,16 @@ struct alignas(1024) SharedStorage {
   uint64_t visit_full[Config::kVisits], visit_empty[Config::kVisits];
   WorkItem work[Config::kWorkSlots];
   Visit visits[Config::kVisits];
-  uint32_t k_warpgroups[Config::kStages];  // who visits the tile in K's stage, as in Visit
-  StageVisit v_visit[Config::kStages];     // what V's stage holds, for the loader itself
+  uint32_t k_how[Config::kStages];      // how the tile in K's stage is visited, as in Visit
+  StageVisit v_visit[Config::kStages];  // what V's stage holds, for the loader itself
   // Of each warp: a row of mine keeps the tile. Two rounds of stages, since a warpgroup may be a round ahead of the
   // loader.
   uint8_t verdicts[2][Config::kStages][Config::kWarpgroups][kWarpgroupWarps];
   // From the first CTA of a pair to the second: what to do next.
   uint64_t index_full[Config::kWorkSlots], index_empty[Config::kWorkSlots];
   int32_t index[Config::kWorkSlots];
+  WorkItemMasks work_masks[Config::kWorkSlots];
+  int32_t k_tile[Config::kStages];  // the tile in K's stage
 };
 
 }  // namespace lite_attention::sm90

@@ -11,6 +11,7 @@
 #include "decision.cuh"
 #include "device.cuh"
 #include "epilogue.cuh"
+#include "mask.cuh"
 #include "params.cuh"
 #include "ring.cuh"
 #include "softmax.cuh"
@@ -63,6 +64,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
   using namespace cute;
   using Element = typename Config::Element;
   constexpr bool kDecides = kWalk == Walk::kMappedDecided;
+  constexpr bool kMasksVisits = masks_visits(kWalk);
   cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
 
   typename Config::QkMma score_mma;
@@ -103,10 +105,27 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     clear(output);
     float maxima[kRowsPerThread], correction[kRowsPerThread];
 
-    const auto mask = [&](auto& scores) { mask_keys(scores, item.masked_keys); };
-    const auto clear_missing = [&](int stage) {
-      if (params.forward.kv_lens != nullptr) {
-        clear_missing_values<Config>(shared.v[stage], item.masked_keys, warpgroup);
+    const auto mask = [&](auto per_visit, auto& scores) {
+      if constexpr (per_visit && kMasksVisits) {
+        const int keys = shared.k_how[ring.stage] >> kKeysShift & kKeysMask;
+        if (params.forward.token_mask.given()) {
+          const WorkItemMasks& masks = shared.work_masks[work.stage];
+          mask_tokens(scores, keys, shared.k_tile[ring.stage] * Config::kTileN,
+                      masks.first_position + first_row_of_thread(item, warpgroup), masks.window);
+        } else {
+          mask_keys(scores, keys);
+        }
+      } else {
+        mask_keys(scores, item.masked_keys);
+      }
+    };
+    // Once V is in the ring's stage.
+    const auto clear_missing = [&](auto per_visit) {
+      if constexpr (per_visit && kMasksVisits) {
+        clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].how >> kKeysShift & kKeysMask,
+                                     warpgroup);
+      } else if (params.forward.kv_lens != nullptr) {
+        clear_missing_values<Config>(shared.v[ring.stage], item.masked_keys, warpgroup);
       }
     };
     // Leaves the verdict on the tile in the ring's stage for the loader, who writes it down when the stage comes back.
@@ -118,13 +137,21 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       }
     };
     // Whether this warpgroup visits the tile in the ring's stage. Waits for its K.
-    const auto visits = [&](auto per_warpgroup) {
+    const auto visits = [&](auto per_visit) {
       barrier_wait(&shared.k_full[ring.stage], ring.phase);
-      if constexpr (per_warpgroup) {
+      if constexpr (per_visit) {
         // Read by the lane that hands the stage back, so that the one comes before the other.
-        return __any_sync(0xffffffffu, lane == 0 && (shared.k_warpgroups[ring.stage] >> warpgroup & 1)) != 0;
+        return __any_sync(0xffffffffu, lane == 0 && (shared.k_how[ring.stage] >> warpgroup & 1)) != 0;
       } else {
         return true;
+      }
+    };
+    // Whether it must mask the tile, `left` visits before the end. `how` lies beside the tile's K or V.
+    const auto masks = [&](auto per_visit, int left, const uint32_t& how) {
+      if constexpr (per_visit && kMasksVisits) {
+        return __any_sync(0xffffffffu, lane == 0 && (how >> (kMaskedShift + warpgroup) & 1)) != 0;
+      } else {
+        return left == item.masked_from_end;
       }
     };
     // Hands back a tile that this warpgroup does not visit. V too must have arrived: a stage released before its load
@@ -136,17 +163,17 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       ring.advance();
     };
 
-    const auto walk_in_sequence = [&](auto per_warpgroup) {
+    const auto walk_in_sequence = [&](auto per_visit) {
       CUTLASS_PRAGMA_NO_UNROLL
       for (int left = tiles; left > 0; --left) {
-        if (!visits(per_warpgroup)) {
+        if (!visits(per_visit)) {
           pass_over();
           continue;
         }
         Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
         start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
         wait_product<0>(scores);
-        if (left == item.masked_from_end) mask(scores);
+        if (masks(per_visit, left, shared.k_how[ring.stage])) mask(per_visit, scores);
         tile_maxima(scores, maxima);
         decide();
         if (softmax.move_reference(maxima, scale_log2, correction)) scale_rows(output, correction);
@@ -154,7 +181,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
         softmax.weigh(scores, scale_log2);
         convert(scores, weights);
         barrier_wait(&shared.v_full[ring.stage], ring.phase);
-        if (left == item.masked_from_end) clear_missing(ring.stage);
+        if (masks(per_visit, left, shared.v_visit[ring.stage].how)) clear_missing(per_visit);
         start_product<true>(output_mma, weights, values(_, _, _, ring.stage), output);
         wait_product<0>(output);
         release(&shared.v_empty[ring.stage]);
@@ -162,8 +189,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       }
     };
 
-    const auto walk_overlapped = [&](auto per_warpgroup) {
-      const int masked_from_end = __shfl_sync(0xffffffffu, item.masked_from_end, 0);
+    const auto walk_overlapped = [&](auto per_visit) {
       int left = tiles;
       RingPosition<Config::kStages> pending;  // where V of the tile is whose weights have not met it yet
       const auto finish = [&] {
@@ -174,7 +200,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       };
       CUTLASS_PRAGMA_NO_UNROLL
       while (left > 0) {
-        if (!visits(per_warpgroup)) {
+        if (!visits(per_visit)) {
           pass_over();
           --left;
           continue;
@@ -183,10 +209,10 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
           start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
           wait_product<0>(scores);
-          if (left == masked_from_end) {
-            mask(scores);
+          if (masks(per_visit, left, shared.k_how[ring.stage])) {
+            mask(per_visit, scores);
             barrier_wait(&shared.v_full[ring.stage], ring.phase);
-            clear_missing(ring.stage);
+            clear_missing(per_visit);
           }
           tile_maxima(scores, maxima);
           decide();
@@ -199,9 +225,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           ring.advance();
           --left;
         }
-        const int stop = masked_from_end <= left ? masked_from_end : 0;
         CUTLASS_PRAGMA_NO_UNROLL
-        for (; left > stop && visits(per_warpgroup); --left) {
+        for (; left > 0 && visits(per_visit) && !masks(per_visit, left, shared.k_how[ring.stage]); --left) {
           Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
           start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
           barrier_wait(&shared.v_full[pending.stage], pending.phase);
@@ -223,16 +248,16 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       }
     };
 
-    const auto walk = [&](auto per_warpgroup) {
+    const auto walk = [&](auto per_visit) {
       if constexpr (Config::kOverlap) {
-        walk_overlapped(per_warpgroup);
+        walk_overlapped(per_visit);
       } else {
-        walk_in_sequence(per_warpgroup);
+        walk_in_sequence(per_visit);
       }
     };
     barrier_wait(&shared.q_full[warpgroup], q_phase);
     q_phase ^= 1;
-    if (kWalk != Walk::kAll && __any_sync(0xffffffffu, item.per_warpgroup)) {
+    if (kWalk != Walk::kAll && __any_sync(0xffffffffu, item.per_visit)) {
       if constexpr (kWalk != Walk::kAll) walk(true_type{});
     } else {
       walk(false_type{});

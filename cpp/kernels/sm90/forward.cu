@@ -96,22 +96,36 @@ Launch& launch_for(const ForwardParams& params) {
   return bf16 ? launch_d256_bf16 : launch_d256_fp16;
 }
 
+// Without a map or masks nothing has to be planned, and tiles of any size may serve.
+Walk walk_of(const ForwardParams& params) {
+  if (params.threshold != nullptr) return Walk::kMappedDecided;
+  if (params.keep.words == nullptr && params.kv_tile_lens == nullptr && !params.token_mask.given()) return Walk::kAll;
+  return params.tile.tile_n == tile_shape(params.head_dim).tile_n ? Walk::kMapped : Walk::kMappedFine;
+}
+
+ForwardParams as_walked(ForwardParams params, Walk walk) {
+  params.tile = walk_tile(params.head_dim, walk);
+  return params;
+}
+
 }  // namespace
 
 int64_t workspace_bytes(const ForwardParams& params) {
-  return params.keep.words == nullptr ? static_cast<int64_t>(sizeof(int32_t)) : plan_bytes(params);
+  const Walk walk = walk_of(params);
+  return walk == Walk::kAll ? static_cast<int64_t>(sizeof(int32_t)) : plan_bytes(as_walked(params, walk));
 }
 
-void forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
-  const bool mapped = params.keep.words != nullptr;
-  const Walk walk = !mapped ? Walk::kAll : params.threshold == nullptr ? Walk::kMapped : Walk::kMappedDecided;
+void forward(const ForwardParams& given, void* workspace, cudaStream_t stream) {
+  const Walk walk = walk_of(given);
+  const bool planned = walk != Walk::kAll;
+  const ForwardParams params = as_walked(given, walk);
+  const TileShape& tile = params.tile;
   const int multiprocessors = multiprocessors_of_current_device();
   const TensorView out{params.out, params.query_len * params.query_heads * params.head_dim,
                        params.query_heads * params.head_dim, params.head_dim};
-  const TileShape tile = walk_tile(params.head_dim, walk);
-  const int key_rows = mapped ? tile.tile_n : tile.tile_n / 2;  // pairs of CTAs load half a tile each
+  const int key_rows = planned ? tile.tile_n : tile.tile_n / 2;  // pairs of CTAs load half a tile each
   const int64_t groups = ceil_div(params.query_len, tile.visit_rows);
-  const int64_t items = params.batch * params.query_heads * (mapped ? groups : ceil_div(groups, 2));
+  const int64_t items = params.batch * params.query_heads * (planned ? groups : ceil_div(groups, 2));
   if (items > INT32_MAX) throw std::runtime_error("q has more tiles than one launch can number");
 
   KernelParams kernel{};
@@ -125,7 +139,7 @@ void forward(const ForwardParams& params, void* workspace, cudaStream_t stream) 
   kernel.heads_per_kv_head = static_cast<int32_t>(params.query_heads / params.kv_heads);
   kernel.words = static_cast<int32_t>(params.words());
   kernel.scale_log2 = params.scale * 1.44269504088896340736f;
-  if (mapped) {
+  if (planned) {
     kernel.workspace = lay_out(params, workspace);
     check(launch_plan(kernel, stream), "launching the plan of the keep map");
   } else {

@@ -14,7 +14,8 @@
 namespace lite_attention::sm90 {
 
 template <class Config, Walk kWalk>
-__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    forward_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ char dynamic_shared[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(dynamic_shared);
   constexpr bool kPaired = kWalk == Walk::kAll;
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     for (int stage = 0; stage < Config::kStages; ++stage) {
       barrier_init(&shared.k_full[stage], 1);
       barrier_init(&shared.v_full[stage], 1);
-      shared.v_visit[stage].warpgroups = 0;  // nothing yet
+      shared.v_visit[stage].how = 0;  // nothing yet
       barrier_init(&shared.k_empty[stage], kConsumerWarps * (kPaired ? 2 : 1));
       barrier_init(&shared.v_empty[stage], kConsumerWarps * (kPaired ? 2 : 1));
     }
@@ -65,7 +66,7 @@ template <class Config, Walk kWalk>
 cudaError_t launch_walk(const KernelParams& params, int multiprocessors, cudaStream_t stream) {
   constexpr int kClusterSize = kWalk == Walk::kAll ? 2 : 1;
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(Config::kCtas * (kSharedBytes + 1024) <= 228 * 1024);
   const auto kernel = &forward_kernel<Config, kWalk>;
   // Once a device would do, but a device's number says nothing about its context; the call takes well under 1 us.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -81,7 +82,7 @@ cudaError_t launch_walk(const KernelParams& params, int multiprocessors, cudaStr
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = std::min(multiprocessors / kClusterSize, params.work_items) * kClusterSize;
+  config.gridDim = std::min(multiprocessors * Config::kCtas / kClusterSize, params.work_items) * kClusterSize;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -97,6 +98,12 @@ cudaError_t launch(Walk walk, const KernelParams& params, int multiprocessors, c
       return launch_walk<Config<Element, kHeadDim, Walk::kAll>, Walk::kAll>(params, multiprocessors, stream);
     case Walk::kMapped:
       return launch_walk<Config<Element, kHeadDim, Walk::kMapped>, Walk::kMapped>(params, multiprocessors, stream);
+    case Walk::kMappedFine:
+      if constexpr (tile_shape(kHeadDim).tile_n != kFineTileN) {
+        return launch_walk<Config<Element, kHeadDim, Walk::kMappedFine>, Walk::kMappedFine>(params, multiprocessors,
+                                                                                            stream);
+      }
+      break;
     case Walk::kMappedDecided:
       return launch_walk<Config<Element, kHeadDim, Walk::kMappedDecided>, Walk::kMappedDecided>(params, multiprocessors,
                                                                                                 stream);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "../../token_mask.h"
 #include "device.cuh"
 
 namespace lite_attention::sm90 {
@@ -34,6 +35,52 @@ __device__ uint32_t first_step(uint32_t tiles, int64_t word, int64_t first_tile,
   return static_cast<uint32_t>(tile >= first_tile ? tile - first_tile : tile - first_tile + kv_tiles);
 }
 
+// Of the KV tiles of one word: those that have keys, and those that have not all of them.
+struct TileLengths {
+  uint32_t exist;
+  uint32_t partial;
+};
+
+// Of the warp's 32 words from `first_word` on, each lane gets one.
+__device__ TileLengths tile_lengths(const ForwardParams& forward, int64_t batch, int64_t first_word) {
+  TileLengths mine{~0u, 0u};
+  if (forward.kv_tile_lens == nullptr) return mine;
+  const int lane = threadIdx.x % 32;
+  const int64_t words = min(static_cast<int64_t>(32), forward.words() - first_word);
+  for (int word = 0; word < words; ++word) {
+    const int64_t tile = (first_word + word) * kTilesPerWord + lane;
+    const int keys =
+        tile < forward.kv_tiles()
+            ? forward.kv_tile_lens[batch * forward.kv_tile_lens_batch_stride + tile * forward.kv_tile_lens_stride]
+            : 0;
+    const uint32_t exist = __ballot_sync(kAllLanes, keys > 0);
+    const uint32_t partial = __ballot_sync(kAllLanes, keys < forward.tile.tile_n);
+    if (lane == word) mine = {exist, partial};
+  }
+  return mine;
+}
+
+// Of the KV tiles of one word, for one query tile: those of which some row sees a key, and those of which every row
+// sees every key.
+struct TileVisibility {
+  uint32_t visible = ~0u;
+  uint32_t whole = ~0u;
+};
+
+__device__ TileVisibility tile_visibility(const ForwardParams& forward, const HeadWindow& window,
+                                          int64_t first_position, int64_t query_tile, int64_t word) {
+  if (!forward.token_mask.given()) return {};
+  const int64_t tile_m = forward.tile.tile_m, tile_n = forward.tile.tile_n;
+  const int64_t first = first_position + query_tile * tile_m;
+  const int64_t last = first_position + min((query_tile + 1) * tile_m, forward.query_len) - 1;
+  if (last < 0) return {0u, 0u};
+  const uint32_t sink = tiles_below(ceil_div(window.sink_size, tile_n), word);
+  const uint32_t recent = window.recent_size > 0 ? ~tiles_below(window.window_begin(first) / tile_n, word) : 0u;
+  const WholeTiles whole = window.whole_tiles(first, last, tile_n);
+  return {tiles_below(last / tile_n + 1, word) & (sink | recent),
+          tiles_below(whole.sink_end, word) | (tiles_below(whole.end, word) & ~tiles_below(whole.begin, word))};
+}
+
 // One warp plans one visit group, its lanes reading neighbouring words.
 __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64_t head, int group) {
   const ForwardParams& forward = params.forward;
@@ -47,15 +94,23 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
   const int64_t first_tile = first_visited_tile(first_query_tile, forward.tile.tile_m, forward.tile.tile_n,
                                                 forward.tile.visit_rows, forward.query_len, forward.kv_len);
   const bool last_is_partial = keys % forward.tile.tile_n != 0;
-  uint32_t* visited = params.workspace.visited + (head_index * params.groups + group) * params.words * group_tiles;
+  const HeadWindow window(forward.token_mask, head);
+  const int64_t first_position = forward.first_position(keys);
+  const int64_t first_word_of_group = (head_index * params.groups + group) * params.words * group_tiles;
+  uint32_t* visited = params.workspace.visited + first_word_of_group;
+  uint32_t* masked = params.workspace.masked + first_word_of_group;
 
   int tiles = 0, before_last = 0;
-  bool differ = false, visits_last = false;
+  bool differ = false, visits_last = false, masks_visits = false;
   uint32_t first_steps[kMaxGroupTiles];  // how far into the walk each query tile's first visit is
   for (uint32_t& step : first_steps) step = kNever;
-  for (int64_t word = lane; word < params.words; word += 32) {
-    const uint32_t exist = tiles_below(existing_tiles, word);
+  for (int64_t first_word = 0; first_word < params.words; first_word += 32) {
+    const TileLengths lengths = tile_lengths(forward, batch, first_word);
+    const int64_t word = first_word + lane;
+    if (word >= params.words) break;
+    const uint32_t exist = tiles_below(existing_tiles, word) & lengths.exist;
     const uint32_t valid = tiles_below(forward.kv_tiles(), word);
+    const uint32_t last_existing = exist & ~tiles_below(existing_tiles - 1, word);
     uint32_t any = 0, first_row = 0;
 #pragma unroll
     for (int tile = 0; tile < kMaxGroupTiles; ++tile) {
@@ -63,9 +118,16 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
       const int64_t query_tile = first_query_tile + tile;
       uint32_t mine = 0;
       if (query_tile < query_tiles) {
-        const uint32_t keep = word_of(forward.keep, batch, head, query_tile, word);
+        const uint32_t keep =
+            forward.keep.words == nullptr ? ~0u : word_of(forward.keep, batch, head, query_tile, word);
         const uint32_t must = word_of(forward.must_keep, batch, head, query_tile, word);
-        mine = (keep | must) & exist;
+        const TileVisibility tiles_of_rows = tile_visibility(forward, window, first_position, query_tile, word);
+        mine = (keep | must) & exist & tiles_of_rows.visible;
+        if (params.workspace.masked != nullptr) {
+          const uint32_t cut = mine & (lengths.partial | ~tiles_of_rows.whole);
+          masks_visits |= cut != 0;
+          masked[word * group_tiles + tile] = cut | (last_is_partial ? mine & last_existing : 0u);
+        }
         differ |= tile > 0 && mine != first_row;
         if (tile == 0) first_row = mine;
         if (forward.next_keep != nullptr) {
@@ -80,10 +142,10 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
     }
     tiles += __popc(any);
     before_last += __popc(any & tiles_below(existing_tiles - 1, word) & ~tiles_below(first_tile, word));
-    visits_last |= (any & exist & ~tiles_below(existing_tiles - 1, word)) != 0;
+    visits_last |= (any & last_existing) != 0;
   }
+  __syncwarp();
   if (forward.next_keep != nullptr) {
-    __syncwarp();
 #pragma unroll
     for (int tile = 0; tile < kMaxGroupTiles; ++tile) {
       const uint32_t step = __reduce_min_sync(kAllLanes, first_steps[tile]);
@@ -102,7 +164,7 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
   plan.masked_from_end = !__any_sync(kAllLanes, visits_last && last_is_partial) ? 0
                          : first_tile < existing_tiles                          ? tiles - before_last
                                                                                 : 1;
-  plan.per_warpgroup = __any_sync(kAllLanes, differ);
+  plan.per_visit = __any_sync(kAllLanes, differ || masks_visits);
   return plan;
 }
 
@@ -165,15 +227,15 @@ __global__ void __launch_bounds__(kSortThreads) queue_kernel(const __grid_consta
 constexpr int64_t kAlignment = 16;
 
 struct Sizes {
-  int64_t groups, visited, queue;
+  int64_t groups, visited, masked, queue;
 };
 
 Sizes sizes_of(const ForwardParams& params) {
   const int64_t groups = ceil_div(params.query_len, params.tile.visit_rows) * params.batch * params.query_heads;
   const int64_t group_tiles = params.tile.visit_rows / params.tile.tile_m;
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
-  return {aligned(groups * static_cast<int64_t>(sizeof(GroupPlan))),
-          aligned(groups * params.words() * group_tiles * static_cast<int64_t>(sizeof(uint32_t))),
+  const int64_t words = aligned(groups * params.words() * group_tiles * static_cast<int64_t>(sizeof(uint32_t)));
+  return {aligned(groups * static_cast<int64_t>(sizeof(GroupPlan))), words, params.threshold == nullptr ? words : 0,
           aligned(groups * static_cast<int64_t>(sizeof(int32_t)))};
 }
 
@@ -181,7 +243,7 @@ Sizes sizes_of(const ForwardParams& params) {
 
 int64_t plan_bytes(const ForwardParams& params) {
   const Sizes sizes = sizes_of(params);
-  return sizes.groups + sizes.visited + sizes.queue + kAlignment;
+  return sizes.groups + sizes.visited + sizes.masked + sizes.queue + kAlignment;
 }
 
 Workspace lay_out(const ForwardParams& params, void* memory) {
@@ -190,7 +252,8 @@ Workspace lay_out(const ForwardParams& params, void* memory) {
   Workspace workspace{};
   workspace.groups = reinterpret_cast<GroupPlan*>(next);
   workspace.visited = reinterpret_cast<uint32_t*>(next += sizes.groups);
-  workspace.queue = reinterpret_cast<int32_t*>(next += sizes.visited);
+  workspace.masked = sizes.masked == 0 ? nullptr : reinterpret_cast<uint32_t*>(next + sizes.visited);
+  workspace.queue = reinterpret_cast<int32_t*>(next += sizes.visited + sizes.masked);
   workspace.taken = reinterpret_cast<int32_t*>(next + sizes.queue);
   return workspace;
 }

@@ -69,7 +69,7 @@ struct Loader {
     CUTLASS_PRAGMA_UNROLL
     for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) {
       const bool kept = *reinterpret_cast<const uint32_t*>(verdicts[warpgroup]) != 0;
-      if (kept && (visit.warpgroups >> warpgroup & 1)) {
+      if (kept && (visit.how >> warpgroup & 1)) {
         atomicOr(params.forward.next_keep + visit.next_keep_row + warpgroup * params.words + visit.tile / kTilesPerWord,
                  1 << visit.tile % kTilesPerWord);
       }
@@ -77,18 +77,29 @@ struct Loader {
   }
 
   // K, with an item's first tile its queries, and V.
-  __device__ __forceinline__ void load(const WorkItem& item, int tile, uint32_t warpgroups, bool first) {
+  __device__ __forceinline__ void load(const WorkItem& item, const Visit& visit, bool first) {
     barrier_wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
-    if constexpr (!kPaired) shared.k_warpgroups[ring.stage] = warpgroups;
-    load_tile(params.k, &shared.k_full[ring.stage], shared.k[ring.stage], tile, item);
+    if constexpr (!kPaired) shared.k_how[ring.stage] = visit.how;
+    if constexpr (masks_visits(kWalk)) shared.k_tile[ring.stage] = visit.tile;
+    load_tile(params.k, &shared.k_full[ring.stage], shared.k[ring.stage], visit.tile, item);
     if (first) load_queries(item);
     barrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-    load_tile(params.v, &shared.v_full[ring.stage], shared.v[ring.stage], tile, item);
+    if constexpr (masks_visits(kWalk)) shared.v_visit[ring.stage].how = visit.how;
+    load_tile(params.v, &shared.v_full[ring.stage], shared.v[ring.stage], visit.tile, item);
     if constexpr (kDecides) {
       write_verdict(shared.v_visit[ring.stage]);  // after the load, which others wait for
-      shared.v_visit[ring.stage] = {tile, warpgroups, item.next_keep_row};
+      shared.v_visit[ring.stage] = {visit.tile, visit.how, item.next_keep_row};
     }
     ring.advance();
+  }
+
+  // How many keys of a tile exist, where `keys` of the batch entry do.
+  __device__ __forceinline__ uint32_t keys_of_tile(int batch, int keys, int tile) const {
+    const ForwardParams& forward = params.forward;
+    const int left = min(Config::kTileN, keys - tile * Config::kTileN);
+    if (forward.kv_tile_lens == nullptr) return left;
+    return min(left,
+               forward.kv_tile_lens[batch * forward.kv_tile_lens_batch_stride + tile * forward.kv_tile_lens_stride]);
   }
 
   // Every tile of the items dealt, the last one first: where it must be masked, nothing can be overlapped with it
@@ -103,7 +114,7 @@ struct Loader {
       if (tiles == kNoMoreWork) return;
       if (tiles == 0) load_queries(item);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < tiles; ++i) load(item, i == 0 ? tiles - 1 : i - 1, 0, i == 0);
+      for (int i = 0; i < tiles; ++i) load(item, {i == 0 ? tiles - 1 : i - 1, 0}, i == 0);
     }
   }
 
@@ -114,17 +125,20 @@ struct Loader {
     CUTLASS_PRAGMA_NO_UNROLL
     for (;; position.advance()) {
       barrier_wait(&shared.visit_full[position.stage], position.phase);
-      const Visit visit = shared.visits[position.stage];
+      Visit visit = shared.visits[position.stage];
       barrier_arrive(&shared.visit_empty[position.stage]);
       if (visit.tile == kNoMoreWork) break;
-      const bool first = visit.warpgroups & kFirstOfItem;
+      const bool first = visit.how & kFirstOfItem;
       if (first) work.advance();
       const WorkItem& item = shared.work[work.stage];
       if (visit.tile == kNoTile) {
         load_queries(item);
-      } else {
-        load(item, visit.tile, visit.warpgroups, first);
+        continue;
       }
+      if (masks_visits(kWalk) && (visit.how >> kMaskedShift & kMaskedMask) != 0) {
+        visit.how |= keys_of_tile(item.batch, shared.work_masks[work.stage].keys, visit.tile) << kKeysShift;
+      }
+      load(item, visit, first);
     }
     if constexpr (kDecides) {
       for (int stage = 0; stage < Config::kStages; ++stage, ring.advance()) {
@@ -158,10 +172,10 @@ struct Walker {
     work.advance();
   }
 
-  __device__ __forceinline__ void pass_on(int tile, uint32_t warpgroups) {
+  __device__ __forceinline__ void pass_on(const Visit& visit) {
     if (lane() == 0) {
       barrier_wait(&shared.visit_empty[position.stage], position.phase ^ 1);
-      shared.visits[position.stage] = {tile, warpgroups};
+      shared.visits[position.stage] = visit;
       barrier_arrive(&shared.visit_full[position.stage]);
     }
     position.advance();
@@ -215,7 +229,7 @@ struct Walker {
       const GroupPlan plan = params.workspace.groups[group_index];
       if (lane() == 0) deal(group_index, plan);
       if (plan.tiles == 0) {
-        pass_on(kNoTile, kFirstOfItem);
+        pass_on({kNoTile, kFirstOfItem});
       } else {
         walk_group(group_index, plan.first_tile);
       }
@@ -227,7 +241,7 @@ struct Walker {
       next_slot().tiles = kNoMoreWork;
       publish();
     }
-    pass_on(kNoMoreWork, 0);
+    pass_on({kNoMoreWork, 0});
   }
 
   __device__ __forceinline__ void deal(int group_index, const GroupPlan& plan) {
@@ -236,14 +250,19 @@ struct Walker {
     WorkItem& item = next_slot();
     item.tiles = plan.tiles;
     item.masked_from_end = plan.masked_from_end;
-    item.per_warpgroup = plan.per_warpgroup;
+    item.per_visit = plan.per_visit;
     const int head_index = group_index / params.groups;
     const int group = group_index - head_index * params.groups;
     item.first_row = group * Config::kTile.visit_rows;
     item.batch = head_index / heads;
     item.head = head_index - item.batch * heads;
     item.kv_head = item.head / params.heads_per_kv_head;
-    item.masked_keys = static_cast<int>(existing_keys(forward, item.batch)) % Config::kTileN;
+    const int keys = static_cast<int>(existing_keys(forward, item.batch));
+    item.masked_keys = keys % Config::kTileN;
+    if constexpr (masks_visits(kWalk)) {
+      shared.work_masks[work.stage] = {keys, static_cast<int>(forward.first_position(keys)),
+                                       HeadWindow(forward.token_mask, item.head)};
+    }
     if constexpr (kWalk == Walk::kMappedDecided) {
       item.threshold = forward.threshold[item.head * forward.threshold_stride];
       item.next_keep_row = (head_index * forward.query_tiles() + group * Config::kWarpgroups) * params.words;
@@ -264,31 +283,41 @@ struct Walker {
                                : step < params.words  ? ~0u
                                : step == params.words ? before_first
                                                       : 0u;
-      const uint32_t* words =
-          params.workspace.visited + (static_cast<int64_t>(group_index) * params.words + word) * Config::kWarpgroups;
-      uint32_t mine[Config::kWarpgroups];
       uint32_t any = 0;
-      CUTLASS_PRAGMA_UNROLL
-      for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) {
-        mine[warpgroup] = in_walk == 0 ? 0u : words[warpgroup] & in_walk;
-        any |= mine[warpgroup];
+      if (in_walk != 0) {
+        const uint32_t* words = params.workspace.visited + place_of(group_index, word);
+        CUTLASS_PRAGMA_UNROLL
+        for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) any |= words[warpgroup];
+        any &= in_walk;
       }
       CUTLASS_PRAGMA_NO_UNROLL
       for (uint32_t lanes = __ballot_sync(0xffffffffu, any != 0); lanes != 0; lanes &= lanes - 1) {
         const int source = __ffs(lanes) - 1;
+        const int found = __shfl_sync(0xffffffffu, word, source);
+        const uint32_t answers = answers_of_lane(group_index, found);
         CUTLASS_PRAGMA_NO_UNROLL
         for (uint32_t tiles = __shfl_sync(0xffffffffu, any, source); tiles != 0; tiles &= tiles - 1) {
           const int bit = __ffs(tiles) - 1;
-          uint32_t warpgroups = first;
-          CUTLASS_PRAGMA_UNROLL
-          for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) {
-            warpgroups |= (__shfl_sync(0xffffffffu, mine[warpgroup], source) >> bit & 1u) << warpgroup;
-          }
+          pass_on({found * 32 + bit, __ballot_sync(0xffffffffu, answers >> bit & 1) | first});
           first = 0;
-          pass_on(__shfl_sync(0xffffffffu, word, source) * 32 + bit, warpgroups);
         }
       }
     }
+  }
+
+  // Where the plan has a word of the group's first query tile; those of the others follow.
+  __device__ __forceinline__ int64_t place_of(int group_index, int word) const {
+    return (static_cast<int64_t>(group_index) * params.words + word) * Config::kWarpgroups;
+  }
+
+  // Each lane answers for one bit of Visit::how, for the 32 tiles of a word: lane w whether warpgroup w visits them,
+  // lane kMaskedShift + w whether it must mask them.
+  __device__ __forceinline__ uint32_t answers_of_lane(int group_index, int word) const {
+    const int warpgroup = lane() % kMaskedShift;
+    if (warpgroup >= Config::kWarpgroups || lane() >= 2 * kMaskedShift) return 0;
+    const bool of_masks = lane() >= kMaskedShift;
+    if (of_masks && !masks_visits(kWalk)) return 0;
+    return (of_masks ? params.workspace.masked : params.workspace.visited)[place_of(group_index, word) + warpgroup];
   }
 };
 

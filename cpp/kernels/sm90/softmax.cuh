@@ -30,16 +30,6 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Scores of keys that do not exist become -inf.
-template <class Scores>
-__device__ __forceinline__ void mask_keys(Scores& scores, int keys) {
-  const int first_column = (threadIdx.x & 3) * 2;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(scores); ++i) {
-    if (first_column + column_of(i) >= keys) scores(i) = -kInfinity;
-  }
-}
-
 // The largest score of each row in this tile. Two chains a row: one comparison waits for the last as long as two take.
 template <class Scores>
 __device__ __forceinline__ void tile_maxima(const Scores& scores, float (&maxima)[kRowsPerThread]) {

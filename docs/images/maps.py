@@ -1,0 +1,136 @@
+"""Draws the pictures of keep maps of the pages in docs/: `python docs/images/maps.py` writes each SVG beside this file.
+
+Each picture is a function here; its map comes from the library, so that a picture cannot say what the code does not do.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lite_attention import unpack_keep_map
+from lite_attention.sliding_tile import sliding_tile_map
+
+STYLE = """
+    .page { fill: #ffffff }
+    .area { fill: #f3f4f6; stroke: #c3c8d0 }
+    .kept { fill: #3b6fb6 }
+    .text { fill: #7fb08a }
+    .query { fill: #c2410c }
+    .grid { fill: none; stroke: #c3c8d0; stroke-width: 0.5 }
+    text { fill: #1b1f24 }
+    .name { font-weight: 600 }
+    .heading { font-size: 12px; fill: #57606a }
+    @media (prefers-color-scheme: dark) {
+      .page { fill: #14181d }
+      .area { fill: #1d232b; stroke: #3d4653 }
+      .kept { fill: #6aa3e0 }
+      .text { fill: #5f9a6d }
+      .query { fill: #f08a4b }
+      .grid { stroke: #3d4653 }
+      text { fill: #e8ebef }
+      .heading { fill: #a2abb7 }
+    }"""
+
+
+def cells(kept: Tensor, css: str, x: float, y: float, size: float) -> str:
+    """The cells of a bool matrix as squares with this edge, neighbours in a row drawn as one."""
+    path = []
+    for row, bits in enumerate(kept.tolist()):
+        column = 0
+        for bit, run in itertools.groupby(bits):
+            width = len(list(run))
+            if bit:
+                path.append(f"M{column} {row}h{width}v1h-{width}z")
+            column += width
+    return f'<path class="{css}" transform="translate({x:g} {y:g}) scale({size:g})" d="{"".join(path)}"/>'
+
+
+def grid(rows: int, columns: int, x: float, y: float, size: float) -> str:
+    """Empty cells."""
+    down = "".join(f"M{x + column * size:g} {y:g}v{rows * size:g}" for column in range(columns + 1))
+    across = "".join(f"M{x:g} {y + row * size:g}h{columns * size:g}" for row in range(rows + 1))
+    area = f'<rect class="area" x="{x:g}" y="{y:g}" width="{columns * size:g}" height="{rows * size:g}"/>'
+    return f'{area}<path class="grid" d="{down}{across}"/>'
+
+
+def label(text: str, x: float, y: float, css: str = "heading") -> str:
+    """A line of text."""
+    return f'<text class="{css}" x="{x:g}" y="{y:g}">{text}</text>'
+
+
+def picture(title: str, width: int, height: int, parts: list[str]) -> str:
+    """An SVG file in light and dark."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" '
+        f'font-size="13" role="img" aria-label="{title}">'
+    )
+    page = f'<rect class="page" width="{width}" height="{height}" rx="10"/>'
+    return "\n".join([head, f"  <style>{STYLE}\n  </style>", *(f"  {part}" for part in (page, *parts)), "</svg>\n"])
+
+
+def draw_sliding_tile() -> str:
+    """Windows around two tiles of a video, and the whole map, text included."""
+    counts, window, text_tiles = (4, 4, 6), (3, 3, 3), 3
+    frames, rows, columns = counts
+    tiles = math.prod(counts)
+    sliding = sliding_tile_map(
+        window,
+        (4 * frames, 4 * rows, 4 * columns),
+        tile=(4, 4, 4),  # of 64 tokens: one row and one column of the map each
+        text_tokens=64 * text_tiles,
+        head_dim=64,
+        dtype=torch.float32,
+    )
+    keep = unpack_keep_map(sliding.keep, tiles + text_tiles)[0, 0]
+    is_text = torch.arange(tiles + text_tiles) >= tiles
+    text_part = keep & (is_text | is_text.unsqueeze(-1))
+
+    size, parts = 11.0, []
+    step = columns * size + 12
+    for picture_row, (words, query) in enumerate(
+        (
+            ("A tile and the window (3, 3, 3) around it", (1, 2, 2)),
+            ("At the border the window is moved inward", (3, 0, 5)),
+        )
+    ):
+        top = 62 + picture_row * 130
+        chosen = (query[0] * rows + query[1]) * columns + query[2]
+        seen = keep[chosen, :tiles].view(counts)
+        parts.append(label(words, 24, top - 24, "name"))
+        for frame in range(frames):
+            left = 24 + frame * step
+            parts.append(label(f"t = {frame}", left, top - 6))
+            parts += [grid(rows, columns, left, top, size), cells(seen[frame], "kept", left, top, size)]
+            if frame == query[0]:
+                here = torch.zeros(rows, columns, dtype=torch.bool)
+                here[query[1:]] = True
+                parts.append(cells(here, "query", left, top, size))
+    for line, (css, words) in enumerate((("query", "tile of the query"), ("kept", "attended"), ("text", "text"))):
+        y = 290 + 18 * line
+        parts += [f'<rect class="{css}" x="24" y="{y - 9}" width="{size:g}" height="{size:g}"/>', label(words, 42, y)]
+
+    edge, left, top = 3.0, 380, 62
+    total = tiles + text_tiles
+    parts.append(label("The map: query tiles down, KV tiles across", left, 38, "name"))
+    parts.append(grid(1, 1, left, top, total * edge))
+    parts.append(cells(keep & ~text_part, "kept", left, top, edge))
+    parts.append(cells(text_part, "text", left, top, edge))
+    return picture("Sliding tiles: windows in the video, and the keep map that they make", 710, 384, parts)
+
+
+PICTURES = {"sliding-tile.svg": draw_sliding_tile}
+
+
+def main() -> None:
+    """Write the pictures."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for name, draw in PICTURES.items():
+        Path(__file__).with_name(name).write_text(draw())
+
+
+if __name__ == "__main__":
+    main()
