@@ -1,7 +1,8 @@
-"""Draws a record of a GPU benchmark into RECORD_NAME.png beside it.
+"""Draws a record of a GPU benchmark into PNG files beside it, RECORD_NAME.png.
 
 Of benchmarks/attention.py: rate against sequence length (length) and time against density (density). Of
-benchmarks/whole_model.py: time of a denoising step against density (step).
+benchmarks/whole_model.py: time of a denoising step against density (step). Of benchmarks/sparse_families.py: all of it,
+into RECORD.png.
 """
 
 import argparse
@@ -15,7 +16,30 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from attention_record import ATTENTION, CONTIGUOUS, CUDNN, FA3, PER_TILE, SCATTERED, SKIP_ATTENTION, UNEQUAL, Row, rate
+from attention_record import (
+    ATTENTION,
+    CONTIGUOUS,
+    CUDNN,
+    DENSE,
+    FA3,
+    PER_TILE,
+    SCATTERED,
+    SKIP_ATTENTION,
+    UNEQUAL,
+    Row,
+    rate,
+)
+from sparse_families_record import (
+    CAUSAL,
+    NEARBY_BLOCKS,
+    RANDOM_BLOCKS,
+    SLIDING_TILE_ATTENTION,
+    SLIDING_TILES,
+    STREAMING,
+    STREAMING_ATTENTION,
+    VIDEO_SPARSE,
+    mean_of,
+)
 from whole_model_record import DENSITIES, find, row_name
 
 INK, MUTED, GRID = "#1c1917", "#78716c", "#e7e5e4"
@@ -44,6 +68,16 @@ SERIES = {
     (SKIP_ATTENTION, SCATTERED): ("scattered, skip_attention", "#a16207", "x"),
     (ATTENTION, UNEQUAL): ("unequal", "#4338ca", "^"),
     (ATTENTION, PER_TILE): ("scattered per query tile", "#be185d", "D"),
+}
+
+
+BAR_WIDTH = 0.36
+# Colours and markers of what the record quotes from elsewhere.
+ELSEWHERE = {"ThunderKittens": ("#4338ca", "D"), "Triton": ("#be185d", "v")}
+CURVES = {
+    (FA3, CAUSAL): (f"{FA3}, causal", "#0f766e", "s"),
+    (ATTENTION, CAUSAL): ("lite_attention, causal", "#a16207", "^"),
+    (STREAMING_ATTENTION, STREAMING): ("lite_attention, streaming", "#c2410c", "o"),
 }
 
 
@@ -151,20 +185,98 @@ def draw_step(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _draw_rates(axes: Axes, row: Row, kernel: str, cases: dict[str, str]) -> None:
+    """Bars of dense attention and of a kernel's cases, and marks for what was measured elsewhere."""
+    ours = [mean_of(row, ATTENTION, DENSE, "tflops"), *(mean_of(row, kernel, case, "tflops") for case in cases)]
+    fa3 = mean_of(row, FA3, DENSE, "tflops")
+    bars = {FA3: {-BAR_WIDTH / 2: fa3}, ATTENTION: dict(zip([BAR_WIDTH / 2, *range(1, len(ours))], ours, strict=True))}
+    for name, values in bars.items():
+        label, colour, _ = KERNELS[name]
+        known = {place: value for place, value in values.items() if value is not None}
+        if known:
+            drawn = axes.bar(list(known), list(known.values()), BAR_WIDTH, color=colour, label=label)
+            axes.bar_label(drawn, fmt="%.0f", fontsize=9, padding=2)
+    place_of = {case: place for place, case in enumerate(cases, start=1)}
+    for name, (colour, marker) in ELSEWHERE.items():
+        found = [one for one in row["measured_elsewhere"] if one["kernel"] == name and one["case"] in place_of]
+        if found:
+            places, rates = [place_of[one["case"]] for one in found], [one["tflops"] for one in found]
+            label = f"{name}, measured elsewhere"
+            axes.scatter(places, rates, s=60, color=colour, marker=marker, edgecolor="white", zorder=3, label=label)
+    axes.set_xticks(range(len(ours)), [DENSE, *cases.values()])
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+    axes.set_ylabel("TFLOP/s over kept pairs")
+
+
+def _draw_streaming(axes: Axes, rows: list[Row]) -> None:
+    for (kernel, case), (label, colour, marker) in CURVES.items():
+        points = [
+            (row["shape"]["length"], milliseconds)
+            for row in rows
+            if (milliseconds := mean_of(row, kernel, case)) is not None
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    for row in rows:
+        ours = mean_of(row, STREAMING_ATTENTION, STREAMING)
+        if ours is not None and row["speed_up"] is not None:
+            place = (row["shape"]["length"], ours)
+            axes.annotate(
+                f"{row['speed_up']:.1f}x", place, (0, -15), textcoords="offset points", ha="center", fontsize=9
+            )
+    lengths = [row["shape"]["length"] for row in rows]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.margins(y=0.1)
+    axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    axes.xaxis.minorticks_off()
+    axes.set_ylabel("ms")
+    axes.legend(loc="upper left", fontsize=9)
+
+
+def draw_families(record: dict[str, Any], path: Path) -> None:
+    """Rates of sliding tiles and of video sparse blocks beside dense ones, and time of streaming heads by length."""
+    figure, (tiles, blocks, heads) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    for row in record.get(SLIDING_TILES, []):
+        _draw_rates(tiles, row, SLIDING_TILE_ATTENTION, {window: window for window in row["windows"]})
+        tiles.set_title(f"Sliding tiles, canvas {'x'.join(map(str, row['canvas']))}")
+        tiles.set_xlabel(f"windows of tiles ({shape_title(row['shape'])})")
+    for row in record.get(VIDEO_SPARSE, []):
+        _draw_rates(blocks, row, ATTENTION, {RANDOM_BLOCKS: "random", NEARBY_BLOCKS: "half nearby"})
+        density = next(iter(row["maps"].values()))["density"]
+        blocks.set_title(f"Video sparse, {density:.0%} of 64 x 64 blocks")
+        blocks.set_xlabel(f"choice of blocks ({shape_title(row['shape'])})")
+    if rows := record.get(STREAMING):
+        _draw_streaming(heads, rows)
+        heads.set_title(f"Streaming heads, {rows[0]['sink_size']} + {rows[0]['recent_size']} keys")
+        heads.set_xlabel(f"tokens ({rows[0]['shape']['heads']} heads of {rows[0]['shape']['head_dim']})")
+    figure.suptitle(f"Sparse families, {record['dtype']}, {record['gpu']}", fontsize=13)
+    shown = {
+        name: handle for axes in (tiles, blocks) for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=len(shown))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("record", type=Path, help="a JSON file that attention.py or whole_model.py wrote")
+    parser.add_argument(
+        "record", type=Path, help="a JSON file that attention.py, whole_model.py or sparse_families.py wrote"
+    )
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
     with plt.rc_context(STYLE):
-        for part, draw, name in (
-            ("sweep", draw_length, "length"),
-            ("density", draw_density, "density"),
-            ("steps", draw_step, "step"),
+        for part, draw, ending in (
+            ("sweep", draw_length, "_length"),
+            ("density", draw_density, "_density"),
+            ("steps", draw_step, "_step"),
+            (SLIDING_TILES, draw_families, ""),
         ):
             if part in record:
-                path = arguments.record.with_name(f"{arguments.record.stem}_{name}.png")
+                path = arguments.record.with_name(f"{arguments.record.stem}{ending}.png")
                 draw(record, path)
                 print(f"wrote {path}")
 

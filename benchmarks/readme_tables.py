@@ -4,13 +4,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from attention_record import (
     ATTENTION,
     CUDNN,
+    DENSE,
     FA3,
     FLEX,
     OURS,
@@ -20,6 +21,20 @@ from attention_record import (
     Row,
     point,
     rate,
+)
+from sparse_families_record import (
+    CAUSAL,
+    MIXED_HEADS,
+    ONE_LAUNCH,
+    SELECTION,
+    SLIDING_TILE_ATTENTION,
+    SLIDING_TILES,
+    STREAMING,
+    STREAMING_ATTENTION,
+    TWO_LAUNCHES,
+    VIDEO_SPARSE,
+    mean_of,
+    quotient,
 )
 from whole_model_record import (
     COLUMNS,
@@ -35,11 +50,12 @@ from whole_model_record import (
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-# What benchmarks/plots.py draws of a record, by the end of the file's name.
+# What benchmarks/plots.py draws of a record, by the file's name without what they share with the record's.
 PLOTS = {
-    "length": "Dense TFLOP/s against sequence length",
-    "density": "Time against the share of tiles kept",
-    "step": "Time of a denoising step against the share of tiles kept",
+    "": "Rates of sliding tiles and of video sparse blocks, and time of streaming heads",
+    "_length": "Dense TFLOP/s against sequence length",
+    "_density": "Time against the share of tiles kept",
+    "_step": "Time of a denoising step against the share of tiles kept",
 }
 
 
@@ -115,8 +131,8 @@ def _density_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _conditions(record: dict[str, Any]) -> str:
-    loops = [loop for row in record["dense"] for loop in row["loops"]]
+def _conditions(record: dict[str, Any], loops: list[Row]) -> str:
+    """What a record was measured with; clocks and power are those of the loops."""
     clocks = [loop["sm_clock_mhz"] for loop in loops if loop["sm_clock_mhz"]]
     powers = [loop["power_watts"] for loop in loops if loop["power_watts"]]
     sampled = ""
@@ -140,8 +156,87 @@ def attention_table(record: dict[str, Any]) -> str:
     if FA3 in microseconds:
         host += f", {FA3} {microseconds[FA3]['no_grad']:.0f}"
     lines = [*_dense_lines(record), "", *_density_lines(record), ""]
-    lines += [f"Microseconds until a call returns on the host: {host}.", "", _conditions(record)]
+    loops = [loop for row in record["dense"] for loop in row["loops"]]
+    lines += [f"Microseconds until a call returns on the host: {host}.", "", _conditions(record, loops)]
     return "\n".join(lines)
+
+
+def _rate_lines(row: Row, kernel: str) -> Iterator[str]:
+    """Dense attention, and each case of a kernel: a line of the table of rates."""
+    dense, fa3 = (mean_of(row, name, DENSE, "tflops") for name in (ATTENTION, FA3))
+    yield f"| {row['shape']['name']}, dense | 100% | {_figure(dense, 0)} | {_figure(fa3, 0)} | | |"
+    loops = {loop["case"]: loop for loop in row["loops"] if loop["kernel"] == kernel and loop["case"] != DENSE}
+    for case, loop in loops.items():
+        value = mean_of(row, kernel, case, "tflops")
+        elsewhere = ", ".join(
+            f"{one['tflops']:.0f} ({one['kernel']}, {one['source']})"
+            for one in row["measured_elsewhere"]
+            if one["case"] == case
+        )
+        over_dense = _figure(quotient(value, dense), 3)
+        yield f"| {case} | {100 * loop['density']:.1f}% | {_figure(value, 0)} | | {over_dense} | {elsewhere} |"
+
+
+def _streaming_lines(rows: list[Row]) -> list[str]:
+    one_by_one = f"{STREAMING}, launched one by one"
+    lines = [
+        f"| ms, {rows[0]['shape']['heads']} heads of {rows[0]['shape']['head_dim']}, {rows[0]['sink_size']} first and "
+        f"{rows[0]['recent_size']} recent keys | {' | '.join(str(row['shape']['length']) for row in rows)} |",
+        "| --- |" + " --- |" * len(rows),
+    ]
+    for name, column in ((f"{FA3}, causal", (FA3, CAUSAL)), ("causal", (ATTENTION, CAUSAL))):
+        lines.append(f"| {name} | {' | '.join(_figure(mean_of(row, *column), 3) for row in rows)} |")
+    ours = (STREAMING_ATTENTION, STREAMING)
+    lines.append(f"| {STREAMING} | {' | '.join(_figure(mean_of(row, *ours), 3) for row in rows)} |")
+    eager = (mean_of({"loops": row["eager"]}, *ours) for row in rows)
+    lines.append(f"| {one_by_one} | {' | '.join(_figure(value, 3) for value in eager)} |")
+    lines.append(f"| {FA3} / {STREAMING} | {' | '.join(_figure(row['speed_up'], 1) for row in rows)} |")
+    return lines
+
+
+def _mixed_heads(row: Row) -> str:
+    one, two = (mean_of(row, ATTENTION, case) for case in (ONE_LAUNCH, TWO_LAUNCHES))
+    return (
+        f"{row['full_heads']} full of {row['shape']['heads']} heads at {row['shape']['length']} tokens: one launch "
+        f"{_figure(one, 3)} ms, a launch for each kind {_figure(two, 3)} ms, causal {FA3} "
+        f"{_figure(mean_of(row, FA3, CAUSAL), 3)} ms."
+    )
+
+
+def _causal_lines(rows: list[Row]) -> Iterator[str]:
+    yield f"| {CAUSAL}, TFLOP/s | lite_attention | {FA3} | rate / {FA3} |"
+    yield "| --- | --- | --- | --- |"
+    for row in rows:
+        rates = " | ".join(_figure(mean_of(row, kernel, CAUSAL, "tflops"), 0) for kernel in (ATTENTION, FA3))
+        yield f"| {row['shape']['name']} | {rates} | {_figure(row['rate_over_fa3'], 3)} |"
+
+
+def _selection(row: Row) -> str:
+    stages = dict.fromkeys((loop["kernel"], loop["case"]) for loop in row["loops"])
+    times = ", ".join(f"{case} {_figure(mean_of(row, kernel, case), 3)}" for kernel, case in stages)
+    share = row["goals"][0]["value"]
+    over_fine = "an unknown share" if share is None else f"{share:.1%}"
+    return (
+        f"Milliseconds of the stages of video sparse attention, {row['shape']['name']}, {row['blocks']['kept']} of "
+        f"{row['blocks']['number']} blocks: {times}. What comes before takes {over_fine} of the fine stage."
+    )
+
+
+def sparse_families_table(record: dict[str, Any]) -> str:
+    """On a GPU: rates of sliding tiles and sparse blocks, times of streaming heads, and what measured them."""
+    lines = [
+        f"| TFLOP/s over kept pairs | kept | lite_attention | {FA3} | rate / dense | measured elsewhere |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for part, kernel in ((SLIDING_TILES, SLIDING_TILE_ATTENTION), (VIDEO_SPARSE, ATTENTION)):
+        for row in record[part]:
+            lines += _rate_lines(row, kernel)
+    lines += ["", *(_selection(row) for row in record[SELECTION])]
+    lines += ["", *_streaming_lines(record[STREAMING])]
+    lines += ["", *(_mixed_heads(row) for row in record[MIXED_HEADS])]
+    lines += ["", *_causal_lines(record[CAUSAL]), ""]
+    loops = [loop for part in (SLIDING_TILES, VIDEO_SPARSE) for row in record[part] for loop in row["loops"]]
+    return "\n".join([*lines, _conditions(record, [loop for loop in loops if loop["case"] == DENSE])])
 
 
 def _milliseconds(loop: Row | None) -> str:
@@ -283,8 +378,8 @@ def table(name: str) -> str:
     if not path.exists():
         return NOT_MEASURED
     text = TABLES[name](json.loads(path.read_text()))
-    for plot in sorted(RESULTS.glob(f"{name}_*.png")):
-        text += f"\n\n![{PLOTS[plot.stem.rpartition('_')[2]]}]({plot.relative_to(ROOT)})"
+    for plot in sorted(RESULTS.glob(f"{name}*.png")):
+        text += f"\n\n![{PLOTS[plot.stem.removeprefix(name)]}]({plot.relative_to(ROOT)})"
     return text
 
 

@@ -1,4 +1,4 @@
-"""Made-up records of benchmarks/attention.py and whole_model.py, put together as the scripts do it."""
+"""Made-up records of benchmarks/attention.py, whole_model.py and sparse_families.py, put together as the scripts do it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import attention as benchmark  # noqa: E402
 from attention_record import (  # noqa: E402
     ATTENTION,
     CUDNN,
+    DENSE,
     FA3,
     FLEX,
     PATTERNS,
@@ -21,6 +22,36 @@ from attention_record import (  # noqa: E402
     dense_row,
     density_row,
     skip_row,
+)
+from sparse_families_record import (  # noqa: E402
+    ALONE,
+    CAUSAL,
+    CHOICE,
+    COARSE,
+    FINE,
+    GROWTH,
+    MEANS,
+    MIXED_HEADS,
+    NEARBY_BLOCKS,
+    ONE_LAUNCH,
+    RANDOM_BLOCKS,
+    SELECTION,
+    SLIDING_TILE_ATTENTION,
+    SLIDING_TILES,
+    STREAMING,
+    STREAMING_ATTENTION,
+    TOP_K_MAP,
+    TWO_LAUNCHES,
+    VIDEO_SPARSE,
+    VIDEO_SPARSE_ATTENTION,
+    WHOLE,
+    causal_row,
+    growth_row,
+    mixed_heads_row,
+    selection_row,
+    sliding_tiles_row,
+    streaming_row,
+    video_sparse_row,
 )
 from whole_model_record import (  # noqa: E402
     CAPTURED,
@@ -162,4 +193,100 @@ def made_up_whole_model_record() -> dict[str, Any]:
         "overhead": [made_up_overhead_row(*case) for case in cases],
         "steps": [made_up_step_row(*case, *time) for case, time in zip(cases, times, strict=True)],
         "wall_seconds": 500.0,
+    }
+
+
+def made_up_family_loop(
+    shape: benchmark.Shape, kernel: str, case: str, tflops: float, density: float = 1.0
+) -> dict[str, Any]:
+    loop = made_up_loop(shape, kernel, tflops, density=density)
+    del loop["pattern"]
+    return {**loop, "case": case, "check": {"rows": 576, "out_error": 2.3e-3, "lse_error": 1e-6}}
+
+
+def made_up_stage(kernel: str, case: str, ms: float) -> dict[str, Any]:
+    return {"kernel": kernel, "case": case, "tflops": None, "density": None, "ms": ms, "sm_clock_mhz": 1980.0}
+
+
+def made_up_sliding_tiles_row() -> dict[str, Any]:
+    shape = benchmark.Shape(1, 69120, 12, 128)
+    around = [made_up_family_loop(shape, FA3, DENSE, 660.0), made_up_family_loop(shape, ATTENTION, DENSE, 690.0)]
+    windows = {"(3, 3, 3)": (640.0, 0.15), "(3, 3, 5)": (660.0, 0.25), "(3, 6, 10)": (690.0, 1.0)}
+    inner = [made_up_family_loop(shape, SLIDING_TILE_ATTENTION, case, *one) for case, one in windows.items()]
+    facts = {"canvas": (18, 48, 80), "tile": (6, 8, 8), "windows": list(windows)}
+    return sliding_tiles_row(shape.facts(), facts, [*around, *inner, *around], {})
+
+
+def made_up_video_sparse_row() -> dict[str, Any]:
+    shape = benchmark.Shape(1, 49152, 12, 128)
+    loops = [
+        made_up_family_loop(shape, FA3, DENSE, 665.0),
+        made_up_family_loop(shape, ATTENTION, DENSE, 688.0),
+        made_up_family_loop(shape, ATTENTION, RANDOM_BLOCKS, 565.0, 0.099),
+        made_up_family_loop(shape, ATTENTION, NEARBY_BLOCKS, 590.0, 0.099),
+    ]
+    maps = {case: {"density": 0.099, "union_over_row": 2.7} for case in (RANDOM_BLOCKS, NEARBY_BLOCKS)}
+    return video_sparse_row(shape.facts(), maps, loops, {})
+
+
+def made_up_selection_row() -> dict[str, Any]:
+    shape = benchmark.Shape(1, 92160, 40, 128)
+    stages = {MEANS: 0.9, CHOICE: 0.3, COARSE: 0.1, FINE: 26.0, WHOLE: 28.0}
+    loops = [made_up_stage(VIDEO_SPARSE_ATTENTION, case, ms) for case, ms in stages.items()]
+    loops.insert(2, made_up_stage(TOP_K_MAP, ALONE, 0.2))
+    return selection_row(shape.facts(), {"number": 1440, "kept": 144}, loops, {})
+
+
+WINDOW_FACTS = {"sink_size": 128, "recent_size": 256}
+
+
+def made_up_streaming_row(length: int) -> dict[str, Any]:
+    shape = benchmark.Shape(1, length, 32, 128)
+    density = 384 / length
+    loops = [
+        made_up_family_loop(shape, FA3, CAUSAL, 600.0, 0.5),
+        made_up_family_loop(shape, ATTENTION, CAUSAL, 610.0, 0.5),
+        made_up_family_loop(shape, STREAMING_ATTENTION, STREAMING, 400.0, density),
+    ]
+    eager = [made_up_family_loop(shape, STREAMING_ATTENTION, STREAMING, 300.0, density)] if length <= 8192 else []
+    return streaming_row(shape.facts(), WINDOW_FACTS, loops, eager, {})
+
+
+def made_up_mixed_heads_row(length: int) -> dict[str, Any]:
+    shape = benchmark.Shape(1, length, 32, 128)
+    loops = [
+        made_up_family_loop(shape, FA3, CAUSAL, 600.0, 0.5),
+        made_up_family_loop(shape, ATTENTION, ONE_LAUNCH, 560.0, 0.14),
+        made_up_family_loop(shape, ATTENTION, TWO_LAUNCHES, 530.0, 0.14),
+    ]
+    return mixed_heads_row(shape.facts(), {"full_heads": 8, **WINDOW_FACTS}, loops, {})
+
+
+def made_up_causal_row(length: int, head_dim: int) -> dict[str, Any]:
+    shape = benchmark.Shape(1, length, 16, head_dim)
+    loops = [
+        made_up_family_loop(shape, FA3, CAUSAL, 600.0, 0.5),
+        made_up_family_loop(shape, ATTENTION, CAUSAL, 612.0, 0.5),
+    ]
+    return causal_row(shape.facts(), loops, {})
+
+
+def made_up_sparse_families_record() -> dict[str, Any]:
+    attention = made_up_record()
+    facts = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
+    streaming = [made_up_streaming_row(2**power) for power in range(11, 17)]
+    return {
+        "command": "python benchmarks/sparse_families.py",
+        **{fact: attention[fact] for fact in facts},
+        "absent": {},
+        "failures": [],
+        "cublas": attention["cublas"],
+        SLIDING_TILES: [made_up_sliding_tiles_row()],
+        VIDEO_SPARSE: [made_up_video_sparse_row()],
+        SELECTION: [made_up_selection_row()],
+        STREAMING: streaming,
+        GROWTH: [growth_row(streaming)],
+        MIXED_HEADS: [made_up_mixed_heads_row(length) for length in (4096, 16384)],
+        CAUSAL: [made_up_causal_row(length, head_dim) for head_dim in (128, 64) for length in (4096, 32768)],
+        "wall_seconds": 150.0,
     }
