@@ -15,7 +15,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 .PHONY: demo
-demo: $(VENV)/demo.done ## Denoise a video with and without skipping; writes report/index.html
+demo: $(VENV)/demo.done ## Denoise a video with and without skipping, compare three families; writes report/index.html
 	$(BIN)/python examples/video_dit/demo.py
 
 .PHONY: test

@@ -164,7 +164,7 @@ def attention_table(record: dict[str, Any]) -> str:
 def _rate_lines(row: Row, kernel: str) -> Iterator[str]:
     """Dense attention, and each case of a kernel: a line of the table of rates."""
     dense, fa3 = (mean_of(row, name, DENSE, "tflops") for name in (ATTENTION, FA3))
-    yield f"| {row['shape']['name']}, dense | 100% | {_figure(dense, 0)} | {_figure(fa3, 0)} | | |"
+    yield f"| {row['shape']['name']}, dense | 100% | {_figure(dense, 0)} | | {_figure(fa3, 0)} | | |"
     loops = {loop["case"]: loop for loop in row["loops"] if loop["kernel"] == kernel and loop["case"] != DENSE}
     for case, loop in loops.items():
         value = mean_of(row, kernel, case, "tflops")
@@ -174,7 +174,9 @@ def _rate_lines(row: Row, kernel: str) -> Iterator[str]:
             if one["case"] == case
         )
         over_dense = _figure(quotient(value, dense), 3)
-        yield f"| {case} | {100 * loop['density']:.1f}% | {_figure(value, 0)} | | {over_dense} | {elsewhere} |"
+        burst = _figure(loop["tflops"] * loop["ms"] / loop["burst_ms"], 0)
+        kept = f"{100 * loop['density']:.1f}%"
+        yield f"| {case} | {kept} | {_figure(value, 0)} | {burst} | | {over_dense} | {elsewhere} |"
 
 
 def _streaming_lines(rows: list[Row]) -> list[str]:
@@ -225,8 +227,9 @@ def _selection(row: Row) -> str:
 def sparse_families_table(record: dict[str, Any]) -> str:
     """On a GPU: rates of sliding tiles and sparse blocks, times of streaming heads, and what measured them."""
     lines = [
-        f"| TFLOP/s over kept pairs | kept | lite_attention | {FA3} | rate / dense | measured elsewhere |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| TFLOP/s over kept pairs | kept | lite_attention | in a burst | {FA3} | rate / dense | elsewhere, "
+        "in a burst |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part, kernel in ((SLIDING_TILES, SLIDING_TILE_ATTENTION), (VIDEO_SPARSE, ATTENTION)):
         for row in record[part]:
@@ -365,6 +368,7 @@ TABLES = {
     "cpu_attention": cpu_attention_table,
     "video_dit_cpu": video_dit_table,
     "attention_h200": attention_table,
+    "sparse_families_h200": sparse_families_table,
     "video_dit_h200": video_dit_gpu_table,
     "whole_model_h200": whole_model_table,
 }

@@ -14,7 +14,7 @@ to the host: it is told to look at kernels only.
 import os
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read by torch when it first allocates
 
@@ -22,7 +22,16 @@ import torch
 from inputs import GPU, GPU_DTYPES, Case, check_attention, check_decisions, make_map, make_qkv, random_map
 from torch import Tensor
 
-from lite_attention import attention, merge_attention, pack_keep_map, reference, skip_attention
+from lite_attention import (
+    attention,
+    merge_attention,
+    pack_keep_map,
+    reference,
+    skip_attention,
+    tile_shape,
+    top_k_map,
+)
+from lite_attention.tiles import FINE_TILE_N, UNLIMITED
 
 # Of each instantiation once its own head dim and once a smaller one, padded with zeros.
 HEAD_DIMS = (64, 40, 128, 72, 256, 136)
@@ -45,9 +54,11 @@ class Launch(NamedTuple):
     record: bool = False
     must_keep: bool = False
     kv_lens: tuple[int, ...] | None = None
+    masked: bool = False  # causal, a window in every second head, and tiles of all lengths
+    fine: bool = False  # tiles of 64 keys
 
     def __str__(self) -> str:
-        marks = [name for name in ("record", "must_keep") if getattr(self, name)]
+        marks = [name for name in ("record", "must_keep", "masked", "fine") if getattr(self, name)]
         return " ".join(map(str, (self.case, self.dtype, self.keep or "dense", *marks, self.kv_lens or "")))
 
 
@@ -62,6 +73,9 @@ def launches() -> Iterator[Launch]:
             yield Launch(case, dtype, WALKS[index])
             yield Launch(case, dtype, WALKS[(index + 1) % len(WALKS)], record=True)
             yield Launch(grouped, dtype, WALKS[(index + 3) % len(WALKS)], True, must_keep=True, kv_lens=(0, 200))
+            yield Launch(grouped, dtype, kv_lens=(330, 129), masked=True)
+            yield Launch(grouped, dtype, kv_lens=(330, 129), masked=True, fine=True)
+            yield Launch(case, dtype, "random 50%", fine=True)
     # Several words a row, and walks of one row and one key.
     yield Launch(Case(query_len=200, kv_len=5000, head_dim=128), torch.bfloat16, "unequal densities", record=True)
     yield Launch(Case(query_len=1, kv_len=1), torch.bfloat16)
@@ -75,7 +89,14 @@ def on_gpu(tensor: Tensor | None) -> Tensor | None:
 def check_launch(launch: Launch) -> None:
     case = launch.case
     inputs = make_qkv(case, launch.dtype)
-    keep = None if launch.keep is None else make_map(launch.keep, case)
+    tile_n = FINE_TILE_N if launch.fine else None
+    if launch.keep is None:
+        keep = None
+    elif launch.fine:
+        keep = random_map(case, 0.5, tile_n=tile_n)
+    else:
+        keep = make_map(launch.keep, case)
+    masks = masks_of(case, tile_n) if launch.masked else {}
     must_keep = random_map(case, 0.2, 1, (1, case.heads, 1)) if launch.must_keep else None
     kv_lens = None if launch.kv_lens is None else torch.tensor(launch.kv_lens, dtype=torch.int32)
     threshold = torch.linspace(-3.0, 0.0, case.heads)
@@ -89,8 +110,31 @@ def check_launch(launch: Launch) -> None:
         visited = check_decisions(next_keep, *inputs[:2], keep, must_keep, kv_lens, threshold, case.scale)
         keep = pack_keep_map(visited)
     else:
-        out, lse = (x.cpu() for x in attention(q, k, v, keep=on_gpu(keep), kv_lens=on_gpu(kv_lens)))
+        causal = "bottom-right" if launch.masked else None
+        arguments = {name: on_gpu(mask) for name, mask in masks.items()}
+        results = attention(
+            q, k, v, keep=on_gpu(keep), kv_lens=on_gpu(kv_lens), tile_n=tile_n, causal=causal, **arguments
+        )
+        out, lse = (x.cpu() for x in results)
+        check_attention(out, lse, *inputs, keep, kv_lens, case.scale, tile_n=tile_n, causal=causal, **masks)
+        return
     check_attention(out, lse, *inputs, keep, kv_lens, case.scale)
+
+
+def masks_of(case: Case, tile_n: int | None) -> dict[str, Any]:
+    _, kv_tiles = case.tiles(tile_n=tile_n)
+    keys = tile_n or tile_shape(case.head_dim, torch.bfloat16)[1]
+    windows = [(20, 70) if head % 2 == 0 else (0, UNLIMITED) for head in range(case.heads)]
+    return {
+        "kv_tile_lens": (torch.arange(kv_tiles, dtype=torch.int32) * 37 + keys) % (keys + 1),
+        "head_windows": torch.tensor(windows, dtype=torch.int32),
+    }
+
+
+def check_top_k_map(dtype: torch.dtype) -> None:
+    for columns, count in ((1, 1), (77, 9), (1440, 144), (5000, 1)):
+        scores = torch.randn(2, 3, 5, columns).to(dtype).round(decimals=1)
+        assert torch.equal(top_k_map(scores.to(GPU), count).cpu(), reference.top_k_map(scores, count))
 
 
 def check_merge(dtype: torch.dtype) -> None:
@@ -111,7 +155,9 @@ def main() -> int:
     for dtype in (*GPU_DTYPES, torch.float32):
         print(f"merge {dtype}", flush=True)
         check_merge(dtype)
-        count += 1
+        print(f"top_k_map {dtype}", flush=True)
+        check_top_k_map(dtype)
+        count += 2
     print(f"{count} launches, all values right")
     return 0
 

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lite_attention import LiteAttention
+from lite_attention import LiteAttention, video_sparse_attn
+from lite_attention.video_tiles import VideoTiles
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "video_dit"
 sys.path.insert(0, str(EXAMPLE))
@@ -22,6 +25,7 @@ import report  # noqa: E402
 from data import MovingDigits, load_photos  # noqa: E402
 from emulated import EmulatedLiteAttention, tile_margins, visiting_order  # noqa: E402
 from evaluate import skipped_at  # noqa: E402
+from families import CUBE, RememberedTiles, SlidingTiles, TileChoice, TopBlocks, cubes_seen, make_windows  # noqa: E402
 from model import (  # noqa: E402
     SdpaAttention,
     VideoDiT,
@@ -268,6 +272,118 @@ def test_soft_density_has_a_gradient() -> None:
     assert q.grad.abs().sum() > 0
 
 
+# --- the families of tile choices ---
+
+GRID = (4, 8, 16)  # 1 x 2 x 4 cubes
+
+
+def windows_of(window: tuple[int, int, int], grid: tuple[int, int, int] = GRID, head_dim: int = 64) -> Any:
+    return make_windows(window, grid, head_dim, torch.float32, torch.device("cpu"))
+
+
+def random_qkv(batch: int = 2, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, batch, math.prod(GRID), heads, 64, generator=generator)
+    return q, k, v
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("grid", [(16, 16, 16), GRID])
+def test_the_model_lists_its_tokens_tile_by_tile(grid: tuple[int, int, int]) -> None:
+    assert torch.equal(block_order(grid), VideoTiles(grid, CUBE).order(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("family", ["sliding tiles", "top-k blocks"])
+@pytest.mark.parametrize("skipping", [True, False])
+def test_what_sees_everything_equals_the_dense_model(tiny: VideoDiT, family: str, skipping: bool) -> None:
+    arguments = (torch.randn(2, 3, 8, 32, 32), torch.tensor([0.7, 0.2]), torch.tensor([1, 10]))
+    expected = tiny(*arguments)
+    # switched off, even the smallest choice sees everything
+    window, count = ((2, 2, 2), 8) if skipping else ((1, 1, 1), 1)
+    windows = windows_of(window, TINY.grid(), TINY.head_dim)
+    choices = [SlidingTiles(windows) if family == "sliding tiles" else TopBlocks(count) for _ in tiny.blocks]
+    for choice in choices:
+        choice.skip(skipping)
+    tiny.use_attention(choices)
+    torch.testing.assert_close(tiny(*arguments), expected, atol=2e-5, rtol=1e-4)
+    for choice in choices:
+        used = choice.take_map()
+        assert used is None or bool(used.all())
+
+
+def test_sliding_tiles_see_the_cubes_of_their_window() -> None:
+    q, k, v = random_qkv()
+    _, y, x = (axis[block_order(GRID)] // 4 for axis in torch.unravel_index(torch.arange(math.prod(GRID)), GRID))
+    first = (x - 1).clamp(0, 1)[:, None]  # 3 of 4 cubes along x, moved inward at the borders; 1 of 2 along y
+    mask = (y[:, None] == y) & (x >= first) & (x < first + 3)
+    choice = SlidingTiles(windows_of((1, 1, 3)))
+    torch.testing.assert_close(choice(q, k, v), masked_attention(q, k, v, mask), atol=1e-5, rtol=1e-4)
+    used = choice.take_map()
+    assert used is not None
+    assert torch.equal(used[0, 0], mask[::64, ::64])
+
+
+def test_top_blocks_see_the_cubes_of_best_mean() -> None:
+    q, k, v = random_qkv()
+    means = [x.unflatten(1, (8, 64)).mean(2) for x in (q, k)]
+    best = torch.einsum("bihd,bjhd->bhij", *means).topk(3, dim=-1).indices
+    blocks = torch.zeros(2, 3, 8, 8, dtype=torch.bool).scatter_(-1, best, True)
+    mask = blocks.repeat_interleave(64, 2).repeat_interleave(64, 3)
+    choice = TopBlocks(3)
+    out = choice(q, k, v)
+    torch.testing.assert_close(out, masked_attention(q, k, v, mask), atol=1e-5, rtol=1e-4)
+    used = choice.take_map()
+    assert used is not None
+    assert torch.equal(used, blocks)
+
+
+def test_top_blocks_are_video_sparse_attention_with_a_closed_gate() -> None:
+    q, k, v = random_qkv()
+    sizes = torch.full((8,), 64, dtype=torch.int32)
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    expected = video_sparse_attn(query, key, value, sizes, 3, compress_attn_weight=torch.zeros_like(query))
+    torch.testing.assert_close(TopBlocks(3)(q, k, v), expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("window", "cubes"), [((1, 1, 1), 1), ((1, 1, 3), 3), ((1, 2, 1), 2), ((3, 3, 2), 6), ((9, 9, 9), 8)]
+)
+def test_a_window_and_top_blocks_of_its_size_compute_equally_many_tiles(
+    window: tuple[int, int, int], cubes: int
+) -> None:
+    windows = windows_of(window)
+    assert cubes_seen(windows) == cubes
+    choices: list[TileChoice] = [SlidingTiles(windows), TopBlocks(cubes_seen(windows))]
+    for choice in choices:
+        choice(*random_qkv())
+        used = choice.take_map()
+        assert used is not None
+        assert used.shape[-2:] == (8, 8)
+        assert (used.sum(-1) == cubes).all()
+
+
+def test_lite_attention_tells_what_it_read_not_what_it_wrote() -> None:
+    q, k, v = random_qkv()
+    k[:, 256:] = 0  # nothing to find there
+    choice = RememberedTiles(-0.1, batch=2)
+    used = []
+    for _ in range(3):
+        choice(q, k, v)
+        used.append(choice.take_map())
+    assert used[0] is None
+    assert used[1] is not None
+    assert used[2] is not None
+    assert used[1].shape == (2, 3, 8, 4)
+    assert used[2].sum() <= used[1].sum() < used[1].numel()
+    choice.skip(False)
+    choice(q, k, v)
+    assert choice.take_map() is None
+
+
 # --- measures and the committed study ---
 
 
@@ -320,11 +436,25 @@ def made_up_result(
     generator = torch.Generator().manual_seed(0)
     tokens = math.prod(grid)
     video = torch.rand(1, 3, grid[0], grid[1] * 4, grid[2] * 4, generator=generator)
-    dense = report.Run(None, video, torch.ones(steps, layers, heads), torch.full((steps, layers), 0.2), 2.0)
+    dense = report.Run(
+        video=video,
+        kept=torch.ones(steps, layers, heads),
+        attention_seconds=torch.full((steps, layers), 0.2),
+        total_seconds=2.0,
+    )
     kept = torch.ones(steps, layers, heads)
     kept[2:] = 0.5
     maps = [torch.rand(heads, tokens // 64, tokens // 128, generator=generator) < 0.5 for _ in range(layers)]
-    sparse = report.Run(-6.0, video * 0.99, kept, kept.mean(dim=2) * 0.21, 1.6, maps, [40.0], 0.01)
+    sparse = report.Run(
+        threshold=-6.0,
+        video=video * 0.99,
+        kept=kept,
+        attention_seconds=kept.mean(dim=2) * 0.21,
+        total_seconds=1.6,
+        last_maps=maps,
+        clip_psnr=[40.0],
+        relative_l2=0.01,
+    )
     options = {
         "steps": steps,
         "dense_first": 1,
@@ -337,12 +467,39 @@ def made_up_result(
     return report.Result([dense, sparse], options, {"device": "none"}, grid, None, 1.0)
 
 
+def made_up_comparison() -> report.Comparison:
+    """A dense run, and two of each family at densities 0.5 and 0.25; all over 4 steps."""
+    video = torch.rand(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(kept: float, quality: float, **setting: Any) -> report.Run:
+        share = torch.full((4, 2, 2), kept)
+        return report.Run(
+            **setting,
+            video=video,
+            kept=share,
+            attention_seconds=share.mean(dim=2) * 0.2,
+            total_seconds=1.0 + kept,
+            clip_psnr=[quality],
+            relative_l2=0.1,
+        )
+
+    dense = run(1.0, 99.0)
+    dense.clip_psnr = []
+    settings = [("threshold", -1.0, -9.0), ("window", (1, 2, 2), (1, 1, 2)), ("top_blocks", 4, 2)]
+    runs = [
+        run(kept, 20.0 + 10 * number + 20 * kept, **{name: value})
+        for number, (name, *values) in enumerate(settings)
+        for kept, value in zip((0.5, 0.25), values, strict=True)
+    ]
+    return report.Comparison([dense, *runs], steps=4, dense_first=1)
+
+
 def test_demo_writes_one_self_contained_report(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, picture = tmp_path / "deep" / "report.html", tmp_path / "picture.png"
     options = ["--weights", str(tiny_weights), "--out", str(out), "--picture", str(picture), "--steps", "4"]
-    options += ["--record", str(tmp_path / "record.json")]
+    options += ["--record", str(tmp_path / "record.json"), "--comparison-steps", "0"]
     code = demo.main([*options, "--dense-first", "1", "--thresholds", "-1", "-9", "--seeds", "4", "--device", "cpu"])
     assert code == 0
     printed = capsys.readouterr().out
@@ -362,12 +519,15 @@ def test_demo_writes_one_self_contained_report(
     assert loose["kept_by_step_and_layer"][1] == [1.0, 1.0]  # a dense step, then the one that writes the first map
     assert max(loose["kept_by_step_and_layer"][3]) < 1
     assert picture.stat().st_size > 10_000
+    assert "Three ways" not in page
+    assert "comparison" not in results
 
 
 def record_of(tiny_weights: Path, folder: Path, *options: str) -> dict[str, Any]:
     path = folder / "record.json"
     fixed = ["--weights", str(tiny_weights), "--out", str(folder / "report.html"), "--record", str(path)]
     fixed += ["--steps", "4", "--dense-first", "1", "--thresholds", "-1", "--device", "cpu"]
+    fixed += ["--comparison-steps", "0"]
     assert demo.main([*fixed, *options]) == 0
     return json.loads(path.read_text())
 
@@ -391,6 +551,85 @@ def test_demo_runs_in_half_precision(tiny_weights: Path, tmp_path: Path) -> None
     assert min(single["runs"][1]["psnr"], half["runs"][1]["psnr"]) > 60
 
 
+def test_demo_compares_the_families_at_equal_density(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "pictures" / "families.png"
+    options = ["--comparison-steps", "3", "--windows", "1x1x2", "1x2x2", "--comparison-picture", str(picture)]
+    record = record_of(tiny_weights, tmp_path, *options, "--thresholds", "-0.1", "-1", "-2")
+    comparison = record["comparison"]
+    assert (comparison["steps"], comparison["dense_first"]) == (3, 1)
+    dense, *others = comparison["runs"]
+    assert (dense["family"], dense["kept"], dense["psnr"]) == ("dense", 1.0, None)
+    found = [(run["family"], run["setting"]) for run in others]
+    assert found == [
+        ("LiteAttention", "threshold -0.1"),
+        ("LiteAttention", "threshold -2"),
+        ("sliding tiles", "window 1x1x2"),
+        ("sliding tiles", "window 1x2x2"),
+        ("top-k blocks", "top 2 blocks"),
+        ("top-k blocks", "top 4 blocks"),
+    ]
+    # one dense step, then 2 or 4 of 8 cubes
+    assert [run["kept"] for run in others[2:]] == pytest.approx([0.5, 2 / 3, 0.5, 2 / 3], abs=1e-5)
+    assert others[0]["kept"] < others[1]["kept"] < 1
+    for run in comparison["runs"]:
+        assert 0 < run["attention_seconds_per_step"] < run["step_seconds"]
+    for run in others:
+        assert 5 < run["psnr"] < 98
+    assert picture.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert re.search(r"sliding tiles +window 1x1x2 +50\.0%", printed)
+    assert re.search(r"top-k blocks +top 2 blocks +50\.0%", printed)
+    assert "Three ways to choose the tiles" in (tmp_path / "report.html").read_text()
+
+
+def test_comparison_is_written_from_its_figures(tmp_path: Path) -> None:
+    result = made_up_result()
+    report.write_html(result, tmp_path / "without.html")
+    result.comparison = made_up_comparison()
+    report.write_html(result, tmp_path / "with.html")
+    without, page = ((tmp_path / name).read_text() for name in ("without.html", "with.html"))
+    assert page.count("<svg") == without.count("<svg") + 1
+    assert "over 4 steps, the first 1 of them dense" in page
+    row = "<td>top-k blocks</td><td>top 2 blocks</td><td>25.0%</td><td>312 ms</td><td>1.60x</td>"
+    row += "<td>100 ms</td><td>4.00x</td><td>45.0 dB</td>"
+    assert row in page
+    assert row not in without
+    facts = report.facts(result)["comparison"]
+    assert [run["step_seconds"] for run in facts["runs"][:3]] == [0.5, 0.375, 0.3125]
+
+
+def test_comparison_draws_quality_against_time_one_line_a_family() -> None:
+    figure = report.comparison_figure(made_up_comparison())
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["LiteAttention"] == [[312.5, 25.0], [375.0, 30.0]]
+    assert lines["sliding tiles"] == [[312.5, 35.0], [375.0, 40.0]]
+    assert lines["top-k blocks"] == [[312.5, 45.0], [375.0, 50.0]]
+    assert figure.axes[0].get_xlabel().startswith("time of a whole step (ms)")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(texts) == ["25%"] * 3 + ["50%"] * 3 + ["dense"]
+
+
+def test_comparison_has_the_same_share_of_dense_steps() -> None:
+    def shorter(*options: str) -> tuple[int, int]:
+        args = demo.comparison_args(demo.parse_args(["--device", "cpu", *options]))
+        return args.steps, args.dense_first
+
+    assert shorter() == (5, 1)  # 3 of 20
+    assert shorter("--comparison-steps", "20") == (20, 3)
+    assert shorter("--steps", "4", "--dense-first", "2") == (4, 2)
+    assert shorter("--steps", "9", "--dense-first", "7", "--comparison-steps", "2") == (2, 0)  # one step has to skip
+
+
+def test_help_names_the_options_of_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    for option in ("--windows", "--comparison-steps", "--comparison-picture"):
+        assert option in printed
+
+
 def test_seeds_make_up_the_clips_of_a_pass() -> None:
     assert demo.parse_args(["--device", "cpu"]).seeds == [27]
     assert demo.parse_args(["--device", "cpu", "--clips", "4"]).seeds == [27, 0, 1, 2]
@@ -400,7 +639,7 @@ def test_seeds_make_up_the_clips_of_a_pass() -> None:
 @pytest.mark.gpu
 def test_demo_on_a_gpu_keeps_the_tiles_that_it_keeps_on_a_cpu(tmp_path: Path) -> None:
     options = ["--weights", str(EXAMPLE / "video_dit.safetensors"), "--out", str(tmp_path / "report.html")]
-    options += ["--steps", "6", "--dense-first", "1", "--thresholds", "-6", "--clips", "1"]
+    options += ["--steps", "6", "--dense-first", "1", "--thresholds", "-6", "--clips", "1", "--comparison-steps", "0"]
     kept = {}
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.json"
@@ -422,6 +661,10 @@ def test_demo_on_a_gpu_keeps_the_tiles_that_it_keeps_on_a_cpu(tmp_path: Path) ->
         (["--device", "tpu"], "--device"),
         (["--seeds", "-1"], "negative"),
         (["--threads", "0"], "at least 1"),
+        (["--windows", "3x3"], "time x height x width"),
+        (["--windows", "3x0x3"], "time x height x width"),
+        (["--comparison-steps", "1"], "at least 2"),
+        (["--comparison-picture", "p.png", "--comparison-steps", "0"], "nothing to show"),
     ],
 )
 def test_demo_refuses_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+Size = tuple[int, int, int]
+
 OPTIONS = ("steps", "dense_first", "guidance", "shift", "seeds", "clips", "thresholds")
 CLIPS_SHOWN = 4  # the page carries its videos inside it
 SCALE = 4  # screen pixels for one video pixel
@@ -49,7 +51,7 @@ STYLE: Any = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """One setting: its clips, what it skipped and how long it took.
 
@@ -57,10 +59,10 @@ class Run:
     `[steps, layers, heads]`, averaged over clips and guidance branches; attention_seconds `[steps, layers]`, summed
     over clips; last_maps each layer's keep map in the last step of the first clip, bool
     `[heads, query_tiles, kv_tiles]` of the conditional branch; clip_psnr each clip's PSNR against the dense one. Both
-    are empty for the dense run. threshold None is dense.
+    are empty for the dense run. Of the settings one is given: LiteAttention's threshold, the window of sliding tiles or
+    how many blocks top-k takes; for the dense run none.
     """
 
-    threshold: float | None
     video: Tensor
     kept: Tensor
     attention_seconds: Tensor
@@ -68,6 +70,21 @@ class Run:
     last_maps: list[Tensor] = field(default_factory=list)
     clip_psnr: list[float] = field(default_factory=list)
     relative_l2: float | None = None
+    threshold: float | None = None
+    window: Size | None = None
+    top_blocks: int | None = None
+
+    @property
+    def family(self) -> str:
+        if self.window is not None:
+            return "sliding tiles"
+        if self.top_blocks is not None:
+            return "top-k blocks"
+        return "dense" if self.threshold is None else "LiteAttention"
+
+    @property
+    def dense(self) -> bool:
+        return self.family == "dense"
 
     @property
     def psnr(self) -> float | None:
@@ -75,6 +92,10 @@ class Run:
 
     @property
     def name(self) -> str:
+        if self.window is not None:
+            return "window " + "x".join(map(str, self.window))
+        if self.top_blocks is not None:
+            return f"top {self.top_blocks} blocks"
         return "dense" if self.threshold is None else f"threshold {self.threshold:g}"
 
     @property
@@ -87,6 +108,22 @@ class Run:
 
 
 @dataclass
+class Comparison:
+    """The families over a denoising of their own; runs[0] is the dense one."""
+
+    runs: list[Run]
+    steps: int
+    dense_first: int
+
+    def families(self) -> dict[str, list[Run]]:
+        """The runs of each family but the dense one."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs[1:]:
+            found.setdefault(run.family, []).append(run)
+        return found
+
+
+@dataclass
 class Result:
     """Everything the report shows; runs[0] is the dense one."""
 
@@ -96,6 +133,7 @@ class Result:
     grid: tuple[int, int, int]
     curve: dict[str, Any] | None
     seconds: float
+    comparison: Comparison | None = None
 
 
 class Progress:
@@ -145,9 +183,45 @@ def rows(result: Result) -> list[list[str]]:
     return lines
 
 
+def comparison_rows(comparison: Comparison) -> list[list[str]]:
+    """The cells of the comparison's table, header first."""
+    dense = comparison.runs[0]
+    lines = [["family", "setting", "tiles computed", "a step", "speed-up", "attention", "speed-up", "PSNR"]]
+    for run in comparison.runs:
+        lines.append(
+            [
+                run.family,
+                "" if run.dense else run.name,
+                f"{run.kept_share:.1%}",
+                duration(run.total_seconds / comparison.steps),
+                f"{dense.total_seconds / run.total_seconds:.2f}x",
+                duration(run.attention_total / comparison.steps),
+                f"{dense.attention_total / run.attention_total:.2f}x",
+                "" if run.psnr is None else "equal" if run.psnr >= 98.9 else f"{run.psnr:.1f} dB",
+            ]
+        )
+    return lines
+
+
+def comparison_sentence(comparison: Comparison) -> str:
+    """In words: what the families had in common."""
+    return (
+        f"The families compared over {comparison.steps} steps, the first {comparison.dense_first} of them dense; "
+        "tiles, times and PSNR are those of this short denoising."
+    )
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The comparison as aligned text."""
+    return _aligned(comparison_rows(comparison))
+
+
 def table(result: Result) -> str:
     """The results as aligned text."""
-    cells = rows(result)
+    return _aligned(rows(result))
+
+
+def _aligned(cells: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -356,6 +430,42 @@ def write_picture(result: Result, path: Path) -> None:
         plt.close(figure)
 
 
+def _draw_comparison(axes: Axes, comparison: Comparison) -> None:
+    dense_seconds = comparison.runs[0].total_seconds / comparison.steps
+    unit, per_second = ("s", 1) if dense_seconds >= 1 else ("ms", 1000)
+    dense = per_second * dense_seconds
+    for (family, runs), colour in zip(comparison.families().items(), COLOURS, strict=False):
+        ordered = sorted(runs, key=lambda run: run.kept_share)
+        times = [per_second * run.total_seconds / comparison.steps for run in ordered]
+        quality = [min(run.psnr or 0.0, 60.0) for run in ordered]
+        axes.plot(times, quality, "o-", color=colour, markersize=6, linewidth=1.4, label=family)
+        for run, x, y in zip(ordered, times, quality, strict=True):
+            axes.annotate(f"{run.kept_share:.0%}", (x, y), (5, -11), textcoords="offset points", fontsize=8,
+                          color=colour)  # fmt: skip
+    axes.axvline(dense, color=MUTED, linewidth=0.8)
+    axes.annotate("dense", (dense, 1.0), (-4, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  ha="right", fontsize=8, color=MUTED)  # fmt: skip
+    axes.set_xlabel(f"time of a whole step ({unit}), mean over the run")
+    axes.set_ylabel("PSNR against dense (dB)")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Quality against time, one line a family; at each point the share of tiles computed."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    _draw_comparison(axes, comparison)
+    return figure
+
+
+def write_comparison_picture(comparison: Comparison, path: Path) -> None:
+    """The comparison's plot as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure = comparison_figure(comparison)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 CSS = """
@@ -385,8 +495,8 @@ dd{margin:0;overflow-wrap:anywhere}code{background:#f5f5f4;padding:1px 5px;borde
 """
 
 
-def _table_html(result: Result) -> str:
-    header, *body = rows(result)
+def _table_html(cells: list[list[str]]) -> str:
+    header, *body = cells
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -435,7 +545,41 @@ def facts(result: Result) -> dict[str, Any]:
                 "kept_by_step_and_layer": [[round(x, 4) for x in step] for step in run.kept.mean(dim=2).tolist()],
             }
         )
-    return {"options": result.options, "environment": result.environment, "seconds": result.seconds, "runs": runs}
+    found = {"options": result.options, "environment": result.environment, "seconds": result.seconds, "runs": runs}
+    return found if result.comparison is None else {**found, "comparison": comparison_facts(result.comparison)}
+
+
+def comparison_facts(comparison: Comparison) -> dict[str, Any]:
+    """The figures of the comparison, as plain numbers."""
+    runs = [
+        {
+            "family": run.family,
+            "setting": run.name,
+            "kept": round(run.kept_share, 5),
+            "step_seconds": round(run.total_seconds / comparison.steps, 6),
+            "attention_seconds_per_step": round(run.attention_total / comparison.steps, 6),
+            "psnr": run.psnr,
+            "psnr_worst": min(run.clip_psnr, default=None),
+            "relative_l2": run.relative_l2,
+        }
+        for run in comparison.runs
+    ]
+    return {"steps": comparison.steps, "dense_first": comparison.dense_first, "runs": runs}
+
+
+def _comparison_html(comparison: Comparison) -> str:
+    return f"""
+<h2>Three ways to choose the tiles</h2>
+<p>LiteAttention remembers what an earlier step found not to matter; sliding tiles give every cube of 64 tokens one
+fixed window of cubes around it; top-k blocks choose anew in every pass, for each cube of queries, the cubes whose mean
+key suits its mean query best. {html.escape(comparison_sentence(comparison))}</p>
+<div class="panel">{_svg(comparison_figure(comparison))}</div>
+<div class="panel">{_table_html(comparison_rows(comparison))}</div>
+<p class="small">At each point, the share of tiles computed over the whole run. Each window has a top-k run that
+computes exactly as many tiles, of 64 by 64; LiteAttention's are 64 by 128 and their share follows from the threshold.
+Its step after the dense ones computes everything, which weighs more in a short run. LiteAttention's rule had a part in
+the loss that trained this model, windows and top-k had none; and all heads have the same window, where the method's
+authors search one for each.</p>"""
 
 
 def write_html(result: Result, path: Path) -> None:
@@ -474,6 +618,7 @@ One row is a query tile, a cube of 4 frames by 16 by 16 pixels; one column is a 
 <p>The same three heads in the picture: what the cube with the orange frame still looks at, in its own frames and in
 the others. Pale regions are skipped.</p>
 <div class="panel">{reach_figure(middle, grid)}</div>"""
+        comparison = "" if result.comparison is None else _comparison_html(result.comparison)
     environment = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in result.environment.items())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -485,7 +630,7 @@ an earlier step found not to matter.</p>
 <div class="cards">{"".join(f'<div class="card"><b>{big}</b><span>{text}</span></div>' for big, text in cards)}</div>
 {_videos_html(result)}
 <h2>What it costs and what it saves</h2>
-<div class="panel">{_table_html(result)}</div>
+<div class="panel">{_table_html(rows(result))}</div>
 <p class="small">Tiles kept: mean over all steps, layers, heads and guidance branches. The first {dense_steps} steps
 are dense, and the step after them still computes everything because it only writes the first map. 'All of it' includes
 the linear layers, which skipping does not touch. PSNR and relative L2 compare with the dense video.</p>
@@ -495,7 +640,7 @@ is {spent / kept:.2f} times the proportional one.</p>
 <div class="two"><div class="panel">{time_picture}</div><div class="panel">{quality_picture}</div></div>
 <p class="small">Left: every attention pass of this run. Right: large dots are this run, of {len(options["seeds"])}
 clip(s).{study}</p>
-<h2>Where it skips</h2>
+{comparison}<h2>Where it skips</h2>
 <p>Each step can only drop more: the maps carry over from step to step. Bright is dense.</p>
 <div class="panel">{kept_picture}</div>{maps}
 <h2>How this was made</h2>

@@ -107,11 +107,14 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
 
     const auto mask = [&](auto per_visit, auto& scores) {
       if constexpr (per_visit && kMasksVisits) {
-        const int keys = shared.k_how[ring.stage] >> kKeysShift & kKeysMask;
+        // Read by the lane that hands the stage back, as in `visits`.
+        const int keys =
+            __shfl_sync(0xffffffffu, lane == 0 ? shared.k_how[ring.stage] >> kKeysShift & kKeysMask : 0, 0);
+        const int tile = __shfl_sync(0xffffffffu, lane == 0 ? shared.k_tile[ring.stage] : 0, 0);
         if (params.forward.token_mask.given()) {
           const WorkItemMasks& masks = shared.work_masks[work.stage];
-          mask_tokens(scores, keys, shared.k_tile[ring.stage] * Config::kTileN,
-                      masks.first_position + first_row_of_thread(item, warpgroup), masks.window);
+          mask_tokens(scores, keys, tile * Config::kTileN, masks.first_position + first_row_of_thread(item, warpgroup),
+                      masks.window);
         } else {
           mask_keys(scores, keys);
         }
@@ -139,7 +142,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     // Whether this warpgroup visits the tile in the ring's stage. Waits for its K.
     const auto visits = [&](auto per_visit) {
       barrier_wait(&shared.k_full[ring.stage], ring.phase);
-      if constexpr (per_visit) {
+      if constexpr (per_visit && Config::kWarpgroups > 1) {
         // Read by the lane that hands the stage back, so that the one comes before the other.
         return __any_sync(0xffffffffu, lane == 0 && (shared.k_how[ring.stage] >> warpgroup & 1)) != 0;
       } else {

@@ -116,7 +116,7 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
     for (int tile = 0; tile < kMaxGroupTiles; ++tile) {
       if (tile >= group_tiles) break;
       const int64_t query_tile = first_query_tile + tile;
-      uint32_t mine = 0;
+      uint32_t mine = 0, mine_masked = 0;
       if (query_tile < query_tiles) {
         const uint32_t keep =
             forward.keep.words == nullptr ? ~0u : word_of(forward.keep, batch, head, query_tile, word);
@@ -126,7 +126,7 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
         if (params.workspace.masked != nullptr) {
           const uint32_t cut = mine & (lengths.partial | ~tiles_of_rows.whole);
           masks_visits |= cut != 0;
-          masked[word * group_tiles + tile] = cut | (last_is_partial ? mine & last_existing : 0u);
+          mine_masked = cut | (last_is_partial ? mine & last_existing : 0u);
         }
         differ |= tile > 0 && mine != first_row;
         if (tile == 0) first_row = mine;
@@ -138,6 +138,7 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
         }
       }
       visited[word * group_tiles + tile] = mine;
+      if (params.workspace.masked != nullptr) masked[word * group_tiles + tile] = mine_masked;
       any |= mine;
     }
     tiles += __popc(any);
