@@ -4,7 +4,7 @@ Writes DIR/sparse_families_GPU.json (sparse_families_h200.json on an H200), anew
 is stopped keeps what it measured. bf16, batch 1, random normal inputs, drawn anew for every block. Rates count kept
 (query, key) pairs alone: TFLOP/s = 4 * D * pairs / time. Every result is compared on some rows with an fp64 reference
 that knows the mask by its rule (mask_rules.py) before it is timed. Times are means of loops of about a second
-(sustained.py), FlashAttention-3 and our dense call before and after the others of a block. About three minutes.
+(sustained.py), FlashAttention-3 and our dense call before and after the others of a block. About two minutes.
 
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
 """
