@@ -30,7 +30,9 @@ struct Config {
   static constexpr int kTileN = kTile.tile_n;
   static constexpr int kWarpgroups = kTile.visit_rows / kTileM;  // consumers; one more produces
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
-  static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;  // on one multiprocessor
+  // On one multiprocessor. A second one works while the only consumer of the first waits.
+  static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;
+  // As many as shared memory holds.
   static constexpr int kStages = kWarpgroups == 1 ? (kHeadDim <= 64 ? 6 : 3) : kHeadDim <= 64 ? 4 : 2;
   static constexpr int kWorkSlots = 2;
   static constexpr int kVisits = 16;  // how far the reading of the map may be ahead of the loads
