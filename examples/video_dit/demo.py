@@ -256,7 +256,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--windows",
         type=window_size,
         nargs="+",
-        default=[(4, 3, 3), (4, 4, 1), (3, 3, 1)],
+        default=[(4, 3, 3), (3, 3, 3), (4, 4, 1)],
         metavar="TxHxW",
         help="sliding windows of the comparison, in cubes of 4 x 4 x 4 tokens; top-k takes as many cubes as each has",
     )
