@@ -1,0 +1,246 @@
+"""Exchanges of tokens and heads between the ranks of a DeviceMesh, as functional collectives.
+
+They are torch's own ``_c10d_functional`` operators (NCCL on GPUs, gloo on CPUs): a compiled forward traces them, a CUDA
+graph captures them, gradients flow through them. What a forward needs to know of a mesh is constants, so the mesh is
+read once, by :func:`sequence_mesh`.
+
+Tokens are split into equally long shards, the last ones padded with zeros. On a mesh with the dimensions "ring" and
+"ulysses" the rank at (r, u) holds shard ``r * ulysses + u``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lite_attention.keep_map import ceil_div
+
+__all__ = [
+    "HeadExchange",
+    "RankGroup",
+    "SequenceMesh",
+    "all_gather",
+    "all_reduce",
+    "gather_heads",
+    "gather_sequence",
+    "scatter_heads",
+    "sequence_mesh",
+    "shard_sequence",
+    "start_shift",
+    "wait",
+]
+
+RING = "ring"
+ULYSSES = "ulysses"
+
+_COLLECTIVES = torch.ops._c10d_functional
+
+
+class RankGroup(NamedTuple):
+    """The ranks along one dimension of a mesh, and which of them this process is."""
+
+    name: str
+    """torch's name of the process group; empty for a group of one."""
+    size: int
+    rank: int
+
+
+class SequenceMesh(NamedTuple):
+    """Which ranks share a sequence: along ``ring`` they hold blocks of keys, along ``ulysses`` heads."""
+
+    ring: RankGroup
+    ulysses: RankGroup
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, which is the number of shards."""
+        return self.ring.size * self.ulysses.size
+
+    @property
+    def shard(self) -> int:
+        """Which shard of the sequence this rank holds."""
+        return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+
+def sequence_mesh(mesh: DeviceMesh, name: str) -> SequenceMesh:
+    """What attention needs to know of ``mesh``, whose dimensions are named "ring" and "ulysses" or one of the two.
+
+    Args:
+        mesh: of the ranks that share one sequence. A missing dimension counts as one of size 1.
+        name: begins the text of errors.
+
+    Raises:
+        TypeError, ValueError: ``mesh`` is no such mesh, or this process is not in it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"{name}: mesh has type {type(mesh).__name__}, expected a DeviceMesh")
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= {RING, ULYSSES}:
+        raise ValueError(
+            f"{name}: mesh has dimensions named {', '.join(map(repr, names)) or 'nothing'}, expected 'ring', 'ulysses' "
+            "or both. Of a larger mesh, pass mesh['ring', 'ulysses']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name}: mesh does not contain this process, expected a mesh that does")
+
+    def group(dim: str) -> RankGroup:
+        if dim not in names or mesh.size(names.index(dim)) == 1:
+            return RankGroup("", 1, 0)
+        members = mesh.get_group(dim)
+        return RankGroup(members.group_name, members.size(), mesh.get_local_rank(dim))
+
+    return SequenceMesh(group(RING), group(ULYSSES))
+
+
+class HeadExchange(NamedTuple):
+    """Ulysses: from a shard of the tokens with all heads to all tokens with some of the heads, and back.
+
+    ``start_...`` returns at once; work between it and ``finish_...`` overlaps the transfer.
+    """
+
+    group: RankGroup
+    parts: tuple[tuple[int, int], ...]
+    """(start, end) of the heads that each rank gets."""
+
+    def start_scatter(self, x: Tensor) -> Tensor:
+        """Begin to send heads ``parts[rank]`` of ``x``, ``[B, S_local, H, D]``, to each rank."""
+        if self.group.size == 1:
+            return x[:, :, slice(*self.parts[0])]
+        pieces = [x[:, :, start:end] for start, end in self.parts]
+        per_head = x.shape[0] * x.shape[1] * x.shape[3]
+        sent = [(end - start) * per_head for start, end in self.parts]
+        # One pass over x where all parts are equal; unequal ones are made contiguous first.
+        packed = torch.stack(pieces).view(-1) if len(set(sent)) == 1 else torch.cat([p.flatten() for p in pieces])
+        received = [sent[self.group.rank]] * self.group.size
+        return _all_to_all(packed, received, sent, self.group)
+
+    def finish_scatter(self, flight: Tensor, like: Tensor) -> Tensor:
+        """What was received, ``[B, ranks * S_local, heads, D]``; ``like`` is the x that was sent."""
+        if self.group.size == 1:
+            return flight
+        batch, local, _, head_dim = like.shape
+        start, end = self.parts[self.group.rank]
+        shards = wait(flight).view(self.group.size, batch, local, end - start, head_dim)
+        return shards.transpose(0, 1).flatten(1, 2)  # a view where there is one batch entry
+
+    def start_gather(self, x: Tensor) -> Tensor:
+        """Begin to send each rank its tokens of ``x``, ``[B, ranks * S_local, heads, D]``."""
+        if self.group.size == 1:
+            return x
+        ranks = self.group.size
+        local = x.shape[1] // ranks
+        per_head = x.shape[0] * local * x.shape[3]
+        received = [(end - start) * per_head for start, end in self.parts]
+        packed = x.unflatten(1, (ranks, local)).transpose(0, 1).contiguous().view(-1)
+        return _all_to_all(packed, received, [received[self.group.rank]] * ranks, self.group)
+
+    def finish_gather(self, flight: Tensor, like: Tensor) -> list[Tensor]:
+        """The heads of each rank, ``[B, S_local, heads of that rank, D]``; ``like`` is the x that was sent."""
+        if self.group.size == 1:
+            return [flight]
+        batch, tokens, _, head_dim = like.shape
+        local = tokens // self.group.size
+        counts = [end - start for start, end in self.parts]
+        pieces = wait(flight).split([count * batch * local * head_dim for count in counts])
+        return [piece.view(batch, local, count, head_dim) for piece, count in zip(pieces, counts, strict=True)]
+
+
+def _even_exchange(heads: int, group: RankGroup, name: str) -> HeadExchange:
+    if heads % group.size != 0:
+        raise ValueError(f"{name}: x has {heads} heads, expected a multiple of the {group.size} ranks of the group")
+    share = heads // group.size
+    return HeadExchange(group, tuple((rank * share, (rank + 1) * share) for rank in range(group.size)))
+
+
+def scatter_heads(x: Tensor, group: RankGroup) -> Tensor:
+    """All tokens of this rank's share of the heads, from this rank's tokens of all heads.
+
+    Args:
+        x: ``[B, S_local, H, D]``, on every rank of the same shape; H is a multiple of the ranks.
+        group: the ranks.
+
+    Returns:
+        ``[B, ranks * S_local, H / ranks, D]``.
+
+    Raises:
+        ValueError: H does not divide evenly.
+    """
+    exchange = _even_exchange(x.shape[2], group, "scatter_heads")
+    return exchange.finish_scatter(exchange.start_scatter(x), x)
+
+
+def gather_heads(x: Tensor, group: RankGroup) -> Tensor:
+    """All heads of this rank's tokens, from all tokens of its share of the heads: the inverse of scatter_heads.
+
+    Args:
+        x: ``[B, ranks * S_local, H / ranks, D]``, on every rank of the same shape.
+        group: the ranks.
+
+    Returns:
+        ``[B, S_local, H, D]``.
+
+    Raises:
+        ValueError: the tokens do not divide evenly.
+    """
+    if x.shape[1] % group.size != 0:
+        raise ValueError(f"gather_heads: x has {x.shape[1]} tokens, expected a multiple of the {group.size} ranks")
+    if group.size == 1:
+        return x
+    exchange = _even_exchange(x.shape[2] * group.size, group, "gather_heads")
+    return torch.cat(exchange.finish_gather(exchange.start_gather(x), x), 2)
+
+
+def start_shift(x: Tensor, group: RankGroup) -> Tensor:
+    """Begin to send ``x`` to the next rank of a ring and to receive the previous rank's; :func:`wait` completes it."""
+    before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
+    elements = x.numel()
+    received = [elements if rank == before else 0 for rank in range(group.size)]
+    sent = [elements if rank == after else 0 for rank in range(group.size)]
+    return _all_to_all(x.contiguous().view(-1), received, sent, group).view(x.shape)
+
+
+def all_gather(x: Tensor, group: RankGroup, dim: int) -> Tensor:
+    """The ranks' tensors, concatenated along ``dim`` in the order of the ranks. All have the same shape."""
+    if group.size == 1:
+        return x
+    gathered = wait(_COLLECTIVES.all_gather_into_tensor(x.contiguous(), group.size, group.name))
+    return gathered if dim == 0 else torch.cat(gathered.chunk(group.size), dim)
+
+
+def all_reduce(x: Tensor, group: RankGroup) -> Tensor:
+    """The sum of the ranks' tensors."""
+    return x if group.size == 1 else wait(_COLLECTIVES.all_reduce(x, "sum", group.name))
+
+
+def wait(flight: Tensor) -> Tensor:
+    """A tensor whose transfer was begun, once it is there: the current stream waits, not the host."""
+    arrived: Tensor = _COLLECTIVES.wait_tensor(flight)
+    return arrived
+
+
+def shard_sequence(x: Tensor, mesh: SequenceMesh, dim: int = 1) -> Tensor:
+    """The shard of this rank of a tensor that every rank has, padded with zeros so that all shards are equally long."""
+    local = ceil_div(x.shape[dim], mesh.ranks)
+    start = min(mesh.shard * local, x.shape[dim])
+    shard = x.narrow(dim, start, min(local, x.shape[dim] - start))
+    missing = local - shard.shape[dim]
+    if missing == 0:
+        return shard
+    return F.pad(shard, [0, 0] * (x.dim() - 1 - dim % x.dim()) + [0, missing])
+
+
+def gather_sequence(x: Tensor, mesh: SequenceMesh, seq_len: int | None = None, dim: int = 1) -> Tensor:
+    """All shards of a sequence, on every rank, without the padding at and past ``seq_len``."""
+    whole = all_gather(all_gather(x, mesh.ulysses, dim), mesh.ring, dim)
+    return whole if seq_len is None else whole.narrow(dim, 0, seq_len)
+
+
+def _all_to_all(packed: Tensor, received: Sequence[int], sent: Sequence[int], group: RankGroup) -> Tensor:
+    """Begin to exchange pieces of a flat tensor; sizes in elements."""
+    flight: Tensor = _COLLECTIVES.all_to_all_single(packed, list(received), list(sent), group.name)
+    return flight
