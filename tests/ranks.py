@@ -17,7 +17,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,10 @@ def run_on_ranks(
 class RankPool:
     """So many processes of one group."""
 
-    def __init__(self, world_size: int, device: str, collective_timeout: float = 60.0) -> None:
-        spawn = multiprocessing.get_context("spawn")
+    def __init__(self, world_size: int, device: str) -> None:
+        # Forked from a process that has imported what takes longest, and done nothing else.
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["torch.distributed", "lite_attention"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._stacks = [Path(self._folder.name) / f"stacks-{rank}.txt" for rank in range(world_size)]
         with contextlib.closing(socket.socket()) as probe:
@@ -65,9 +66,9 @@ class RankPool:
             port = probe.getsockname()[1]
         self._pipes, self._processes = [], []
         for rank in range(world_size):
-            ours, theirs = spawn.Pipe()
-            settings = (rank, world_size, port, device, collective_timeout, str(self._stacks[rank]))
-            process = spawn.Process(target=_serve, args=(theirs, *settings), daemon=True)
+            ours, theirs = server.Pipe()
+            settings = (rank, world_size, port, device, str(self._stacks[rank]))
+            process = server.Process(target=_serve, args=(theirs, *settings), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -101,7 +102,7 @@ class RankPool:
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                 try:
                     answers[rank] = waiting.pop(rank).recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = "error", f"the process ended with exit code {self._exit_code(rank)}"
                 if answers[rank][0] == "error":
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -145,9 +146,7 @@ def _close_pools() -> None:
         pool.close()
 
 
-def _serve(
-    pipe: Any, rank: int, world_size: int, port: int, device: str, collective_timeout: float, stacks: str
-) -> None:
+def _serve(pipe: Any, rank: int, world_size: int, port: int, device: str, stacks: str) -> None:
     """What each process runs until the pool is closed."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -158,7 +157,6 @@ def _serve(
         BACKENDS[device],
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=collective_timeout),
         device_id=torch.device(device, rank) if device == "cuda" else None,
     )
     with open(stacks, "w") as file:

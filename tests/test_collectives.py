@@ -8,13 +8,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from lite_attention.collectives import (
     HeadExchange,
     all_gather,
+    finish_shift,
     gather_heads,
     gather_sequence,
     scatter_heads,
     sequence_mesh,
     shard_sequence,
     start_shift,
-    wait,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -77,7 +77,7 @@ def test_shards_are_equally_long_and_gather_to_the_sequence(tokens: int) -> None
 def _shift_and_gather(device: str) -> tuple[list[float], list[float], list[float]]:
     mesh = sequence_mesh(mesh_of(device, 4, 1), "test")
     own = torch.full((1, 2), float(mesh.ring.rank), device=device)
-    shifted = wait(start_shift(own, mesh.ring))
+    shifted = finish_shift(start_shift(own, mesh.ring), own)
     along_0, along_1 = (all_gather(own, mesh.ring, dim) for dim in (0, 1))
     return shifted.flatten().tolist(), along_0[:, 0].tolist(), along_1.flatten().tolist()
 

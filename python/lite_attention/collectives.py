@@ -26,6 +26,7 @@ __all__ = [
     "SequenceMesh",
     "all_gather",
     "all_reduce",
+    "finish_shift",
     "gather_heads",
     "gather_sequence",
     "scatter_heads",
@@ -196,12 +197,17 @@ def gather_heads(x: Tensor, group: RankGroup) -> Tensor:
 
 
 def start_shift(x: Tensor, group: RankGroup) -> Tensor:
-    """Begin to send ``x`` to the next rank of a ring and to receive the previous rank's; :func:`wait` completes it."""
+    """Begin to send ``x`` to the next rank of a ring and to receive what the previous rank sends."""
     before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
     elements = x.numel()
     received = [elements if rank == before else 0 for rank in range(group.size)]
     sent = [elements if rank == after else 0 for rank in range(group.size)]
-    return _all_to_all(x.contiguous().view(-1), received, sent, group).view(x.shape)
+    return _all_to_all(x.contiguous().view(-1), received, sent, group)
+
+
+def finish_shift(flight: Tensor, like: Tensor) -> Tensor:
+    """What the previous rank sent; ``like`` is what this rank sent, of the same shape."""
+    return wait(flight).view(like.shape)
 
 
 def all_gather(x: Tensor, group: RankGroup, dim: int) -> Tensor:

@@ -388,6 +388,10 @@ class LiteAttention(nn.Module):
             for slot in self._all_slots():
                 slot.empty(device)
 
+    def checked_threshold(self, threshold: Threshold) -> float | tuple[float, ...]:
+        """What :attr:`threshold` would be after ``set_threshold``, which raises the same errors."""
+        return _checked_threshold(threshold, self._allow_positive_threshold)
+
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
 
@@ -397,7 +401,7 @@ class LiteAttention(nn.Module):
         Raises:
             TypeError, ValueError: not numbers, NaN, or above 0 without ``LITE_ATTENTION_DEBUG``.
         """
-        values = _checked_threshold(threshold, self._allow_positive_threshold)
+        values = self.checked_threshold(threshold)
         if isinstance(values, float) and self._threshold.dim() == 0:
             self._threshold.fill_(values)
         else:
@@ -498,6 +502,19 @@ class LiteAttention(nn.Module):
         branch = resolved_branch(branch, "tile_shape")
         _, shape = self._last_map(branch, "tile_shape")
         return tiles.tile_shape(shape.head_dim, shape.dtype)
+
+    def used_branches(self) -> list[int]:
+        """Branches that have had a skipping pass. Waits for the device."""
+        return [branch for branch, live in enumerate(self._live.tolist()) if live != 0]
+
+    def query_heads_per_key(self, branch: int | None = None) -> int:
+        """How many query heads shared a key head in the branch's latest pass. Waits for the device.
+
+        Raises:
+            RuntimeError: the branch has not run yet.
+        """
+        _, shape = self._last_map(resolved_branch(branch, "query_heads_per_key"), "query_heads_per_key")
+        return shape.heads // shape.kv_heads
 
     def _last_map(self, branch: int, name: str) -> tuple[_MapSlot, _Shape]:
         """The slot and shape of the branch's latest pass, whether its map still counts or was reset."""

@@ -1,0 +1,447 @@
+"""LiteAttention over a sequence that is shared by the ranks of a DeviceMesh: Ulysses, ring attention, or both.
+
+Along the mesh's dimension "ulysses" ranks exchange tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509): each sees
+the keys of all of them for its share of the heads, so its decisions are those of one GPU, bit for bit. Along "ring" the
+keys travel (Ring Attention, arXiv 2310.01889) while the queries stay; the partial results are merged by their softmax
+denominators. With both (USP, arXiv 2405.07719) keys travel between groups that have exchanged heads.
+
+Skip state belongs to a split of the keys, whichever step of the ring it arrives in. Each split starts with a running
+maximum of its own, so that a decision depends on the split alone and not on the order of arrival.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lite_attention.collectives import (
+    HeadExchange,
+    all_gather,
+    all_reduce,
+    finish_shift,
+    sequence_mesh,
+    start_shift,
+)
+from lite_attention.functional import merge_attention
+from lite_attention.head_balance import assign_heads, imbalance
+from lite_attention.keep_map import parse_ranges
+from lite_attention.modules import LiteAttention, Ranges, SeqParallelLiteAttention, Threshold
+
+__all__ = ["DistributedLiteAttention", "HeadBalance"]
+
+_NAME = "DistributedLiteAttention"
+
+# Ranks that wait less than this share of the time for the slowest one keep their heads.
+IMBALANCE_WORTH_MOVING = 0.05
+
+_WholeRanges = list[tuple[int, int]] | Tensor | None
+
+
+class HeadBalance(NamedTuple):
+    """Tiles that the busiest rank computes, over the mean of the ranks, minus 1."""
+
+    before: float
+    after: float
+
+
+class DistributedLiteAttention(nn.Module):
+    """:class:`lite_attention.LiteAttention` whose tokens lie on several ranks.
+
+    Every rank calls it with its shard of the tokens, at the same time and with the same other arguments, and gets the
+    shard's result. Shards are equally long (:func:`lite_attention.collectives.shard_sequence`).
+
+    Args:
+        mesh: the ranks that share a sequence; its dimensions are named "ring" and "ulysses", or one of the two. The
+            rank at (r, u) holds shard ``r * ulysses + u``.
+        enable_skipping, threshold, max_batch_size: as for LiteAttention; a threshold for each head names the heads of
+            the whole model.
+        head_chunks: in how many turns a rank computes its heads. With more than one, the exchange of one turn's heads
+            overlaps the attention of another's.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+    """
+
+    _head_order: Tensor | None
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        enable_skipping: bool = True,
+        threshold: Threshold = -10.0,
+        max_batch_size: int = 4,
+        *,
+        head_chunks: int = 1,
+    ) -> None:
+        super().__init__()
+        self.mesh = sequence_mesh(mesh, _NAME)
+        if isinstance(head_chunks, bool) or not isinstance(head_chunks, int):
+            raise TypeError(f"{_NAME}: head_chunks has type {type(head_chunks).__name__}, expected an int")
+        if head_chunks < 1:
+            raise ValueError(f"{_NAME}: head_chunks is {head_chunks}, expected at least 1")
+        self.head_chunks = head_chunks
+        # One state for each split of the keys and each chunk of this rank's heads.
+        self.states = SeqParallelLiteAttention(
+            self.mesh.ring.size * head_chunks, enable_skipping, max_batch_size=max_batch_size
+        )
+        # Position -> head, where heads were assigned to ranks by their work.
+        self.register_buffer("_head_order", None, persistent=False)
+        self.set_threshold(threshold)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        return_softmax_lse: bool = False,
+        must_do_list: Ranges | None = None,
+        must_skip_list: Ranges | None = None,
+        *,
+        seq_len: int | None = None,
+        kv_lens: Tensor | None = None,
+        branch: int | None = None,
+        must_do_queries: Ranges | None = None,
+        start_full: Tensor | None = None,
+        skip_fraction_out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One attention pass; a collective call.
+
+        Args:
+            query: this rank's shard, ``[batch, tokens / ranks, heads, head_dim]``.
+            key, value: its shard of the keys, equally long; heads is a multiple of their kv_heads. Where the ranks
+                along "ulysses" (times ``head_chunks``) do not divide kv_heads, keys are sent once for each query head.
+            seq_len: tokens of the whole sequence; those at and past it pad the last shards. None: no padding.
+            must_do_list, must_skip_list, must_do_queries, kv_lens: as for LiteAttention, in tokens of the whole
+                sequence and the same on every rank.
+            scale, return_softmax_lse, branch, start_full: as for LiteAttention.
+            skip_fraction_out: as for LiteAttention; receives the share of the tiles that this rank skips.
+
+        Returns:
+            out, of query's shape and dtype, 0 in the padding; with ``return_softmax_lse`` also lse, fp32
+            ``[batch, heads, tokens / ranks]``.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it.
+            RuntimeError: the operator refuses an argument; the text names it.
+        """
+        _check_shards(query, key, value)
+        heads, kv_heads, local = query.shape[2], key.shape[2], query.shape[1]
+        tokens = local * self.mesh.ranks
+        if seq_len is None:
+            seq_len = tokens
+        elif not 0 < seq_len <= tokens:
+            raise ValueError(f"{_NAME}: seq_len is {seq_len}, expected 1 to {tokens}, the tokens of all shards")
+        arguments = _PassArguments(
+            scale,
+            _checked(must_do_list, "must_do_list", seq_len, "keys"),
+            _checked(must_skip_list, "must_skip_list", seq_len, "keys"),
+            _checked(must_do_queries, "must_do_queries", seq_len, "queries"),
+            kv_lens,
+            branch,
+            start_full,
+            seq_len,
+        )
+        chunks = self._exchanges(heads)
+        if kv_heads % (self.mesh.ulysses.size * self.head_chunks) != 0:
+            key, value = (x.repeat_interleave(heads // kv_heads, 2) for x in (key, value))
+        group = heads // key.shape[2]
+        if self._head_order is not None:
+            query = query.index_select(2, self._head_order)
+            key, value = (x.index_select(2, self._head_order[::group] // group) for x in (key, value))
+
+        # All exchanges begin at once; each chunk of heads is computed when its own has arrived.
+        sent = [_Sent(chunk, group, query, key, value) for chunk in chunks]
+        outs, lses, skipped = _Returned(), _Returned(), []
+        for index, chunk in enumerate(sent):
+            out, lse, fractions = self._ring(index, chunk.arrived(), arguments, skip_fraction_out is not None)
+            outs.send(chunk.exchange, out)
+            if return_softmax_lse:
+                lses.send(chunk.exchange, lse.transpose(1, 2).unsqueeze(-1))
+            skipped += fractions
+        if skip_fraction_out is not None:
+            skip_fraction_out.zero_()
+            for fraction, weight in skipped:
+                skip_fraction_out.add_(fraction, alpha=weight / sum(weight for _, weight in skipped))
+        whole_out = self._in_order(outs.arrived())
+        if not return_softmax_lse:
+            return whole_out
+        return whole_out, self._in_order(lses.arrived()).squeeze(-1).transpose(1, 2)
+
+    def _exchanges(self, heads: int) -> list[HeadExchange]:
+        """For each chunk, which heads (positions, where they are reordered) go to which rank."""
+        ranks, chunks = self.mesh.ulysses.size, self.head_chunks
+        if heads < ranks * chunks:
+            raise ValueError(
+                f"{_NAME}: {heads} heads, expected at least {ranks * chunks}: {ranks} ranks along 'ulysses' "
+                f"times {chunks} head_chunks"
+            )
+        # The remainder goes to the first ranks, and in each rank to the first chunks.
+        shares = [_shares(end - start, chunks, start) for start, end in _shares(heads, ranks)]
+        return [HeadExchange(self.mesh.ulysses, tuple(share[chunk] for share in shares)) for chunk in range(chunks)]
+
+    def _ring(
+        self, chunk: int, block_of: Sequence[Tensor], arguments: _PassArguments, want_fractions: bool
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, int]]]:
+        """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
+        query, key, value = block_of
+        ring, block = self.mesh.ring, query.shape[1]
+        rows = min(max(arguments.seq_len - ring.rank * block, 0), block)
+        query = query[:, :rows]
+        outs, lses, fractions = [], [], []
+        for step in range(ring.size):
+            split = (ring.rank - step) % ring.size
+            flights = [start_shift(x, ring) for x in (key, value)] if step + 1 < ring.size else []
+            keys = min(max(arguments.seq_len - split * block, 0), block)
+            if rows > 0 and keys > 0:
+                fraction = torch.zeros((), device=query.device) if want_fractions else None
+                out, lse = self.states(
+                    query,
+                    key[:, :keys],
+                    value[:, :keys],
+                    split * self.head_chunks + chunk,
+                    return_softmax_lse=True,
+                    skip_fraction_out=fraction,
+                    **arguments.of_split(ring.rank * block, rows, split * block, keys),
+                )
+                outs.append(out)
+                lses.append(lse)
+                if fraction is not None:
+                    fractions.append((fraction, query.shape[2] * keys))
+            if flights:
+                key, value = (finish_shift(flight, x) for flight, x in zip(flights, (key, value), strict=True))
+        if rows == 0:
+            batch, _, heads, head_dim = query.shape
+            no_key = query.new_full((batch, heads, block), -torch.inf, dtype=torch.float32)
+            return query.new_zeros(batch, block, heads, head_dim), no_key, fractions
+        out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge_attention(outs, lses)
+        if rows < block:
+            out, lse = F.pad(out, (0, 0, 0, 0, 0, block - rows)), F.pad(lse, (0, block - rows), value=-torch.inf)
+        return out, lse, fractions
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """Heads from the order of the ranks in that of the model."""
+        return x if self._head_order is None else x.index_select(2, self._head_order.argsort())
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold: one number, or one for each query head of the whole model.
+
+        As :meth:`lite_attention.LiteAttention.set_threshold`.
+        """
+        values = self._state(0, 0).checked_threshold(threshold)
+        for chunk in range(self.head_chunks):
+            of_chunk = values
+            if isinstance(values, tuple):
+                start, end = self._exchanges(len(values))[chunk].parts[self.mesh.ulysses.rank]
+                of_chunk = tuple(values[head] for head in self._order(len(values))[start:end])
+            for split in range(self.mesh.ring.size):
+                self._state(split, chunk).set_threshold(of_chunk)
+        self._threshold = values
+
+    @property
+    def threshold(self) -> float | tuple[float, ...]:
+        """The threshold in powers of two: one number, or one for each query head of the whole model."""
+        return self._threshold
+
+    def reset_skip_state(self, branch: int | None = None) -> None:
+        """Forget what was dropped, in one branch or in all of them."""
+        self.states.reset_skip_state(branch)
+
+    def enable_skip_optimization(self, enable: bool = True) -> None:
+        """Switch between skipping and dense attention."""
+        self.states.enable_skip_optimization(enable)
+
+    def skip_fraction(self, branch: int | None = None) -> Tensor:
+        """Share of this rank's tiles that the branch's next pass will skip; fp32, 0-d, without a sync."""
+        return self.states.skip_fraction(branch)
+
+    def local_heads(self, heads: int) -> list[int]:
+        """Which of the model's so many query heads this rank computes, in the order of its keep maps."""
+        rank = self.mesh.ulysses.rank
+        spans = [exchange.parts[rank] for exchange in self._exchanges(heads)]
+        return self._order(heads)[spans[0][0] : spans[-1][1]]
+
+    def keep_map(self, split_idx: int = 0, branch: int | None = None) -> Tensor:
+        """The map of this rank's heads and one split of the keys: bool ``[batch, local heads, query_tiles, kv_tiles]``.
+
+        The query tiles are those of this rank's block of the ring; see :meth:`lite_attention.LiteAttention.keep_map`.
+        """
+        return torch.cat([self._state(split_idx, chunk).keep_map(branch) for chunk in range(self.head_chunks)], 1)
+
+    def set_keep_map(self, keep_map: Tensor, split_idx: int = 0, branch: int | None = None) -> None:
+        """Choose the map of the branch's next pass, of this rank's heads and one split; the inverse of keep_map."""
+        states = [self._state(split_idx, chunk) for chunk in range(self.head_chunks)]
+        counts = [state.keep_map(branch).shape[1] for state in states]
+        for state, of_chunk in zip(states, keep_map.split(counts, 1), strict=True):
+            state.set_keep_map(of_chunk, branch)
+
+    @torch.inference_mode(False)  # an inference tensor could not be written outside that mode
+    def balance_heads(self) -> HeadBalance:
+        """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
+
+        Every rank keeps as many heads as before. Nothing changes where the busiest rank has less than 5 % more tiles
+        than the mean. Otherwise the maps travel with their heads and later passes send each head where it now belongs;
+        only the first such change needs compiled code to be compiled, and graphs to be captured, again.
+        Waits for the device.
+
+        Raises:
+            RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it.
+            ValueError: the heads do not divide evenly between the ranks.
+        """
+        device = self.skip_fraction(0).device
+        splits = [split for split in range(self.mesh.ring.size) if self._state(split, 0).used_branches()]
+        with_maps = torch.tensor(float(len(splits) > 0), device=device)
+        if all_reduce(all_reduce(with_maps, self.mesh.ulysses), self.mesh.ring).item() != self.mesh.ranks:
+            raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
+        branches = self._state(splits[0], 0).used_branches()
+        maps = {(split, branch): self.keep_map(split, branch) for split in splits for branch in branches}
+        kept = torch.stack([keep.sum((0, 2, 3)) for keep in maps.values()]).sum(0)
+        ranks, group = self.mesh.ulysses.size, self._state(splits[0], 0).query_heads_per_key(branches[0])
+        heads = len(kept) * ranks
+        if heads % (ranks * self.head_chunks) != 0:
+            raise ValueError(
+                f"{_NAME}: {heads} heads, expected a multiple of {ranks * self.head_chunks} to balance them"
+            )
+        # Query heads that share their keys stay together. Positions are counted in such groups.
+        kept_tiles = all_reduce(all_gather(kept.view(-1, group).sum(1), self.mesh.ulysses, 0), self.mesh.ring)
+        work = [int(tiles) for tiles in kept_tiles.tolist()]
+        share = len(work) // ranks
+        today = [list(range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
+        better = assign_heads(work, ranks)
+        before = imbalance(work, today)
+        if before < IMBALANCE_WORTH_MOVING:
+            return HeadBalance(before, before)
+        positions = [unit * group + member for unit in itertools.chain.from_iterable(better) for member in range(group)]
+        order = self._order(heads)
+        self._set_order(torch.tensor([order[position] for position in positions], device=device))
+        mine = positions[self.mesh.ulysses.rank * len(kept) :][: len(kept)]
+        for (split, branch), keep in maps.items():
+            self.set_keep_map(all_gather(keep, self.mesh.ulysses, 1)[:, mine], split, branch)
+        self.set_threshold(self._threshold)
+        return HeadBalance(before, imbalance(work, better))
+
+    def _order(self, heads: int) -> list[int]:
+        """The model's heads in the order of the ranks."""
+        return list(range(heads)) if self._head_order is None else [int(head) for head in self._head_order.tolist()]
+
+    def _set_order(self, order: Tensor) -> None:
+        if self._head_order is not None:
+            self._head_order.copy_(order)
+            return
+        self._head_order = order
+        for split in self.states.splits:
+            split.outdate_captured_graphs()  # type: ignore[operator]
+
+    def _state(self, split: int, chunk: int) -> LiteAttention:
+        return self.states.splits[split * self.head_chunks + chunk]  # type: ignore[return-value]
+
+
+class _PassArguments(NamedTuple):
+    """What holds for the whole sequence in one pass."""
+
+    scale: float | None
+    must_do: _WholeRanges
+    must_skip: _WholeRanges
+    must_do_queries: _WholeRanges
+    kv_lens: Tensor | None
+    branch: int | None
+    start_full: Tensor | None
+    seq_len: int
+
+    def of_split(self, first_row: int, rows: int, first_key: int, keys: int) -> dict[str, Any]:
+        """The same for one block of queries and one split of the keys, which count from their own start."""
+        return {
+            "scale": self.scale,
+            "must_do_list": _within(self.must_do, first_key, keys),
+            "must_skip_list": _within(self.must_skip, first_key, keys),
+            "must_do_queries": _within(self.must_do_queries, first_row, rows),
+            "kv_lens": None if self.kv_lens is None else (self.kv_lens - first_key).clamp(0, keys),
+            "branch": self.branch,
+            "start_full": self.start_full,
+        }
+
+
+class _Sent:
+    """One chunk of heads of query, key and value on its way to the rank that computes it."""
+
+    def __init__(self, exchange: HeadExchange, group: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.exchange = exchange
+        parts = tuple((start // group, end // group) for start, end in exchange.parts)
+        of_keys = HeadExchange(exchange.group, parts)
+        self._pairs = [(exchange, query), (of_keys, key), (of_keys, value)]
+        self._flights = [each.start_scatter(x) for each, x in self._pairs]
+
+    def arrived(self) -> list[Tensor]:
+        return [
+            exchange.finish_scatter(flight, x) for (exchange, x), flight in zip(self._pairs, self._flights, strict=True)
+        ]
+
+
+class _Returned:
+    """Chunks of heads on their way back to the ranks whose tokens they are of."""
+
+    def __init__(self) -> None:
+        self._flights: list[tuple[HeadExchange, Tensor, Tensor]] = []
+
+    def send(self, exchange: HeadExchange, x: Tensor) -> None:
+        self._flights.append((exchange, exchange.start_gather(x), x))
+
+    def arrived(self) -> Tensor:
+        """All heads, in the order of the ranks."""
+        by_chunk = [exchange.finish_gather(flight, x) for exchange, flight, x in self._flights]
+        pieces = [piece for of_rank in zip(*by_chunk, strict=True) for piece in of_rank]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _shares(count: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
+    """(start, end) of ``count`` things in ``parts`` shares as equal as can be, the larger ones first."""
+    base, larger = divmod(count, parts)
+    ends = list(itertools.accumulate((base + (part < larger) for part in range(parts)), initial=start))
+    return list(itertools.pairwise(ends))
+
+
+def _check_shards(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """What the exchanges need, checked before any of them begins; LiteAttention checks the rest."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{_NAME}: {name} has type {type(tensor).__name__}, expected a tensor")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{_NAME}: {name} has {tensor.dim()} dimensions, expected 4: [batch, tokens, heads, head_dim]"
+            )
+    batch, tokens, heads, head_dim = query.shape
+    if key.shape[:2] != query.shape[:2] or key.shape[3] != head_dim:
+        raise ValueError(
+            f"{_NAME}: key has shape {list(key.shape)}, expected [{batch}, {tokens}, kv_heads, {head_dim}]"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"{_NAME}: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
+    if key.shape[2] == 0 or heads % key.shape[2] != 0:
+        raise ValueError(f"{_NAME}: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
+
+
+def _checked(ranges: Ranges | None, name: str, length: int, tokens: str) -> _WholeRanges:
+    """Lists as pairs; LiteAttention checks the tensors."""
+    if ranges is None or isinstance(ranges, Tensor):
+        return ranges
+    if not isinstance(ranges, (list, tuple)):
+        raise TypeError(
+            f"{_NAME}: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
+        )
+    return parse_ranges(ranges, length, f"{_NAME}: {name}", tokens)
+
+
+def _within(ranges: _WholeRanges, start: int, length: int) -> Ranges | None:
+    """The part of the ranges from ``start`` on, counted from there."""
+    if ranges is None:
+        return None
+    if isinstance(ranges, Tensor):
+        return (ranges - start).clamp(0, length)
+    clipped = [(max(low - start, 0), min(high - start, length)) for low, high in ranges]
+    return [position for low, high in clipped if low < high for position in (low, high)]
