@@ -65,8 +65,12 @@ def _like_eager(how: str, ring: int, ulysses: int) -> float:
         elif how == "compiled and captured":
             run = capture_step(torch.compile(other, fullgraph=True), steps[0], modules=other)
         for index, step in enumerate(steps):
-            torch.testing.assert_close(run(*step), eager(*step), atol=0 if how == "captured" else 3e-2, rtol=0)
-            assert how != "captured" or _same_state(eager, other, ring)
+            got, expected = run(*step), eager(*step)
+            if how == "captured":
+                assert torch.equal(got, expected)
+                assert _same_state(eager, other, ring)
+            else:  # fused sums are rounded once less
+                torch.testing.assert_close(got, expected)
             if index == 4:
                 for layer in (*eager.layers, *other.layers):
                     layer.reset_skip_state()
@@ -101,23 +105,21 @@ def test_twenty_steps_under_ulysses_equal_one_gpu_bit_by_bit(ulysses: int) -> No
     assert all(fraction > 0.3 for fraction in skipped)
 
 
-def _one_rank_fails(seconds: float) -> float:
+def _one_rank_fails(seconds: float) -> None:
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     layer = DistributedLiteAttention(DeviceMesh.from_group(group, "cuda", mesh_dim_names=("ulysses",)))
     x = torch.randn(1, 256, 4, 64, dtype=torch.bfloat16, device="cuda")
     layer(x, x, x)
     torch.cuda.synchronize()
     if dist.get_rank() == 1:
-        time.sleep(4 * seconds)  # the other's watchdog ends it long before
-        raise ValueError("as planned")
+        time.sleep(20 * seconds)  # stands for a rank that is lost; the other ends long before
     layer(x, x, x)
     torch.cuda.synchronize()
-    return 0.0
 
 
-def test_a_rank_that_fails_ends_the_others_by_their_timeout() -> None:
+def test_a_rank_that_is_lost_ends_the_others_by_their_timeout() -> None:
     pool = RankPool(2, "cuda")
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=r"rank 0:\n"):
-        pool.run(_one_rank_fails, (5.0,), timeout=120.0)
-    assert time.monotonic() - start < 60
+    with pytest.raises(AssertionError, match=r"rank 0:\nthe process ended with exit code"):
+        pool.run(_one_rank_fails, (5.0,), timeout=150.0)
+    assert time.monotonic() - start < 90
