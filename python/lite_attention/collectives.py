@@ -129,7 +129,7 @@ class HeadExchange(NamedTuple):
         batch, local = like.shape[:2]
         start, end = self.parts[self.group.rank]
         shards = wait(flight).view(self.group.size, batch, local, end - start, -1)
-        return shards.transpose(0, 1).flatten(1, 2).view(like.dtype)  # copied only for more than one batch entry
+        return _narrow(shards.transpose(0, 1).flatten(1, 2), like.dtype)  # copied only for more than one batch entry
 
     def start_gather(self, x: Tensor) -> Tensor:
         """Begin to send each rank its tokens of ``x``, ``[B, ranks * S_local, heads, D]``."""
@@ -148,7 +148,7 @@ class HeadExchange(NamedTuple):
             return [flight]
         batch, local = like.shape[0], like.shape[1] // self.group.size
         counts = [end - start for start, end in self.parts]
-        pieces = wait(flight).view(like.dtype).split([count * batch * local * like.shape[3] for count in counts])
+        pieces = _narrow(wait(flight), like.dtype).split([count * batch * local * like.shape[3] for count in counts])
         return [piece.view(batch, local, count, -1) for piece, count in zip(pieces, counts, strict=True)]
 
 
@@ -255,6 +255,10 @@ def _wide(x: Tensor) -> Tensor:
     if any(offset % width != 0 for offset in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
         return x
     return x.view(torch.int64)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.view(dtype)
 
 
 def _all_to_all(packed: Tensor, received: Sequence[int], sent: Sequence[int], group: RankGroup) -> Tensor:
