@@ -153,6 +153,7 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, device: str, stacks
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     if device == "cuda":
         torch.cuda.set_device(rank)
+        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"  # ranks that time out would wait a minute for a record
     dist.init_process_group(
         BACKENDS[device],
         rank=rank,

@@ -48,10 +48,12 @@ def _unequal_parts(device: str) -> None:
     mesh = sequence_mesh(mesh_of(device, 1, 2), "test")
     whole = _whole(device)
     local = shard_sequence(whole, mesh)
-    exchange = HeadExchange(mesh.ulysses, ((0, 3), (4, 8)))
-    scattered = exchange.finish_scatter(exchange.start_scatter(local), local)
-    start, end = exchange.parts[mesh.ulysses.rank]
+    spans = ((0, 3), (4, 8)), ((2, 3), (0, 2))
+    exchange = HeadExchange(mesh.ulysses, spans)
+    scattered, other = exchange.finish_scatter(exchange.start_scatter(local, -local), local, -local)
+    (start, end), (other_start, other_end) = (of_tensor[mesh.ulysses.rank] for of_tensor in spans)
     torch.testing.assert_close(scattered, whole[:, :, start:end], rtol=0, atol=0)
+    torch.testing.assert_close(other, -whole[:, :, other_start:other_end], rtol=0, atol=0)
     pieces = exchange.finish_gather(exchange.start_gather(scattered), scattered)
     torch.testing.assert_close(torch.cat(pieces, 2), local[:, :, [0, 1, 2, 4, 5, 6, 7]], rtol=0, atol=0)
 

@@ -69,8 +69,8 @@ def _like_eager(how: str, ring: int, ulysses: int) -> float:
             if how == "captured":
                 assert torch.equal(got, expected)
                 assert _same_state(eager, other, ring)
-            else:  # fused sums are rounded once less
-                torch.testing.assert_close(got, expected)
+            else:  # fused sums are rounded once less, which the next layer sees
+                torch.testing.assert_close(got, expected, atol=3e-2, rtol=1.6e-2)
             if index == 4:
                 for layer in (*eager.layers, *other.layers):
                     layer.reset_skip_state()

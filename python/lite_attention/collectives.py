@@ -98,47 +98,62 @@ def sequence_mesh(mesh: DeviceMesh, name: str) -> SequenceMesh:
     return SequenceMesh(group(RING), group(ULYSSES))
 
 
+Spans = tuple[tuple[int, int], ...]
+"""(start, end) of the heads that each rank gets."""
+
+
 class HeadExchange(NamedTuple):
     """Ulysses: from a shard of the tokens with all heads to all tokens with some of the heads, and back.
 
-    ``start_...`` returns at once; work between it and ``finish_...`` overlaps the transfer.
+    Tensors that are sent together travel as heads of one tensor, in one transfer: a second one could not begin while
+    attention has all multiprocessors. ``start_...`` returns at once; work between it and ``finish_...`` overlaps the
+    transfer.
     """
 
     group: RankGroup
-    parts: tuple[tuple[int, int], ...]
-    """(start, end) of the heads that each rank gets."""
+    spans: tuple[Spans, ...]
+    """For each of the tensors."""
 
-    def start_scatter(self, x: Tensor) -> Tensor:
-        """Begin to send heads ``parts[rank]`` of ``x``, ``[B, S_local, H, D]``, to each rank."""
-        if self.group.size == 1:
-            return x[:, :, slice(*self.parts[0])]
-        ranks, x = self.group.size, _wide(x)
-        per_head = x.shape[0] * x.shape[1] * x.shape[3]
-        sent = [(end - start) * per_head for start, end in self.parts]
-        if len(set(sent)) == 1 and x.shape[2] % ranks == 0:
-            start, end = self.parts[0]
-            packed = x.unflatten(2, (ranks, -1))[:, :, :, start:end].permute(2, 0, 1, 3, 4).contiguous().view(-1)
+    def start_scatter(self, *tensors: Tensor) -> Tensor:
+        """Begin to send each rank its heads of the tensors, ``[B, S_local, H of each, D]``."""
+        ranks = self.group.size
+        if ranks == 1:
+            return tensors[0]  # nothing travels
+        parts = [(_wide(x), spans) for x, spans in zip(tensors, self.spans, strict=True)]
+        per_head = [x.shape[0] * x.shape[1] * x.shape[3] for x, _ in parts]
+        sent = [
+            sum(size * (spans[rank][1] - spans[rank][0]) for size, (_, spans) in zip(per_head, parts, strict=True))
+            for rank in range(ranks)
+        ]
+        if all(_evenly_spaced(spans, x.shape[2]) for x, spans in parts):
+            views = [
+                x.unflatten(2, (ranks, -1))[:, :, :, slice(*spans[0])].permute(2, 0, 1, 3, 4) for x, spans in parts
+            ]
+            packed = torch.cat(views, 3) if len(views) > 1 else views[0].contiguous()
         else:
-            packed = torch.cat([x[:, :, start:end].flatten() for start, end in self.parts])
-        return _all_to_all(packed, [sent[self.group.rank]] * ranks, sent, self.group)
+            packed = torch.cat(
+                [torch.cat([x[:, :, slice(*spans[rank])] for x, spans in parts], 2).flatten() for rank in range(ranks)]
+            )
+        return _all_to_all(packed.view(-1), [sent[self.group.rank]] * ranks, sent, self.group)
 
-    def finish_scatter(self, flight: Tensor, like: Tensor) -> Tensor:
-        """What was received, ``[B, ranks * S_local, heads, D]``; ``like`` is the x that was sent."""
+    def finish_scatter(self, flight: Tensor, *like: Tensor) -> list[Tensor]:
+        """What was received, ``[B, ranks * S_local, heads of each, D]``; ``like`` are the tensors that were sent."""
+        counts = [end - start for start, end in (spans[self.group.rank] for spans in self.spans)]
         if self.group.size == 1:
-            return flight
-        batch, local = like.shape[:2]
-        start, end = self.parts[self.group.rank]
-        shards = wait(flight).view(self.group.size, batch, local, end - start, -1)
-        return _narrow(shards.transpose(0, 1).flatten(1, 2), like.dtype)  # copied only for more than one batch entry
+            return [x[:, :, slice(*spans[0])] for x, spans in zip(like, self.spans, strict=True)]
+        batch, local = like[0].shape[:2]
+        shards = wait(flight).view(self.group.size, batch, local, sum(counts), -1)
+        heads = shards.transpose(0, 1).flatten(1, 2)  # copied only for more than one batch entry
+        return list(_narrow(heads, like[0].dtype).split(counts, 2))
 
     def start_gather(self, x: Tensor) -> Tensor:
-        """Begin to send each rank its tokens of ``x``, ``[B, ranks * S_local, heads, D]``."""
-        if self.group.size == 1:
+        """Begin to send each rank its tokens of ``x``, ``[B, ranks * S_local, heads of the first tensor, D]``."""
+        ranks = self.group.size
+        if ranks == 1:
             return x
-        ranks, x = self.group.size, _wide(x)
+        x = _wide(x)
         local = x.shape[1] // ranks
-        per_head = x.shape[0] * local * x.shape[3]
-        received = [(end - start) * per_head for start, end in self.parts]
+        received = [(end - start) * x.shape[0] * local * x.shape[3] for start, end in self.spans[0]]
         packed = x.unflatten(1, (ranks, local)).transpose(0, 1).contiguous().view(-1)
         return _all_to_all(packed, received, [received[self.group.rank]] * ranks, self.group)
 
@@ -147,16 +162,26 @@ class HeadExchange(NamedTuple):
         if self.group.size == 1:
             return [flight]
         batch, local = like.shape[0], like.shape[1] // self.group.size
-        counts = [end - start for start, end in self.parts]
+        counts = [end - start for start, end in self.spans[0]]
         pieces = _narrow(wait(flight), like.dtype).split([count * batch * local * like.shape[3] for count in counts])
         return [piece.view(batch, local, count, -1) for piece, count in zip(pieces, counts, strict=True)]
+
+
+def _evenly_spaced(spans: Spans, heads: int) -> bool:
+    """Whether each rank gets the same heads of its share, all shares being equal."""
+    share, start, end = heads // len(spans), *spans[0]
+    return (
+        heads % len(spans) == 0
+        and end <= share
+        and spans == tuple((rank * share + start, rank * share + end) for rank in range(len(spans)))
+    )
 
 
 def _even_exchange(heads: int, group: RankGroup, name: str) -> HeadExchange:
     if heads % group.size != 0:
         raise ValueError(f"{name}: x has {heads} heads, expected a multiple of the {group.size} ranks of the group")
     share = heads // group.size
-    return HeadExchange(group, tuple((rank * share, (rank + 1) * share) for rank in range(group.size)))
+    return HeadExchange(group, (tuple((rank * share, (rank + 1) * share) for rank in range(group.size)),))
 
 
 def scatter_heads(x: Tensor, group: RankGroup) -> Tensor:
@@ -173,7 +198,7 @@ def scatter_heads(x: Tensor, group: RankGroup) -> Tensor:
         ValueError: H does not divide evenly.
     """
     exchange = _even_exchange(x.shape[2], group, "scatter_heads")
-    return exchange.finish_scatter(exchange.start_scatter(x), x)
+    return exchange.finish_scatter(exchange.start_scatter(x), x)[0]
 
 
 def gather_heads(x: Tensor, group: RankGroup) -> Tensor:

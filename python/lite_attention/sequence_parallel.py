@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.collectives import (
     HeadExchange,
+    Spans,
     all_gather,
     all_reduce,
     finish_shift,
@@ -148,7 +149,7 @@ class DistributedLiteAttention(nn.Module):
             start_full,
             seq_len,
         )
-        chunks = self._exchanges(heads)
+        self._check_heads(heads)
         if kv_heads % (self.mesh.ulysses.size * self.head_chunks) != 0:
             key, value = (x.repeat_interleave(heads // kv_heads, 2) for x in (key, value))
         group = heads // key.shape[2]
@@ -157,13 +158,15 @@ class DistributedLiteAttention(nn.Module):
             key, value = (x.index_select(2, self._head_order[::group] // group) for x in (key, value))
 
         # All exchanges begin at once; each chunk of heads is computed when its own has arrived.
-        sent = [_Sent(chunk, group, query, key, value) for chunk in chunks]
+        chunks = self._exchanges(heads, group)
+        flights = [chunk.start_scatter(query, key, value) for chunk in chunks]
         outs, lses, skipped = _Returned(), _Returned(), []
-        for index, chunk in enumerate(sent):
-            out, lse, fractions = self._ring(index, chunk.arrived(), arguments, skip_fraction_out is not None)
-            outs.send(chunk.exchange, out)
+        for index, (chunk, flight) in enumerate(zip(chunks, flights, strict=True)):
+            arrived = chunk.finish_scatter(flight, query, key, value)
+            out, lse, fractions = self._ring(index, arrived, arguments, skip_fraction_out is not None)
+            outs.send(chunk, out)
             if return_softmax_lse:
-                lses.send(chunk.exchange, lse.transpose(1, 2).unsqueeze(-1))
+                lses.send(chunk, lse.transpose(1, 2).unsqueeze(-1))
             skipped += fractions
         if skip_fraction_out is not None:
             skip_fraction_out.zero_()
@@ -174,30 +177,44 @@ class DistributedLiteAttention(nn.Module):
             return whole_out
         return whole_out, self._in_order(lses.arrived()).squeeze(-1).transpose(1, 2)
 
-    def _exchanges(self, heads: int) -> list[HeadExchange]:
-        """For each chunk, which heads (positions, where they are reordered) go to which rank."""
-        ranks, chunks = self.mesh.ulysses.size, self.head_chunks
-        if heads < ranks * chunks:
+    def _check_heads(self, heads: int) -> None:
+        least = self.mesh.ulysses.size * self.head_chunks
+        if heads < least:
             raise ValueError(
-                f"{_NAME}: {heads} heads, expected at least {ranks * chunks}: {ranks} ranks along 'ulysses' "
-                f"times {chunks} head_chunks"
+                f"{_NAME}: {heads} heads, expected at least {least}: {self.mesh.ulysses.size} ranks along 'ulysses' "
+                f"times {self.head_chunks} head_chunks"
             )
+
+    def _spans(self, heads: int) -> list[Spans]:
+        """For each chunk, which heads (positions, where they are reordered) go to which rank."""
         # The remainder goes to the first ranks, and in each rank to the first chunks.
-        shares = [_shares(end - start, chunks, start) for start, end in _shares(heads, ranks)]
-        return [HeadExchange(self.mesh.ulysses, tuple(share[chunk] for share in shares)) for chunk in range(chunks)]
+        shares = [
+            _shares(end - start, self.head_chunks, start) for start, end in _shares(heads, self.mesh.ulysses.size)
+        ]
+        return [tuple(share[chunk] for share in shares) for chunk in range(self.head_chunks)]
+
+    def _exchanges(self, heads: int, group: int) -> list[HeadExchange]:
+        """For each chunk, how query, key and value travel; ``group`` query heads share a key head."""
+        exchanges = []
+        for spans in self._spans(heads):
+            of_keys = tuple((start // group, end // group) for start, end in spans)
+            exchanges.append(HeadExchange(self.mesh.ulysses, (spans, of_keys, of_keys)))
+        return exchanges
 
     def _ring(
         self, chunk: int, block_of: Sequence[Tensor], arguments: _PassArguments, want_fractions: bool
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, int]]]:
         """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
         query, key, value = block_of
-        ring, block = self.mesh.ring, query.shape[1]
+        ring, block, kv_heads = self.mesh.ring, query.shape[1], key.shape[2]
+        # Keys and values travel together: a second transfer could not begin while attention has all multiprocessors.
+        kv = torch.cat([key, value], 2) if ring.size > 1 else key
         rows = min(max(arguments.seq_len - ring.rank * block, 0), block)
         query = query[:, :rows]
         outs, lses, fractions = [], [], []
         for step in range(ring.size):
             split = (ring.rank - step) % ring.size
-            flights = [start_shift(x, ring) for x in (key, value)] if step + 1 < ring.size else []
+            flight = start_shift(kv, ring) if step + 1 < ring.size else None
             keys = min(max(arguments.seq_len - split * block, 0), block)
             if rows > 0 and keys > 0:
                 fraction = torch.zeros((), device=query.device) if want_fractions else None
@@ -214,8 +231,9 @@ class DistributedLiteAttention(nn.Module):
                 lses.append(lse)
                 if fraction is not None:
                     fractions.append((fraction, query.shape[2] * keys))
-            if flights:
-                key, value = (finish_shift(flight, x) for flight, x in zip(flights, (key, value), strict=True))
+            if flight is not None:
+                kv = finish_shift(flight, kv)
+                key, value = kv[:, :, :kv_heads], kv[:, :, kv_heads:]
         if rows == 0:
             batch, _, heads, head_dim = query.shape
             no_key = query.new_full((batch, heads, block), -torch.inf, dtype=torch.float32)
@@ -238,7 +256,8 @@ class DistributedLiteAttention(nn.Module):
         for chunk in range(self.head_chunks):
             of_chunk = values
             if isinstance(values, tuple):
-                start, end = self._exchanges(len(values))[chunk].parts[self.mesh.ulysses.rank]
+                self._check_heads(len(values))
+                start, end = self._spans(len(values))[chunk][self.mesh.ulysses.rank]
                 of_chunk = tuple(values[head] for head in self._order(len(values))[start:end])
             for split in range(self.mesh.ring.size):
                 self._state(split, chunk).set_threshold(of_chunk)
@@ -264,7 +283,8 @@ class DistributedLiteAttention(nn.Module):
     def local_heads(self, heads: int) -> list[int]:
         """Which of the model's so many query heads this rank computes, in the order of its keep maps."""
         rank = self.mesh.ulysses.rank
-        spans = [exchange.parts[rank] for exchange in self._exchanges(heads)]
+        self._check_heads(heads)
+        spans = [chunk[rank] for chunk in self._spans(heads)]
         return self._order(heads)[spans[0][0] : spans[-1][1]]
 
     def keep_map(self, split_idx: int = 0, branch: int | None = None) -> Tensor:
@@ -365,22 +385,6 @@ class _PassArguments(NamedTuple):
             "branch": self.branch,
             "start_full": self.start_full,
         }
-
-
-class _Sent:
-    """One chunk of heads of query, key and value on its way to the rank that computes it."""
-
-    def __init__(self, exchange: HeadExchange, group: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.exchange = exchange
-        parts = tuple((start // group, end // group) for start, end in exchange.parts)
-        of_keys = HeadExchange(exchange.group, parts)
-        self._pairs = [(exchange, query), (of_keys, key), (of_keys, value)]
-        self._flights = [each.start_scatter(x) for each, x in self._pairs]
-
-    def arrived(self) -> list[Tensor]:
-        return [
-            exchange.finish_scatter(flight, x) for (exchange, x), flight in zip(self._pairs, self._flights, strict=True)
-        ]
 
 
 class _Returned:
