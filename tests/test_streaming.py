@@ -308,6 +308,8 @@ def test_nothing_waits_for_the_device() -> None:
     streaming_attention(q, k, v, 4, 31, full_heads=full)
     head_windows(full, 4, 31)
     streaming_sparse_attn_func(q, k, v, window_size=(31, 0), sink_size=4)
+    with pytest.raises(RuntimeError, match="synchroniz"):  # what a wait would have raised above
+        full.any().item()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def dense_oracle(model: Any, heads: Any) -> Any:
     return model
 
 
-def close(device: str, result: Tensor, expected: Tensor) -> None:
+def assert_close(device: str, result: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(result, expected, atol=TOLERANCE[device], rtol=0)
 
 
@@ -80,7 +80,7 @@ def test_full_heads_give_what_sdpa_gives(device: str, name: str) -> None:
     tokens = make_tokens().to(device)
     expected = model(tokens).logits
     enable_duo_attention(model, ALL_FULL, SINK, RECENT)
-    close(device, model(tokens).logits, expected)
+    assert_close(device, model(tokens).logits, expected)
 
 
 @every_model
@@ -91,7 +91,7 @@ def test_mixed_heads_give_what_a_dense_mask_gives(device: str, name: str) -> Non
     plain, expected = model(tokens).logits, dense_oracle(model, MIXED)(tokens).logits
     assert float((plain - expected).abs().max()) > 4 * TOLERANCE[device], "the windows are meant to matter"
     enable_duo_attention(model, MIXED, SINK, RECENT)
-    close(device, model(tokens).logits, expected)
+    assert_close(device, model(tokens).logits, expected)
 
 
 @every_model
@@ -106,7 +106,7 @@ def test_a_reordered_model_with_its_table_reordered_gives_the_same(name: str) ->
         model, MIXED, SINK, RECENT, config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     )
     enable_duo_attention(model, [sorted(row, reverse=True) for row in MIXED], SINK, RECENT)
-    close("cpu", model(tokens).logits, expected)
+    assert_close("cpu", model(tokens).logits, expected)
 
 
 @on_every_device
@@ -118,7 +118,7 @@ def test_chunks_and_single_tokens_give_what_one_forward_gives(device: str) -> No
     cache, start = DynamicCache(), 0
     for end in (100, 101, 160, 199, 200):
         logits = model(tokens[:, start:end], past_key_values=cache).logits
-        close(device, logits, expected[:, start:end])
+        assert_close(device, logits, expected[:, start:end])
         start = end
 
 
@@ -161,7 +161,7 @@ def test_padding_is_not_seen_and_moves_no_sink(device: str, left: int, right: in
     logits = model(tokens, attention_mask=mask, position_ids=positions).logits
     for entry in range(3):
         alone = tokens[entry][mask[entry].bool()][None]
-        close(device, logits[entry][mask[entry].bool()], oracle(alone).logits[0])
+        assert_close(device, logits[entry][mask[entry].bool()], oracle(alone).logits[0])
 
 
 @on_every_device
@@ -179,7 +179,7 @@ def test_tokens_after_a_gap_continue_those_before_it(device: str) -> None:
         logits.append(model(tokens[:, start:end], past_key_values=cache, **given).logits)
     for entry, all_logits in enumerate(torch.cat(logits, 1)):
         exists = mask[entry].bool()
-        close(device, all_logits[exists], oracle(tokens[entry][exists][None]).logits[0])
+        assert_close(device, all_logits[exists], oracle(tokens[entry][exists][None]).logits[0])
 
 
 def places(start: int, end: int, device: str) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def test_a_static_caches_free_room_is_not_seen(device: str, mask_length: str | N
             given["position_ids"] = (torch.arange(start, end, device=device) - padding).clamp(min=0)[None]
         logits = model(tokens[:, start:end], past_key_values=cache, **given).logits
         first = max(start, padding)
-        close(device, logits[:, first - start :], expected[:, first - padding : end - padding])
+        assert_close(device, logits[:, first - start :], expected[:, first - padding : end - padding])
 
 
 def test_the_layers_own_scale_is_used() -> None:
@@ -216,7 +216,7 @@ def test_the_layers_own_scale_is_used() -> None:
         layer.self_attn.scaling = 0.1
     expected = dense_oracle(model, MIXED)(tokens).logits
     enable_duo_attention(model, MIXED, SINK, RECENT)
-    close("cpu", model(tokens).logits, expected)
+    assert_close("cpu", model(tokens).logits, expected)
 
 
 def test_disable_gives_the_models_own_attention_back() -> None:
@@ -243,7 +243,7 @@ def test_models_of_one_process_have_tables_of_their_own() -> None:
         expected.append(dense_oracle(models[-1], heads)(tokens).logits)
         enable_duo_attention(models[-1], heads, SINK, RECENT)
     for model, logits in zip(models, expected, strict=True):
-        close("cpu", model(tokens).logits, logits)
+        assert_close("cpu", model(tokens).logits, logits)
 
 
 def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
@@ -270,7 +270,7 @@ def test_a_compiled_prefill_is_one_graph(device: str, name: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for seed in range(3):
         tokens = make_tokens(seed=seed).to(device)
-        close(device, compiled(tokens).logits, model(tokens).logits)
+        assert_close(device, compiled(tokens).logits, model(tokens).logits)
     assert counter.frame_count == 1
 
 
@@ -285,7 +285,7 @@ def test_compiled_padding_is_one_graph_however_much_there_is(device: str) -> Non
         mask = torch.ones_like(tokens)
         mask[0, :padding] = 0
         logits, expected = (run(tokens, attention_mask=mask).logits for run in (compiled, model))
-        close(device, logits[mask.bool()], expected[mask.bool()])
+        assert_close(device, logits[mask.bool()], expected[mask.bool()])
     assert counter.frame_count == 1
 
 
@@ -301,7 +301,7 @@ def test_compiled_decoding_into_a_static_cache_is_one_graph(device: str) -> None
     model(tokens[:, :190], past_key_values=cache, **places(0, 190, device))
     for token in range(190, 200):
         logits = compiled(tokens[:, token, None], past_key_values=cache, **places(token, token + 1, device)).logits
-        close(device, logits[:, 0], expected[:, token])
+        assert_close(device, logits[:, 0], expected[:, token])
     assert counter.frame_count == 1
 
 
@@ -315,7 +315,7 @@ def test_one_compile_covers_the_layers_compiled_one_by_one() -> None:
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend=counter)
     for _ in range(2):
-        close("cpu", model(tokens, **given).logits, expected)
+        assert_close("cpu", model(tokens, **given).logits, expected)
     assert counter.frame_count == 1
 
 
@@ -327,7 +327,7 @@ def test_other_heads_do_not_recompile() -> None:
     for heads in (MIXED, ALL_FULL):
         expected = dense_oracle(model, heads)(tokens).logits
         handle = enable_duo_attention(compiled, heads, SINK, RECENT)
-        close("cpu", compiled(tokens).logits, expected)
+        assert_close("cpu", compiled(tokens).logits, expected)
         handle.disable()
     assert counter.frame_count == 1
 
