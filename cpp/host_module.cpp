@@ -1,4 +1,5 @@
-// lite_attention._host: facts of this build for Python. No tensors pass through here.
+// lite_attention._host: facts of this build for Python, and a context variable that compiled code can read. No tensors
+// pass through here.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +11,31 @@
 #include "tile_shape.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// A contextvars.ContextVar whose value is an attribute. torch.compile cannot trace ContextVar.get; an attribute that C
+// defines it reads, guards on, and reads again at each call.
+class ContextValue {
+ public:
+  explicit ContextValue(const char* name)
+      : variable_(py::reinterpret_steal<py::object>(PyContextVar_New(name, Py_None))) {
+    if (!variable_) throw py::error_already_set();
+  }
+
+  py::object current() const {
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(variable_.ptr(), nullptr, &value) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+  py::object variable() const { return variable_; }
+
+ private:
+  py::object variable_;
+};
+
+}  // namespace
 
 PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   using namespace lite_attention;
@@ -29,8 +55,13 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
              "Builds of the CPU kernel this processor can run, the fastest first.");
   module.def("selected_cpu_variant", &cpu::selected_variant, "The build of the CPU kernel in use.");
 
+  py::class_<ContextValue>(module, "ContextValue", "A context variable with the default None.")
+      .def(py::init<const char*>())
+      .def_property_readonly("current", &ContextValue::current, "Its value in the current context.")
+      .def_property_readonly("variable", &ContextValue::variable, "The ContextVar, to set and reset it.");
+
   // Must equal OPERATOR_INTERFACE in python/lite_attention/_library.py.
-  module.attr("OPERATOR_INTERFACE") = 2;
+  module.attr("OPERATOR_INTERFACE") = 3;
   module.attr("VERSION") = LITE_ATTENTION_VERSION;
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;

@@ -17,7 +17,7 @@ from torch import Tensor
 NAMESPACE = "lite_attention"
 OLDEST_TORCH = (2, 10)
 # Raised whenever an operator's schema or meaning changes: Python files and a library of two builds must not meet.
-OPERATOR_INTERFACE = 2
+OPERATOR_INTERFACE = 3
 
 _SCHEMAS = {
     "attention": (

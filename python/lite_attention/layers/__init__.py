@@ -1,0 +1,53 @@
+"""Attention layers with FastVideo's calls: backends by name, one GPU or many, eager or compiled (docs/layers.md)."""
+
+from lite_attention.layers.abstract import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    PlainMetadataBuilder,
+)
+from lite_attention.layers.backends.lite_attn import LiteAttentionBackend
+from lite_attention.layers.backends.sliding_tile_attn import SlidingTileAttentionBackend
+from lite_attention.layers.backends.torch_sdpa import TorchSDPABackend
+from lite_attention.layers.backends.video_sparse_attn import VideoSparseAttentionBackend
+from lite_attention.layers.forward_context import ForwardContext, get_forward_context, set_forward_context
+from lite_attention.layers.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
+from lite_attention.layers.mesh import get_sequence_parallel_mesh, sequence_parallel_mesh, set_sequence_parallel_mesh
+from lite_attention.layers.registry import AttentionBackendEnum, add_builtin_backend, register_attention_backend
+from lite_attention.layers.selector import (
+    backend_name_to_enum,
+    get_attn_backend,
+    get_env_variable_attn_backend,
+    get_global_forced_attn_backend,
+    global_force_attn_backend,
+    global_force_attn_backend_context_manager,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionBackendEnum",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "DistributedAttention",
+    "DistributedAttention_VSA",
+    "ForwardContext",
+    "LocalAttention",
+    "PlainMetadataBuilder",
+    "backend_name_to_enum",
+    "get_attn_backend",
+    "get_env_variable_attn_backend",
+    "get_forward_context",
+    "get_global_forced_attn_backend",
+    "get_sequence_parallel_mesh",
+    "global_force_attn_backend",
+    "global_force_attn_backend_context_manager",
+    "register_attention_backend",
+    "sequence_parallel_mesh",
+    "set_forward_context",
+    "set_sequence_parallel_mesh",
+]
+
+for _backend in (TorchSDPABackend, LiteAttentionBackend, VideoSparseAttentionBackend, SlidingTileAttentionBackend):
+    add_builtin_backend(_backend)

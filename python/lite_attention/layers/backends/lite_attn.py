@@ -1,0 +1,114 @@
+"""LITE_ATTN: attention that skips the tiles which an earlier step found not to matter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, PlainMetadataBuilder
+from lite_attention.layers.backends._arguments import check_extra_arguments, refuse_causal
+from lite_attention.modules import LiteAttention, Threshold
+from lite_attention.tiles import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
+
+__all__ = ["HEAD_SIZES", "KERNEL_DTYPES", "LiteAttentionBackend", "LiteAttentionImpl"]
+
+# What this package's kernels take; fp32 on the CPU alone.
+HEAD_SIZES = range(HEAD_DIM_MULTIPLE, MAX_HEAD_DIM + 1, HEAD_DIM_MULTIPLE)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
+    """A :class:`lite_attention.LiteAttention` with its state. Needs no metadata.
+
+    Text is computed always: by every query its keys, and by its queries every key.
+
+    Args:
+        threshold: as for LiteAttention; if one value a head, then for all heads of the layer.
+        enable_skipping, max_batch_size: as for LiteAttention.
+    """
+
+    attention: LiteAttention
+    """Holds the state. In a layer on several ranks it has this rank's heads."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        *,
+        enable_skipping: bool = True,
+        threshold: Threshold = -10.0,
+        max_batch_size: int = 4,
+        **extra_impl_args: Any,
+    ) -> None:
+        super().__init__()
+        check_extra_arguments("LITE_ATTN", extra_impl_args)
+        refuse_causal("LITE_ATTN", causal)
+        self.softmax_scale = softmax_scale
+        self.attention = LiteAttention(enable_skipping, threshold, max_batch_size)
+
+    def set_local_heads(self, first: int, count: int) -> None:
+        """Keep the thresholds of these heads."""
+        threshold = self.attention.threshold
+        if isinstance(threshold, tuple):
+            self.attention.set_threshold(threshold[first : first + count])
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None) -> Tensor:
+        """One pass; see :meth:`lite_attention.LiteAttention.forward`."""
+        out: Tensor = self.attention(query, key, value, self.softmax_scale)
+        return out
+
+    def forward_with_text(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
+    ) -> Tensor:
+        """One pass in which no tile with text is skipped."""
+        keys, queries = key.shape[1], query.shape[1]
+        out: Tensor = self.attention(
+            query,
+            key,
+            value,
+            self.softmax_scale,
+            must_do_list=[keys - text_tokens, keys],
+            must_do_queries=[queries - text_tokens, queries],
+        )
+        return out
+
+
+class LiteAttentionBackend(AttentionBackend):
+    """Attention with a skip state."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Its name in AttentionBackendEnum."""
+        return "LITE_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[LiteAttentionImpl]:
+        """The attention of a layer."""
+        return LiteAttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        """The step alone."""
+        return AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[PlainMetadataBuilder]:
+        """Makes metadata of the step alone."""
+        return PlainMetadataBuilder
+
+    @staticmethod
+    def get_supported_head_sizes() -> Collection[int]:
+        """Those of the kernels."""
+        return HEAD_SIZES
+
+    @staticmethod
+    def get_supported_dtypes() -> Collection[torch.dtype]:
+        """Those of the kernels."""
+        return KERNEL_DTYPES

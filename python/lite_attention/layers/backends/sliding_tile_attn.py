@@ -1,0 +1,290 @@
+"""SLIDING_TILE_ATTN: a token attends a window of tiles around its own (docs/sliding-tile.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
+from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
+from lite_attention.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
+from lite_attention.video_tiles import Size, VideoTiles, check_size, keep_tensor
+
+__all__ = [
+    "SlidingTileAttentionBackend",
+    "SlidingTileAttentionImpl",
+    "SlidingTileAttentionMetadata",
+    "SlidingTileAttentionMetadataBuilder",
+]
+
+_NAME = "SLIDING_TILE_ATTN"
+
+# The blocks of a model, in the name of a layer.
+_LAYER_INDEX = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
+
+Windows = Sequence[Sequence[Sequence[Sequence[int]]]]
+"""(time, height, width) in tiles for each step, layer and head."""
+
+
+@dataclass
+class SlidingTileAttentionMetadata(AttentionMetadata):
+    """The windows of all layers in a step. Steps of one video differ in ``window_of_head`` alone, in what it holds."""
+
+    window_of_head: Tensor
+    """int64 ``[layers, heads]``: which row of ``windows`` each head has."""
+    windows: Tensor
+    """int32 ``[different windows, query_tiles, words]``: the keep map of a head with that window."""
+    layout: SlidingTileMap
+    """All else that a map says; its ``keep`` is that of the first window."""
+    text_length: Tensor | None
+    """int32 ``[B]`` or ``[1]``: how many text tokens are keys; None for all."""
+
+
+class _Table(NamedTuple):
+    """``STA_param`` as tensors."""
+
+    source: Windows
+    arguments: tuple[Any, ...]
+    window_of_head: list[Tensor]  # of each step, int64 [layers, heads]
+    windows: Tensor
+    layout: SlidingTileMap
+
+
+class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
+    """Makes the maps of all windows of a video once, and says in each step which head has which."""
+
+    def __init__(self) -> None:
+        """A builder for one model."""
+        self._table: _Table | None = None
+
+    def prepare(self) -> None:
+        """Forget the maps that were made."""
+        self._table = None
+
+    def build(  # type: ignore[override]
+        self,
+        *,
+        STA_param: Windows,  # noqa: N803 - FastVideo's name
+        current_timestep: int,
+        canvas: Size,
+        head_size: int,
+        dtype: torch.dtype,
+        tile: Size = TILE,
+        text_tokens: int = 0,
+        text_length: int | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> SlidingTileAttentionMetadata:
+        """The metadata of a step.
+
+        Args:
+            STA_param: ``STA_param[step][layer][head]`` is a window, (time, height, width) in tiles. Not to be changed
+                between steps: it is read when it is first seen, and after :meth:`prepare`.
+            current_timestep: the step, an index of STA_param.
+            canvas: (time, height, width) of the video in tokens.
+            head_size, dtype: of q.
+            tile: (time, height, width) in tokens; it need not divide the canvas.
+            text_tokens: how many replicated tokens follow the video.
+            text_length: how many of them are keys, the first ones: an int, or int32 ``[B]`` on q's device. None for
+                all.
+            device: of q; torch's default device if None.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it.
+        """
+        device = torch.empty(0, device=device).device  # with its index
+        arguments = (canvas, head_size, dtype, tile, text_tokens, device)
+        table = self._table
+        if table is None or table.source is not STA_param or table.arguments != arguments:
+            table = self._table = _make_table(STA_param, arguments)
+        steps = len(table.window_of_head)
+        if not 0 <= current_timestep < steps:
+            raise ValueError(
+                f"{_NAME}: current_timestep is {current_timestep}, expected 0 to {steps - 1}, an index of STA_param"
+            )
+        if isinstance(text_length, int):
+            if not 0 <= text_length <= text_tokens:
+                raise ValueError(f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the text_tokens")
+            text_length = keep_tensor(_text_length, device, text_length)
+        return SlidingTileAttentionMetadata(
+            current_timestep=current_timestep,
+            window_of_head=table.window_of_head[current_timestep],
+            windows=table.windows,
+            layout=table.layout,
+            text_length=text_length,
+        )
+
+
+def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
+    canvas, head_size, dtype, tile, text_tokens, device = arguments
+    tiles = VideoTiles(check_size(f"{_NAME}: canvas", canvas), check_size(f"{_NAME}: tile", tile))
+    numbers: dict[Size, int] = {}
+    window_of_head = [
+        [
+            [
+                numbers.setdefault(_window(window, (step, layer, head)), len(numbers))
+                for head, window in enumerate(heads)
+            ]
+            for layer, heads in enumerate(layers)
+        ]
+        for step, layers in enumerate(source)
+    ]
+    if not numbers:
+        raise ValueError(f"{_NAME}: STA_param has no window, expected STA_param[step][layer][head]")
+    for step, layers in enumerate(window_of_head):
+        for layer, heads in enumerate(layers):
+            if len(layers) != len(window_of_head[0]) or len(heads) != len(window_of_head[0][0]):
+                raise ValueError(
+                    f"{_NAME}: STA_param[{step}] has {len(layers)} layers and STA_param[{step}][{layer}] {len(heads)} "
+                    f"heads, expected {len(window_of_head[0])} and {len(window_of_head[0][0])} like the first"
+                )
+    with torch.inference_mode(False):
+        made = sliding_tile_map(
+            list(numbers), canvas, tile=tile, text_tokens=text_tokens, head_dim=head_size, dtype=dtype, device=device
+        )
+        # Tokens go from raster order into slots, or into tile order where those are the slots, in one copy.
+        text = torch.arange(tiles.tokens, tiles.tokens + text_tokens, device=device)
+        token_of_slot = torch.cat([tiles.order(device), text])
+        slot_of_token = torch.cat([tiles.positions(device), text])
+        if made.token_of_slot is not None and made.slot_of_token is not None:
+            token_of_slot = token_of_slot[made.token_of_slot]
+            slot_of_token = made.slot_of_token[slot_of_token]
+        windows = made.keep[0].contiguous()
+        return _Table(
+            source,
+            arguments,
+            # Tensors of their own, not views of one: compilers may look at where a view begins.
+            [numbers_of_step.clone() for numbers_of_step in torch.tensor(window_of_head, device=device)],
+            windows,
+            made._replace(keep=windows[:1].unsqueeze(0), token_of_slot=token_of_slot, slot_of_token=slot_of_token),
+        )
+
+
+def _text_length(length: int, device: torch.device) -> Tensor:
+    return torch.tensor([length], dtype=torch.int32, device=device)
+
+
+def _window(window: Sequence[int], where: tuple[int, int, int]) -> Size:
+    step, layer, head = where
+    name = f"{_NAME}: STA_param[{step}][{layer}][{head}]"
+    return check_size(name, tuple(window) if isinstance(window, list) else window)
+
+
+class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMetadata]):
+    """:func:`lite_attention.sliding_tile_attention` on tokens in raster order, text after them.
+
+    Args:
+        layer_index: number of the layer in STA_param; by default n of ``"blocks.<n>."`` in the prefix.
+    """
+
+    _layer: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        *,
+        layer_index: int | None = None,
+        **extra_impl_args: Any,
+    ) -> None:
+        super().__init__()
+        check_extra_arguments(_NAME, extra_impl_args)
+        refuse_causal(_NAME, causal)
+        if layer_index is None:
+            found = _LAYER_INDEX.search(prefix)
+            if found is None:
+                raise ValueError(
+                    f"{_NAME}: prefix is {prefix!r}, expected 'blocks.<n>' in it, or the argument layer_index"
+                )
+            layer_index = int(found[1])
+        self.softmax_scale = softmax_scale
+        self.num_heads = num_heads
+        self.layer_index = layer_index
+        self._heads = 0, num_heads
+        # A tensor: as a number it would make a graph for each layer of a model that is compiled block by block.
+        self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlidingTileAttentionImpl:
+        """As nn.Module's, but the number of the layer survives ``to_empty``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._layer.fill_(self.layer_index)
+        return self
+
+    def set_local_heads(self, first: int, count: int) -> None:
+        """Use the windows of these heads."""
+        self._heads = first, count
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata | None
+    ) -> Tensor:
+        """Attention through the windows of this layer and step."""
+        metadata = expect_metadata(_NAME, attn_metadata, SlidingTileAttentionMetadata)
+        layers, heads = metadata.window_of_head.shape
+        if heads != self.num_heads:
+            raise ValueError(f"{_NAME}: STA_param has {heads} heads, expected {self.num_heads}, those of the layer")
+        # A graph must not depend on the number; there index_select has the last word.
+        if not torch.compiler.is_compiling() and self.layer_index >= layers:
+            raise ValueError(
+                f"{_NAME}: STA_param has {layers} layers, expected one of index {self.layer_index}, that of the layer"
+            )
+        expected = metadata.layout.image_tokens + metadata.layout.text_tokens
+        if query.shape[1] != expected:
+            raise ValueError(
+                f"{_NAME}: q has {query.shape[1]} tokens, expected {expected}: {metadata.layout.image_tokens} of the "
+                f"canvas and {metadata.layout.text_tokens} of text. Give the layer original_seq_len where some are "
+                "padding"
+            )
+        windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer).flatten()
+        sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
+        text_length = metadata.text_length
+        out = sliding.attend(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None if text_length is None else text_length.expand(query.shape[0]),
+            scale=self.softmax_scale,
+        )
+        return out.transpose(1, 2)
+
+
+class SlidingTileAttentionBackend(AttentionBackend):
+    """Sliding Tile Attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Its name in AttentionBackendEnum."""
+        return _NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[SlidingTileAttentionImpl]:
+        """The attention of a layer."""
+        return SlidingTileAttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[SlidingTileAttentionMetadata]:
+        """The windows of a step."""
+        return SlidingTileAttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[SlidingTileAttentionMetadataBuilder]:
+        """Makes maps of windows."""
+        return SlidingTileAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_head_sizes() -> Collection[int]:
+        """Those of the kernels."""
+        return HEAD_SIZES
+
+    @staticmethod
+    def get_supported_dtypes() -> Collection[torch.dtype]:
+        """Those of the kernels."""
+        return KERNEL_DTYPES

@@ -1,0 +1,188 @@
+"""VIDEO_SPARSE_ATTN: attention between blocks chooses the blocks whose tokens attend (docs/video-sparse.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
+from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
+from lite_attention.video_sparse import topk_of_sparsity, video_sparse_attn
+from lite_attention.video_tiles import VideoTiles, keep_tensor
+
+__all__ = [
+    "VSA_TILE_SIZE",
+    "VideoSparseAttentionBackend",
+    "VideoSparseAttentionImpl",
+    "VideoSparseAttentionMetadata",
+    "VideoSparseAttentionMetadataBuilder",
+]
+
+VSA_TILE_SIZE = (4, 4, 4)
+
+_NAME = "VIDEO_SPARSE_ATTN"
+
+
+@dataclass
+class VideoSparseAttentionMetadata(AttentionMetadata):
+    """The blocks of a video. Under torch.compile another ``topk`` is another graph."""
+
+    VSA_sparsity: float
+    topk: int
+    """Blocks of keys for each block of queries."""
+    slots: int
+    """Padded length: blocks times the tokens of a whole one."""
+    slot_of_token: Tensor
+    """int64 ``[tokens]``: where each token, in raster order, lies among the slots."""
+    variable_block_sizes: Tensor
+    """int32 ``[blocks]``: how many tokens each block has."""
+
+
+class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAttentionMetadata]):
+    """Cuts the video of a step into blocks of 4 x 4 x 4 tokens."""
+
+    def __init__(self) -> None:
+        """There is nothing to set up."""
+
+    def prepare(self) -> None:
+        """Does nothing: what is made is kept for all videos of a shape."""
+
+    def build(  # type: ignore[override]
+        self,
+        *,
+        current_timestep: int,
+        raw_latent_shape: Sequence[int],
+        patch_size: Sequence[int],
+        VSA_sparsity: float,  # noqa: N803 - FastVideo's name
+        device: torch.device | str | None = None,
+    ) -> VideoSparseAttentionMetadata:
+        """The metadata of a step.
+
+        Args:
+            current_timestep: the step.
+            raw_latent_shape: (time, height, width) of the latents.
+            patch_size: (time, height, width) of a token in latents; a remainder is no token.
+            VSA_sparsity: share of the blocks of keys that a block of queries leaves out, from 0 to 1.
+            device: of q; torch's default device if None.
+
+        Raises:
+            TypeError, ValueError: a size is not three positive integers, or the sparsity no such number.
+        """
+        for name, size in (("raw_latent_shape", raw_latent_shape), ("patch_size", patch_size)):
+            if len(size) != 3 or min(size) < 1:
+                raise ValueError(
+                    f"{_NAME}: {name} is {tuple(size)}, expected three integers of at least 1: (time, height, width)"
+                )
+        time, height, width = (latents // patch for latents, patch in zip(raw_latent_shape, patch_size, strict=True))
+        tiles = VideoTiles((time, height, width), VSA_TILE_SIZE)
+        device = torch.empty(0, device=device).device  # with its index
+        return VideoSparseAttentionMetadata(
+            current_timestep=current_timestep,
+            VSA_sparsity=VSA_sparsity,
+            topk=topk_of_sparsity(VSA_sparsity, tiles.number),
+            slots=tiles.number * tiles.volume,
+            slot_of_token=keep_tensor(_slot_of_token, device, tiles),
+            variable_block_sizes=tiles.sizes(device),
+        )
+
+
+def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
+    return tiles.slots(tiles.volume, device)[tiles.positions(device)]
+
+
+class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
+    """:func:`lite_attention.video_sparse_attn` on tokens in raster order."""
+
+    takes_gate = True
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args: Any,
+    ) -> None:
+        check_extra_arguments(_NAME, extra_impl_args)
+        refuse_causal(_NAME, causal)
+        self.softmax_scale = softmax_scale
+
+    def preprocess_qkv(self, qkv: Tensor, attn_metadata: VideoSparseAttentionMetadata | None) -> Tensor:
+        """Tokens into the slots of their blocks; 0 where there is none."""
+        metadata = expect_metadata(_NAME, attn_metadata, VideoSparseAttentionMetadata)
+        slot_of_token = metadata.slot_of_token
+        if qkv.shape[1] != slot_of_token.shape[0]:
+            raise ValueError(
+                f"{_NAME}: q, k and v have {qkv.shape[1]} tokens, expected {slot_of_token.shape[0]}, those of the "
+                "video in attn_metadata. Give the layer original_seq_len where some are padding"
+            )
+        padded = qkv.new_zeros(qkv.shape[0], metadata.slots, *qkv.shape[2:])
+        return padded.index_copy_(1, slot_of_token, qkv)
+
+    def postprocess_output(self, output: Tensor, attn_metadata: VideoSparseAttentionMetadata | None) -> Tensor:
+        """Tokens back into raster order."""
+        metadata = expect_metadata(_NAME, attn_metadata, VideoSparseAttentionMetadata)
+        return output.index_select(1, metadata.slot_of_token)
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate_compress: Tensor | None,
+        attn_metadata: VideoSparseAttentionMetadata | None,
+    ) -> Tensor:
+        """Attention between slots, ``[B, slots, heads, D]``."""
+        metadata = expect_metadata(_NAME, attn_metadata, VideoSparseAttentionMetadata)
+        out = video_sparse_attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            metadata.variable_block_sizes,
+            metadata.topk,
+            VSA_TILE_SIZE,
+            None if gate_compress is None else gate_compress.transpose(1, 2),
+            scale=self.softmax_scale,
+        )
+        return out.transpose(1, 2)
+
+
+class VideoSparseAttentionBackend(AttentionBackend):
+    """Video Sparse Attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Its name in AttentionBackendEnum."""
+        return _NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[VideoSparseAttentionImpl]:
+        """The attention of a layer."""
+        return VideoSparseAttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[VideoSparseAttentionMetadata]:
+        """The blocks of a video."""
+        return VideoSparseAttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[VideoSparseAttentionMetadataBuilder]:
+        """Cuts videos into blocks."""
+        return VideoSparseAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_head_sizes() -> Collection[int]:
+        """Those of the kernels."""
+        return HEAD_SIZES
+
+    @staticmethod
+    def get_supported_dtypes() -> Collection[torch.dtype]:
+        """Those of the kernels."""
+        return KERNEL_DTYPES

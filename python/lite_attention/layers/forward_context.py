@@ -1,0 +1,85 @@
+"""What all attention layers of a forward share: the step, and what a backend prepared for it.
+
+It lives in a context variable, so threads and asyncio tasks that run models at the same time each see their own. A new
+thread starts without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lite_attention._library import host
+from lite_attention.layers.abstract import AttentionMetadata
+
+__all__ = ["ForwardContext", "current_metadata", "get_forward_context", "set_forward_context"]
+
+
+@dataclass
+class ForwardContext:
+    """What :func:`set_forward_context` was given."""
+
+    current_timestep: Any
+    attn_metadata: AttentionMetadata | None
+    forward_batch: Any = None
+
+
+class _ContextValue(Protocol):
+    @property
+    def current(self) -> ForwardContext | None: ...
+
+    @property
+    def variable(self) -> ContextVar[ForwardContext | None]: ...
+
+
+_context: _ContextValue = host.ContextValue("lite_attention.forward_context")
+
+
+@contextmanager
+def set_forward_context(
+    current_timestep: Any, attn_metadata: AttentionMetadata | None, forward_batch: Any = None
+) -> Iterator[None]:
+    """Attention layers called inside, in this thread or asyncio task, get ``attn_metadata``.
+
+    Enter it around the call of a compiled model, not inside of it. A metadata object for each step does not recompile,
+    as long as its tensors keep their shapes, and the constants that a backend reads their values.
+
+    Args:
+        current_timestep: the step; layers do not read it.
+        attn_metadata: made by the builder of the layers' backend; None where that needs none.
+        forward_batch: anything else that belongs to the step; layers do not read it.
+
+    Raises:
+        TypeError: ``attn_metadata`` is something else.
+    """
+    if attn_metadata is not None and not isinstance(attn_metadata, AttentionMetadata):
+        raise TypeError(
+            f"set_forward_context: attn_metadata is of type {type(attn_metadata).__name__}, expected AttentionMetadata "
+            "or None"
+        )
+    token = _context.variable.set(ForwardContext(current_timestep, attn_metadata, forward_batch))
+    try:
+        yield
+    finally:
+        _context.variable.reset(token)
+
+
+def get_forward_context() -> ForwardContext:
+    """The innermost :func:`set_forward_context` of this thread or asyncio task. Compiled code may call it.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    context = _context.current
+    if context is None:
+        raise RuntimeError("get_forward_context: no forward context is set, expected a call inside set_forward_context")
+    return context
+
+
+def current_metadata() -> AttentionMetadata | None:
+    """The metadata of the forward context, None where there is neither."""
+    context = _context.current
+    return None if context is None else context.attn_metadata
