@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from emulated import LOG2_E, TILE_M, TILE_N, tile_margins, visiting_order
 from model import load_weights
