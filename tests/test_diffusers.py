@@ -347,7 +347,9 @@ def test_settings_made_in_inference_mode_can_be_changed_outside_of_it() -> None:
         denoise(transformer)
     handle.set_must_do([0, 20])
     handle.reset()
-    denoise(transformer)
+    other = make_transformer(WAN)
+    enable_lite_attention(other, threshold=THRESHOLD, must_do=[0, 20])
+    assert_all_equal(denoise(transformer), denoise(other))
 
 
 def test_disabling_leaves_what_others_have_put_there_since() -> None:
@@ -438,7 +440,7 @@ def test_errors() -> None:
         "not a model": lambda: enable_lite_attention(object()),
         "a model of another kind": lambda: enable_lite_attention(nn.Linear(2, 2)),
         "twice": lambda: enable_lite_attention(busy),
-        "context parallelism": lambda: enable_lite_attention(parallel),
+        "a processor that splits tokens alone": lambda: enable_lite_attention(parallel),
         "context parallelism later": lambda: run(later, WAN, x, 900.0),
         "a processor of its own kind": lambda: run(deaf, WAN, x, 900.0),
         "group offloading": lambda: enable_lite_attention(offloaded),
@@ -460,8 +462,8 @@ def test_errors() -> None:
 not a model -> TypeError: enable_lite_attention: transformer_or_pipeline is a object, expected a video transformer or a pipeline that has one as its component transformer
 a model of another kind -> TypeError: enable_lite_attention: the transformer is a Linear, expected one of CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel; register_video_model adds others
 twice -> ValueError: enable_lite_attention: LiteAttention is in this WanTransformer3DModel already, expected one handle: disable() it first
-context parallelism -> RuntimeError: blocks.0.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
-context parallelism later -> RuntimeError: blocks.1.attn1: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one of the two
+a processor that splits tokens alone -> RuntimeError: blocks.0.attn1: its processor is set up for context parallelism and the transformer is not, expected both, by transformer.enable_parallelism
+context parallelism later -> RuntimeError: blocks.1.attn1: context parallelism was enabled after LiteAttention, expected before it. Call disable() on the handle, then enable_lite_attention again
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
 group offloading -> RuntimeError: enable_lite_attention: WanTransformer3DModel is set up for group offloading, which loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole
 a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask

@@ -212,7 +212,7 @@ def one_layer(device: str, ranks: int, backend: AttentionBackendEnum) -> Tensor:
         prefix="blocks.1.attn",
         mesh=mesh_of(device, 1, ranks),
         dtype=DTYPES[device],
-    )
+    ).to(device)
     shards = [shard_sequence(x, mesh) for x in normal(0, 2, TOKENS, *4 * (HEADS,), device=device)]
     metadata = Metadata(backend, device, DTYPES[device])
     outs = []

@@ -6,6 +6,10 @@ with the stock processor (LoRA, fused projections, quantised weights) works here
 
 What is not video-to-video is never skipped: cross-attention layers keep their processors, and in layers that attend
 over text and video together every tile with a text key or a text query is kept.
+
+On many GPUs diffusers' context parallelism splits the tokens where the model begins and puts them together where it
+ends, and layers that are left alone exchange theirs in diffusers' way. A layer with LiteAttention makes the attention
+call of a single process, with this rank's tokens, and :class:`lite_attention.DistributedLiteAttention` takes it over.
 """
 
 from __future__ import annotations
@@ -17,16 +21,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_process_group_ranks, get_rank
 
 from lite_attention.branches import MAX_BRANCHES, resolved_branch, skip_branch
+from lite_attention.collectives import sequence_mesh
 from lite_attention.generation import GenerationClock
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
 from lite_attention.keep_map import parse_ranges
 from lite_attention.modules import LiteAttention, Ranges, Threshold
+from lite_attention.sequence_parallel import DistributedLiteAttention
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["LiteAttentionHandle", "VideoModel", "enable_lite_attention", "register_video_model"]
 
@@ -53,12 +63,15 @@ class VideoModel:
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
         may_bypass: some calls leave attention out (spatio-temporal guidance); the layer's next pass starts full.
+        text_layers: like ``layers``, the attention modules in which video attends to text and to nothing else. Where
+            ``mesh`` makes diffusers split tokens among ranks, these layers get the whole text on every rank.
     """
 
     layers: tuple[str, ...]
     text: Literal["none", "first", "last"] = "none"
     prefix_mask: bool = False
     may_bypass: bool = False
+    text_layers: tuple[str, ...] = ()
 
 
 _VIDEO_MODELS = {
@@ -66,9 +79,11 @@ _VIDEO_MODELS = {
     "HunyuanVideoTransformer3DModel": VideoModel(
         (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"), text="last", prefix_mask=True
     ),
-    "LTXVideoTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",)),
+    "LTXVideoTransformer3DModel": VideoModel(
+        (r"transformer_blocks\.\d+\.attn1",), text_layers=(r"transformer_blocks\.\d+\.attn2",)
+    ),
     "LTX2VideoTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",), may_bypass=True),
-    "WanTransformer3DModel": VideoModel((r"blocks\.\d+\.attn1",)),
+    "WanTransformer3DModel": VideoModel((r"blocks\.\d+\.attn1",), text_layers=(r"blocks\.\d+\.attn2",)),
     "WanVACETransformer3DModel": VideoModel((r"blocks\.\d+\.attn1", r"vace_blocks\.\d+\.attn1")),
 }
 
@@ -120,11 +135,17 @@ class LiteAttentionProcessor(nn.Module):
 
     generation: _Generation
     _history: Tensor
-    # Written by diffusers where it sets up context parallelism.
+    # Written by diffusers where it sets up context parallelism while this processor is in place.
     _parallel_config: object | None = None
 
     def __init__(
-        self, name: str, processor: Callable[..., Any], model: VideoModel, generation: _Generation, threshold: Threshold
+        self,
+        name: str,
+        processor: Callable[..., Any],
+        model: VideoModel,
+        generation: _Generation,
+        threshold: Threshold,
+        mesh: DeviceMesh | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -133,10 +154,17 @@ class LiteAttentionProcessor(nn.Module):
         self.processor = copy.copy(processor)
         if hasattr(processor, "_attention_backend"):
             self.processor._attention_backend = _native_backend()  # type: ignore[attr-defined]
+        if hasattr(processor, "_parallel_config"):
+            self.processor._parallel_config = None  # type: ignore[attr-defined]
         self.model = model
         # Not as a submodule: the transformer registers it, once, as torch.export wants it.
         vars(self)["generation"] = generation
-        self.attention = LiteAttention(threshold=threshold, max_batch_size=ANY_BATCH)
+        self.attention: LiteAttention | DistributedLiteAttention
+        if mesh is None:
+            self.attention = LiteAttention(threshold=threshold, max_batch_size=ANY_BATCH)
+        else:
+            self.attention = DistributedLiteAttention(mesh, threshold=threshold, max_batch_size=ANY_BATCH)
+        self._masks_fit = model.prefix_mask and not _splits_tokens(mesh)
         with torch.inference_mode(False):
             history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
             self.register_buffer("_history", history, persistent=False)
@@ -147,8 +175,8 @@ class LiteAttentionProcessor(nn.Module):
         """What the layer calls, with the arguments of its own processor."""
         if self._parallel_config is not None:
             raise RuntimeError(
-                f"{self.name}: diffusers' context parallelism splits the tokens, so the skip state would not fit. "
-                "Disable one of the two"
+                f"{self.name}: context parallelism was enabled after LiteAttention, expected before it. Call disable() "
+                "on the handle, then enable_lite_attention again"
             )
         calls: list[int] = []
         handler = functools.partial(self._attention, 0, calls)
@@ -187,8 +215,8 @@ class LiteAttentionProcessor(nn.Module):
         kv_lens = None
         if attn_mask is not None:
             fits = attn_mask.dtype == torch.bool and attn_mask.shape == (batch, 1, 1, tokens)
-            if not (self.model.prefix_mask and fits):
-                expected = f"torch.bool and {[batch, 1, 1, tokens]}" if self.model.prefix_mask else "no mask"
+            if not (self._masks_fit and fits):
+                expected = f"torch.bool and {[batch, 1, 1, tokens]}" if self._masks_fit else "no mask"
                 raise ValueError(
                     f"{self.name}: attn_mask has dtype {attn_mask.dtype} and shape {list(attn_mask.shape)}, expected "
                     f"{expected}"
@@ -338,6 +366,7 @@ class _PatchedTransformer:
         threshold: Threshold,
         skip_first_steps: int,
         layers: Sequence[int] | None,
+        mesh: DeviceMesh | None,
     ) -> None:
         model = _video_model(transformer)
         if hasattr(transformer, GENERATION):
@@ -348,6 +377,9 @@ class _PatchedTransformer:
         chosen = _chosen_layers(_layer_names(transformer, model), layers, type(transformer).__name__)
         timestep_position = _position_of_timestep(transformer)
         _refuse_group_offloading(transformer)
+        is_split = _parallel_mesh(transformer) is not None
+        if _splits_tokens(mesh):
+            _check_splittable(transformer, model, is_split)
         self.transformer = transformer
         self.generation = _Generation(skip_first_steps)
         self.generation.to(next(transformer.parameters()).device)
@@ -355,12 +387,17 @@ class _PatchedTransformer:
         self._originals: dict[str, Callable[..., Any]] = {}
         for name in chosen:
             original = self._layer(name).processor
-            _check_processor(name, original)
+            _check_processor(name, original, transformer)
             self._originals[name] = original
             wrapped = _processor_class(type(original))(  # type: ignore[arg-type]
-                name, original, model, self.generation, threshold
+                name, original, model, self.generation, threshold, mesh
             )
             self.processors[name] = wrapped.to(self.generation.clock.start_full.device)
+        to_enable = mesh if _splits_tokens(mesh) and not is_split else None
+        if to_enable is not None:
+            _enable_context_parallelism(transformer, model, to_enable)
+        self._enabled_parallelism = to_enable is not None
+        _look_signatures_up(transformer)
         transformer.add_module(GENERATION, self.generation)
         for name, processor in self.processors.items():
             self._layer(name).set_processor(processor)
@@ -392,12 +429,17 @@ class _PatchedTransformer:
         for name, original in self._originals.items():
             if self._layer(name).processor is self.processors[name]:
                 self._layer(name).set_processor(original)
+                later = self.processors[name]._parallel_config  # context parallelism that was enabled since then
+                if later is not None and hasattr(original, "_parallel_config"):
+                    original._parallel_config = later
         for replaced in (*reversed(self._forwards), self._cache_context):
             if replaced is not None:
                 replaced.restore()
         present = vars(self.transformer)
         if self._is_ticking(present.get("forward")):  # put there by a hook that went
             present["forward"] = present["forward"].args[0]
+        if self._enabled_parallelism:
+            _disable_context_parallelism(self.transformer)
 
     def _is_ticking(self, forward: object) -> bool:
         is_partial = isinstance(forward, functools.partial) and forward.func is _ticking
@@ -417,8 +459,149 @@ def _refuse_group_offloading(transformer: nn.Module) -> None:
             )
 
 
+def _common_mesh(transformers: dict[str, nn.Module], mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh for all layers: the one that diffusers splits the tokens over, else the one that was given."""
+    if mesh is not None:
+        sequence_mesh(mesh, "enable_lite_attention")
+    meshes = {prefix: _parallel_mesh(transformer) for prefix, transformer in transformers.items()}
+    split = {prefix: found for prefix, found in meshes.items() if found is not None}
+    if not split:
+        return mesh
+    if len(split) < len(meshes):
+        missing = next(prefix for prefix in meshes if prefix not in split)
+        raise RuntimeError(
+            f"enable_lite_attention: context parallelism is enabled on {next(iter(split)).rstrip('.')} and not on "
+            f"{missing.rstrip('.')}, expected both or neither"
+        )
+    first, *others = split.values()
+    for other in others:
+        if _ranks(other) != _ranks(first):
+            raise ValueError(
+                f"enable_lite_attention: context parallelism of one transformer has {_described(first)}, of the other "
+                f"{_described(other)}, expected the same mesh for both"
+            )
+    if mesh is not None and _ranks(mesh) != _ranks(first):
+        raise ValueError(
+            f"enable_lite_attention: mesh has {_described(mesh)}, expected {_described(first)} as the context "
+            "parallelism that is enabled already, or mesh=None"
+        )
+    return first
+
+
+def _parallel_mesh(transformer: nn.Module) -> DeviceMesh | None:
+    """The ranks over which diffusers splits the transformer's tokens, or None."""
+    context = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+    if context is None:
+        return None
+    for option in ("ulysses_anything", "ring_anything"):
+        if getattr(context, option, False):
+            raise ValueError(
+                f"enable_lite_attention: context parallelism has {option}=True, which makes shards of unequal length, "
+                "expected False and a number of tokens that the ranks divide"
+            )
+    mesh: DeviceMesh = context._mesh
+    return mesh if set(mesh.mesh_dim_names or ()) == {"ring", "ulysses"} else mesh["ring", "ulysses"]
+
+
+def _ranks(mesh: DeviceMesh) -> tuple[list[int], list[int]]:
+    """The ranks that this one shares a ring with, and those that it exchanges heads with."""
+    names = mesh.mesh_dim_names or ()
+    ring, ulysses = (
+        get_process_group_ranks(mesh.get_group(name)) if name in names else [get_rank()] for name in ("ring", "ulysses")
+    )
+    return ring, ulysses
+
+
+def _described(mesh: DeviceMesh) -> str:
+    ring, ulysses = _ranks(mesh)
+    return f"the ranks {ring} in a ring and {ulysses} for Ulysses"
+
+
+def _splits_tokens(mesh: DeviceMesh | None) -> bool:
+    return mesh is not None and mesh.size() > 1
+
+
+def _check_splittable(transformer: nn.Module, model: VideoModel, is_split: bool) -> None:
+    class_name = type(transformer).__name__
+    if model.text != "none":
+        raise ValueError(
+            f"enable_lite_attention: layers of {class_name} attend over text and video together, expected a model with "
+            "video alone in its self-attention where tokens are split among ranks"
+        )
+    if not is_split and getattr(transformer, "_cp_plan", None) is None:
+        raise ValueError(
+            f"enable_lite_attention: {class_name} does not say how its tokens can be split (_cp_plan is None), "
+            "expected mesh=None, or a transformer on which enable_parallelism was called with a cp_plan"
+        )
+    if not is_split and getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"enable_lite_attention: {class_name} is set up for tensor parallelism, expected mesh=None with it"
+        )
+
+
+def _enable_context_parallelism(transformer: Any, model: VideoModel, mesh: DeviceMesh) -> None:
+    from diffusers import ContextParallelConfig
+
+    if "mesh" not in inspect.signature(ContextParallelConfig).parameters:
+        raise RuntimeError(
+            "enable_lite_attention: mesh needs diffusers 0.38 or newer. With an older one, call "
+            "transformer.enable_parallelism before and leave mesh=None"
+        )
+    names = mesh.mesh_dim_names or ()
+    if set(names) != {"ring", "ulysses"}:
+        raise ValueError(
+            f"enable_lite_attention: mesh has the dimension {', '.join(names)} alone, expected ring and ulysses, of "
+            "size 1 where it is not used: diffusers wants both"
+        )
+    ring, ulysses = (mesh.size(names.index(name)) for name in ("ring", "ulysses"))
+    config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, mesh=mesh)  # type: ignore[no-untyped-call]
+    plan = transformer._cp_plan
+    if model.text_layers:
+        plan = {module: _without_text(split) for module, split in plan.items()}
+    try:
+        transformer.enable_parallelism(config=config, cp_plan=plan)
+    except Exception:
+        _disable_context_parallelism(transformer)  # it may have begun
+        raise
+    # With the whole text at hand there is nothing to exchange. Diffusers' own way of splitting it takes no masks under
+    # Ulysses, and in a ring only some attention backends.
+    for name, module in transformer.named_modules():
+        if _matches(name, model.text_layers) and hasattr(module, "set_processor"):
+            module.processor._parallel_config = None
+
+
+def _without_text(split: Any) -> Any:
+    """An entry of diffusers' plan of what to split, but for the inputs that are text."""
+    if not isinstance(split, dict):
+        return split
+    return {name: how for name, how in split.items() if not str(name).startswith("encoder_")}
+
+
+def _look_signatures_up(transformer: nn.Module) -> None:
+    """What diffusers' hooks that split tokens do in their first call, where torch.compile could not trace it."""
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            known = getattr(hook, "module_forward_metadata", None)
+            if known is not None and known.cached_parameter_indices is None:
+                _, *parameters = inspect.signature(known._cls.forward).parameters
+                known.cached_parameter_indices = {name: index for index, name in enumerate(parameters)}
+
+
+def _disable_context_parallelism(transformer: Any) -> None:
+    """What diffusers has no call for: take its hooks out and tell the layers."""
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    remove_context_parallel(transformer, transformer._cp_plan)
+    config = vars(transformer).pop("_parallel_config", None)
+    for module in transformer.modules():
+        processor: Any = getattr(module, "processor", None)
+        if config is not None and getattr(processor, "_parallel_config", None) is config:
+            processor._parallel_config = None
+
+
 def _position_of_timestep(transformer: nn.Module) -> int:
-    parameters = list(inspect.signature(transformer.forward).parameters)
+    # The class's own: hooks of older versions of diffusers hide the signature of what they wrap.
+    _, *parameters = inspect.signature(type(transformer).forward).parameters
     if "timestep" not in parameters:
         raise ValueError(
             f"enable_lite_attention: {type(transformer).__name__}.forward has the parameters {', '.join(parameters)}, "
@@ -452,7 +635,7 @@ def _in_branch(
 class LiteAttentionHandle:
     """What :func:`enable_lite_attention` returns: settings, state and figures of all layers, and the way back."""
 
-    layers: dict[str, LiteAttention]
+    layers: dict[str, LiteAttention | DistributedLiteAttention]
     """The attention of each layer, by the name of its module (in a pipeline: component name, dot, module name)."""
 
     def __init__(
@@ -463,7 +646,9 @@ class LiteAttentionHandle:
         skip_first_steps: int,
         must_do: Sequence[int] | None,
         layers: Sequence[int] | None,
+        mesh: DeviceMesh | None,
     ) -> None:
+        mesh = _common_mesh(transformers, mesh)
         self._branches = _BranchNames()
         self._patched: list[_PatchedTransformer] = []
         self.layers = {}
@@ -472,7 +657,7 @@ class LiteAttentionHandle:
             for prefix, transformer in transformers.items():
                 # The first steps of a generation are the first transformer's, where there are two for its two phases.
                 steps = skip_first_steps if not self._patched else 0
-                patched = _PatchedTransformer(transformer, self._branches, threshold, steps, layers)
+                patched = _PatchedTransformer(transformer, self._branches, threshold, steps, layers, mesh)
                 self._patched.append(patched)
                 for name, processor in patched.processors.items():
                     self.layers[f"{prefix}{name}"] = processor.attention
@@ -519,8 +704,9 @@ class LiteAttentionHandle:
         pairs = _checked_pairs(ranges)
         for patched in self._patched:
             if patched.generation.set_must_do(pairs):
-                for processor in patched.processors.values():
-                    processor.attention.outdate_captured_graphs()
+                for module in patched.transformer.modules():
+                    if isinstance(module, LiteAttention):
+                        module.outdate_captured_graphs()
 
     def skip_fraction(self, branch: str | int = 0) -> Tensor:
         """Share of the tiles that each layer skipped in each step of its latest generation. Waits for the device.
@@ -530,7 +716,7 @@ class LiteAttentionHandle:
 
         Returns:
             fp32 ``[layers, steps]`` on the CPU, layers in the order of :attr:`layers`; NaN where a layer did not run.
-            At most ``RECORDED_STEPS`` steps.
+            At most ``RECORDED_STEPS`` steps. On many GPUs: of this rank's share of the work.
 
         Raises:
             TypeError, ValueError: no such branch, or none of that name has run.
@@ -561,6 +747,7 @@ def enable_lite_attention(
     skip_first_steps: int = 0,
     must_do: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> LiteAttentionHandle:
     """Let the video self-attention of a diffusers model skip what earlier denoising steps found negligible.
 
@@ -577,20 +764,25 @@ def enable_lite_attention(
         must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
         layers: numbers of the self-attention layers that skip, in the order of the model, negative ones from its end;
             None for all. The others are left as they are.
+        mesh: the ranks that make one video together, a DeviceMesh with the dimensions "ring" and "ulysses", of size 1
+            where not used. Diffusers' context parallelism over it is enabled, until
+            :meth:`LiteAttentionHandle.disable`, or was before. None takes the mesh of the context parallelism that was
+            enabled before, if any.
 
     Returns:
         A handle to change settings, read what was skipped, and go back.
 
     Raises:
-        TypeError: no transformer of a known class.
-        ValueError: an argument is not what it should be, or LiteAttention is in the model already.
-        RuntimeError: the model is set up for context parallelism or group offloading.
+        TypeError: no transformer of a known class, or an argument is of another type.
+        ValueError: an argument is not what it should be, LiteAttention is in the model already, or the tokens of this
+            model cannot be split.
+        RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
     """
     transformers = _transformers_of(transformer_or_pipeline)
     _refuse_guidance_without_names(transformer_or_pipeline, transformers)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
     scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
-    return LiteAttentionHandle(transformers, scheduler, threshold, skip_first_steps, must_do, layers)
+    return LiteAttentionHandle(transformers, scheduler, threshold, skip_first_steps, must_do, layers, mesh)
 
 
 def _transformers_of(model: Any) -> dict[str, nn.Module]:
@@ -640,11 +832,15 @@ def _video_model(transformer: nn.Module) -> VideoModel:
     )
 
 
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def _layer_names(transformer: nn.Module, model: VideoModel) -> list[str]:
     names = [
         name
         for name, module in transformer.named_modules()
-        if any(re.fullmatch(pattern, name) for pattern in model.layers) and hasattr(module, "set_processor")
+        if _matches(name, model.layers) and hasattr(module, "set_processor")
     ]
     if not names:
         raise ValueError(
@@ -671,11 +867,12 @@ def _chosen_layers(names: list[str], layers: Sequence[int] | None, class_name: s
     return [name for name in names if name in chosen]
 
 
-def _check_processor(name: str, processor: object) -> None:
-    if getattr(processor, "_parallel_config", None) is not None:
+def _check_processor(name: str, processor: object, transformer: nn.Module) -> None:
+    config = getattr(processor, "_parallel_config", None)
+    if config is not None and config is not getattr(transformer, "_parallel_config", None):
         raise RuntimeError(
-            f"{name}: diffusers' context parallelism splits the tokens, so the skip state would not fit. Disable one "
-            "of the two"
+            f"{name}: its processor is set up for context parallelism and the transformer is not, expected both, by "
+            "transformer.enable_parallelism"
         )
 
 
