@@ -8,7 +8,6 @@ before and after each block of ours, and ratios are to the mean of the two. Abou
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,6 @@ import lite_attention
 import peers
 from attention_record import (
     ATTENTION,
-    CUBLAS,
     CUDNN,
     DENSE,
     FA3,
@@ -39,13 +37,11 @@ from attention_record import (
     summary,
 )
 from checks import Check, WrongResultError, check
-from run import DTYPE, RESULTS, Run, reason
+from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
 from sustained import Telemetry, host_microseconds, sustained
 
 DEVICE = "cuda"
 DENSITIES = (0.75, 0.5, 0.25, 0.1)
-CUBLAS_SIZE = 8192
-HEAT_SECONDS = 3.0  # brings the GPU to the clock that it keeps under load
 SWEEP_LENGTHS = tuple(2**power for power in range(11, 18))
 SWEEP_SHARE = 0.3  # of --seconds
 SKIP_GOAL = 1.02  # most time / time of our dense call, nothing dropped
@@ -213,13 +209,6 @@ class Benchmark(Run):
         facts = {"kernel": candidate.kernel, "pattern": candidate.pattern, "density": density, "tflops": tflops}
         return {**facts, **loop.facts(), "check": found.facts()}
 
-    def cublas(self) -> Row:
-        """A plain matrix product, to place the others."""
-        a, b = torch.randn(2, CUBLAS_SIZE, CUBLAS_SIZE, dtype=DTYPE, device=DEVICE)
-        sustained(lambda: a @ b, HEAT_SECONDS, self.telemetry)
-        loop = sustained(lambda: a @ b, self.seconds, self.telemetry)
-        return {"kernel": CUBLAS, "size": CUBLAS_SIZE, "tflops": 2 * CUBLAS_SIZE**3 / loop.ms * 1e-9, **loop.facts()}
-
     def dense(self, shape: Shape, goal: float | None = None, share: float = 1.0) -> Row:
         """FlashAttention-3, ours, FlashAttention-3 again, then the other peers."""
         q, k, v = shape.inputs()
@@ -304,27 +293,12 @@ class Benchmark(Run):
             self.block("host", self.host)
 
 
-def parse_parts(text: str) -> list[str]:
-    """Comma-separated parts."""
-    parts = text.split(",")
-    for part in parts:
-        if part not in PARTS:
-            raise argparse.ArgumentTypeError(f"no part is named {part!r}, expected some of {','.join(PARTS)}")
-    return parts
-
-
 def main() -> int:
     """Entry point of the script; 1 if a block failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="DIR", default=RESULTS, help="folder of the record")
-    parser.add_argument("--only", type=parse_parts, default=PARTS, help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of one timed loop")
+    parser = parser_of_run(__doc__)
+    parser.add_argument("--only", type=parse_some(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="the first shape of each part")
-    parser.add_argument("--revision", help="of the sources; by default the checkout's, or else the build's")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device")
-    torch.manual_seed(0)
+    arguments = parse_on_gpu(parser)
     benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision)
     with torch.no_grad():
         benchmark.run(arguments.only, arguments.quick)

@@ -2,7 +2,7 @@
 
 Of benchmarks/attention.py: rate against sequence length (length) and time against density (density). Of
 benchmarks/whole_model.py: time of a denoising step against density (step). Of benchmarks/sparse_families.py: all of it,
-into RECORD.png.
+into RECORD.png. Of benchmarks/sequence_parallel.py: speed-up, what it is lost to, and balance (scaling).
 """
 
 import argparse
@@ -28,6 +28,15 @@ from attention_record import (
     UNEQUAL,
     Row,
     rate,
+)
+from sequence_parallel_record import (
+    BALANCE,
+    LAYER,
+    METHODS,
+    best_layer,
+    densities,
+    density_name,
+    rank_counts,
 )
 from sparse_families_record import (
     CAUSAL,
@@ -79,6 +88,11 @@ CURVES = {
     (ATTENTION, CAUSAL): ("lite_attention, causal", "#a16207", "^"),
     (STREAMING_ATTENTION, STREAMING): ("lite_attention, streaming", "#c2410c", "o"),
 }
+
+
+LEGEND_ROOM = 1.15
+# Colours and markers of the ways to share a sequence.
+METHOD_LOOKS = dict(zip(METHODS, (("#c2410c", "o"), ("#0f766e", "s"), ("#4338ca", "^")), strict=True))
 
 
 def shape_title(shape: Row) -> str:
@@ -260,11 +274,107 @@ def draw_families(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _draw_speed_up(axes: Axes, record: dict[str, Any]) -> None:
+    """Of each method in its fastest configuration, by the number of GPUs."""
+    counts = [1, *rank_counts(record)]
+    axes.plot(counts, counts, color=INK, linewidth=1, label="ideal")
+    for method, (colour, marker) in METHOD_LOOKS.items():
+        for density in densities(record):
+            found = [(ranks, best_layer(record, ranks, method, density)) for ranks in counts]
+            points = [(ranks, pair[1]["speed_up"]) for ranks, pair in found if pair and pair[1]["speed_up"] is not None]
+            if points:
+                axes.plot(
+                    *zip(*([(1, 1.0)] + points), strict=True),
+                    color=colour,
+                    marker=marker,
+                    linestyle="-" if density == 1 else "--",
+                    label=f"{method}, {density_name(density)}",
+                )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_yticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("speed-up over one GPU")
+    axes.legend(fontsize=9, handlelength=3.2)
+
+
+def _draw_parts(axes: Axes, record: dict[str, Any], ranks: int) -> None:
+    """Time of a call and how much of it is attention, of each method in its fastest configuration."""
+    names: list[str] = []
+    for method in METHODS:
+        for density in densities(record):
+            found = best_layer(record, ranks, method, density)
+            if found is None:
+                continue
+            row, case = found
+            place, attention = len(names), case["attention"]["ms"]
+            exposed = max(case["whole"]["ms"] - attention, 0.0)
+            first = not names
+            axes.bar(place, attention, BAR_WIDTH, color="#c2410c", label="attention" if first else None)
+            axes.bar(place, exposed, BAR_WIDTH, attention, color="#a8a29e", label="exposed" if first else None)
+            exchange = case["exchange"]["ms"]
+            axes.scatter(place + BAR_WIDTH, exchange, marker="_", s=200, color="#4338ca")
+            share = "" if case["efficiency"] is None else f"{case['efficiency']:.0%}"
+            axes.text(place, attention + exposed, share, ha="center", va="bottom", fontsize=9)
+            chunks = f"\n{row['head_chunks']} chunks" if row["head_chunks"] > 1 else ""
+            wrapped = method.replace(" and ", " and\n")
+            names.append(f"{wrapped}\n{density_name(density)}{chunks}")
+    axes.scatter([], [], marker="_", s=200, color="#4338ca", label="exchange alone")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("ms a call")
+    axes.set_ylim(0, LEGEND_ROOM * axes.dataLim.ymax)
+    axes.legend(fontsize=9, loc="upper right", ncols=3)
+
+
+def _draw_balance(axes: Axes, rows: list[Row]) -> None:
+    """Attention of every GPU with the heads as they come and after balancing."""
+    looks = (("before", -BAR_WIDTH / 2, "#a8a29e", "as they come"), ("after", BAR_WIDTH / 2, "#c2410c", "balanced"))
+    names: list[str] = []
+    for row in rows:
+        first = not names
+        for side, shift, colour, label in looks:
+            times = row[side]["attention"]["ms_by_rank"]
+            places = [len(names) + rank + shift for rank in range(len(times))]
+            axes.bar(places, times, BAR_WIDTH, color=colour, label=label if first else None)
+        span = (len(names) - 0.5, len(names) + row["ranks"] - 0.5)
+        axes.plot(span, (row["ideal_ms"],) * 2, color=INK, linewidth=1.5, label="mean" if first else None)
+        names += [f"{rank}\nof {row['ranks']}" for rank in range(row["ranks"])]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("GPU")
+    axes.set_ylabel("ms of attention a call")
+    axes.set_ylim(0, LEGEND_ROOM * axes.dataLim.ymax)
+    axes.legend(fontsize=9, loc="upper right", ncols=3)
+
+
+def draw_scaling(record: dict[str, Any], path: Path) -> None:
+    """Sequence parallelism: speed-up by the number of GPUs, what a call consists of with the most, and balance."""
+    figure, (speed, parts, balance) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    _draw_speed_up(speed, record)
+    speed.set_title("Attention layer")
+    most = max(rank_counts(record))
+    _draw_parts(parts, record, most)
+    parts.set_title(f"A call on {most} GPUs, and its efficiency")
+    if rows := record.get(BALANCE):
+        _draw_balance(balance, rows)
+        lowest, highest = min(rows[0]["densities"]), max(rows[0]["densities"])
+        balance.set_title(f"Heads that keep {lowest:.0%} to {highest:.0%} of their tiles")
+    shape = shape_title(record[LAYER][0]["shape"])
+    figure.suptitle(f"Sequence parallelism, {shape}, {record['dtype']}, {record['gpu']}", fontsize=13)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "record", type=Path, help="a JSON file that attention.py, whole_model.py or sparse_families.py wrote"
+        "record",
+        type=Path,
+        help="a JSON file that attention.py, whole_model.py, sparse_families.py or sequence_parallel.py wrote",
     )
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
@@ -274,6 +384,7 @@ def main() -> None:
             ("density", draw_density, "_density"),
             ("steps", draw_step, "_step"),
             (SLIDING_TILES, draw_families, ""),
+            (LAYER, draw_scaling, "_scaling"),
         ):
             if part in record:
                 path = arguments.record.with_name(f"{arguments.record.stem}{ending}.png")

@@ -22,6 +22,21 @@ from attention_record import (
     point,
     rate,
 )
+from sequence_parallel_record import (
+    BALANCE,
+    LAYER,
+    MODEL,
+    ULYSSES,
+    best_layer,
+    densities,
+    density_name,
+    kernel_of,
+    measured_peers,
+    model_efficiency,
+    one_gpu_ms,
+    peer_over_ours,
+    rank_counts,
+)
 from sparse_families_record import (
     CAUSAL,
     MIXED_HEADS,
@@ -56,6 +71,7 @@ PLOTS = {
     "_length": "Dense TFLOP/s against sequence length",
     "_density": "Time against the share of tiles kept",
     "_step": "Time of a denoising step against the share of tiles kept",
+    "_scaling": "Speed-up of an attention layer by the number of GPUs, what a call consists of, and balance of heads",
 }
 
 
@@ -330,6 +346,108 @@ def whole_model_table(record: dict[str, Any]) -> str:
     if projection := _projection(record):
         parts += [projection, ""]
     return "\n".join([*parts, conditions])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _configuration(row: Row) -> str:
+    """A row of the layer part in words."""
+    shape = f" {row['ring']} x {row['ulysses']}" if row["ring"] > 1 and row["ulysses"] > 1 else ""
+    chunks = f", {row['head_chunks']} head chunks" if row["head_chunks"] > 1 else ""
+    return f"{row['method']}{shape}{chunks}"
+
+
+def _scaling_lines(record: dict[str, Any]) -> list[str]:
+    """Each method in its fastest configuration, and Ulysses in one chunk too."""
+    lines = [
+        f"| attention layer, {record[LAYER][0]['shape']['name']} | GPUs | tiles kept | ms | efficiency | "
+        "attention, ms | exchange alone, ms | exposed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for density in densities(record):
+        alone = _figure(one_gpu_ms(record, kernel_of(density), density), 2)
+        lines.append(f"| one GPU | 1 | {density_name(density)} | {alone} | | | | |")
+        if density == 1 and (fa3 := one_gpu_ms(record, FA3, density)) is not None:
+            lines.append(f"| one GPU, {FA3} | 1 | {density_name(density)} | {_figure(fa3, 2)} | | | | |")
+        for ranks in rank_counts(record):
+            for row in record[LAYER]:
+                fastest = best_layer(record, ranks, row["method"], density)
+                plain = row["method"] == ULYSSES and row["head_chunks"] == 1
+                if row["ranks"] != ranks or fastest is None or not (row is fastest[0] or plain):
+                    continue
+                case = next(one for one in row["cases"] if one["density"] == density)
+                times = (case["whole"]["ms"], case["attention"]["ms"], case["exchange"]["ms"])
+                whole, attention, exchange = (_figure(value, 2) for value in times)
+                lines.append(
+                    f"| {_configuration(row)} | {ranks} | {density_name(density)} | {whole} | "
+                    f"{_percent(case['efficiency'])} | {attention} | {exchange} | {_percent(case['exposed_share'])} |"
+                )
+    return lines
+
+
+def _balance_sentence(row: Row) -> str:
+    kept, ideal = row["densities"], row["ideal_ms"]
+    before, after = (
+        f"{_figure(row[side]['whole']['ms'], 2)} ms ({row[side]['ideal_over_time']:.1%} of the ideal)"
+        for side in ("before", "after")
+    )
+    return (
+        f"Heads that keep {min(kept):.0%} to {max(kept):.0%} of their tiles, {row['ranks']} GPUs, Ulysses: {before} as "
+        f"they come, {after} after `balance_heads()`; ideal {_figure(ideal, 2)} ms."
+    )
+
+
+def _model_lines(record: dict[str, Any]) -> Iterator[str]:
+    rows = record[MODEL]
+    model, clip = rows[0]["model"], rows[0]["clip"]
+    title = f"a step of Wan {model['name']} {clip['name']}, {model['layers']} layers"
+    yield f"| {title} | GPUs | ms | efficiency | ms a layer |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in rows:
+        for case in row["cases"]:
+            name = "one GPU" if row["ranks"] == 1 else row["method"]
+            value = None if row["ranks"] == 1 else model_efficiency(record, row, case["density"])
+            yield (
+                f"| {name}, {density_name(case['density'])} | {row['ranks']} | {_figure(case['step']['ms'], 1)} | "
+                f"{_percent(value)} | {_figure(case['ms_per_layer'], 1)} |"
+            )
+
+
+def _peer_lines(record: dict[str, Any]) -> Iterator[str]:
+    yield "| dense, with its kernel | GPUs | ms | efficiency | time / ours |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in measured_peers(record):
+        ours = _figure(peer_over_ours(record, row), 3)
+        yield (
+            f"| {row['peer']} ({row['method']}), {row['kernel']} | {row['ranks']} | {_figure(row['whole']['ms'], 2)} | "
+            f"{_percent(row['efficiency'])} | {ours} |"
+        )
+
+
+def sequence_parallel_table(record: dict[str, Any]) -> str:
+    """On GPUs of one machine: an attention layer, its balance, a step of a model, peers, and what measured them."""
+    parts = [_scaling_lines(record)]
+    if record.get(BALANCE):
+        parts.append([_balance_sentence(row) for row in record[BALANCE]])
+    if record.get(MODEL):
+        parts.append(list(_model_lines(record)))
+    if measured_peers(record):
+        parts.append(list(_peer_lines(record)))
+    loops = [case["whole"] for row in record[LAYER] for case in row["cases"]]
+    clocks = [loop["sm_clock_mhz"] for loop in loops if loop["sm_clock_mhz"]]
+    sampled = f" (the slowest one at {min(clocks):.0f} to {max(clocks):.0f} MHz)" if clocks else ""
+    absent = "".join(f" {name} was absent." for name in record["absent"])
+    conditions = (
+        f"Efficiency is one GPU's time / (GPUs * their time). {record['dtype']}, random normal inputs, medians of "
+        f"loops of {record['seconds_per_loop']:g} s on {record['gpus']} {record['gpu']}{sampled}. Driver "
+        f"{record['driver']}, NCCL {record['nccl']}, torch {record['environment']['torch']}, fa3-fwd {record['fa3']}, "
+        f"yunchang {record['yunchang']}, diffusers {record['diffusers']}, revision {record['revision']}, "
+        f"{record['date'][:10]}."
+        f"{absent} Made by `{record['command']}`."
+    )
+    return "\n\n".join(["\n".join(lines) for lines in parts] + [conditions])
 
 
 def video_dit_table(record: dict[str, Any]) -> str:

@@ -1,24 +1,28 @@
 """One run of a GPU benchmark: what it was made with, its progress, and its record, which grows on disk."""
 
+import argparse
 import datetime
 import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import peers
-from attention_record import Row
+from attention_record import CUBLAS, Row
 from cpu_attention import git_revision
 from lite_attention.info import report
-from sustained import Telemetry
+from sustained import Telemetry, sustained
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
+CUBLAS_SIZE = 8192
+HEAT_SECONDS = 3.0  # brings the GPU to the clock that it keeps under load
 
 
 def reason(error: Exception) -> str:
@@ -29,11 +33,20 @@ def reason(error: Exception) -> str:
 class Run:
     """What a benchmark measures with, and its record."""
 
-    def __init__(self, name: str, output: Path, seconds: float, revision: str | None, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        name: str,
+        output: Path,
+        seconds: float,
+        revision: str | None,
+        telemetry: Telemetry,
+        gpu: str | None = None,
+    ) -> None:
+        """`gpu` names what is measured; by default the current CUDA device."""
         self.seconds = seconds
         self.started = time.perf_counter()
         self.telemetry = telemetry
-        gpu = torch.cuda.get_device_name()
+        gpu = gpu or torch.cuda.get_device_name()
         self.path = output / f"{name}_{gpu.split()[1].lower()}.json"
         environment = report()
         if revision is None:
@@ -59,6 +72,13 @@ class Run:
         """One line of progress."""
         print(f"{time.perf_counter() - self.started:5.0f} s  {text}", flush=True)
 
+    def cublas(self) -> Row:
+        """A plain matrix product, to place the others, on a GPU that is warm by then."""
+        a, b = torch.randn(2, CUBLAS_SIZE, CUBLAS_SIZE, dtype=DTYPE, device=DEVICE)
+        sustained(lambda: a @ b, HEAT_SECONDS, self.telemetry)
+        loop = sustained(lambda: a @ b, self.seconds, self.telemetry)
+        return {"kernel": CUBLAS, "size": CUBLAS_SIZE, "tflops": 2 * CUBLAS_SIZE**3 / loop.ms * 1e-9, **loop.facts()}
+
     def block(self, part: str, measure: Callable[..., Row], *arguments: object) -> None:
         """Add the row that `measure` returns to a part of the record; a failure is recorded and the run goes on."""
         name = " ".join(map(str, arguments))
@@ -73,3 +93,34 @@ class Run:
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
         gc.collect()  # models are full of cycles
         torch.cuda.empty_cache()
+
+
+def parse_some(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names, which gives them in their own order."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {','.join(names)}")
+        return [name for name in names if name in chosen]
+
+    return parse
+
+
+def parser_of_run(description: str | None) -> argparse.ArgumentParser:
+    """The options that every run has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, metavar="DIR", default=RESULTS, help="folder of the record")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of one timed loop")
+    parser.add_argument("--revision", help="of the sources; by default the checkout's, or else the build's")
+    return parser
+
+
+def parse_on_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a run on a GPU, its random numbers seeded."""
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this torch finds no CUDA device")
+    torch.manual_seed(0)
+    return arguments

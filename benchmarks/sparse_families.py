@@ -9,9 +9,7 @@ that knows the mask by its rule (mask_rules.py) before it is timed. Times are me
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
 """
 
-import argparse
 import contextlib
-import importlib
 import math
 import statistics
 import time
@@ -26,15 +24,15 @@ from torch import Tensor
 import lite_attention
 import mask_rules
 import peers
-from attention import CUBLAS_SIZE, HEAT_SECONDS, Shape
-from attention_record import ATTENTION, CUBLAS, DENSE, FA3, Row
+from attention import Shape
+from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
 from lite_attention import video_sparse
 from lite_attention.sliding_tile import sliding_tile_map
 from lite_attention.streaming import streaming_attention
 from lite_attention.tiles import FINE_TILE_N, UNLIMITED
 from lite_attention.video_tiles import Size, VideoTiles
-from run import DTYPE, RESULTS, Run, reason
+from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
 from sparse_families_record import (
     ALONE,
     CAUSAL,
@@ -159,12 +157,6 @@ def out_alone(out: Tensor) -> tuple[Tensor, None]:
     return out, None
 
 
-def causal_flash_attention_3() -> peers.Prepare:
-    """Causal FlashAttention-3. Raises ImportError or OSError where it is missing or does not load."""
-    flash_attn_func: Callable[..., Tensor] = importlib.import_module("fa3_fwd_interface").flash_attn_func
-    return lambda q, k, v: lambda: flash_attn_func(q, k, v, causal=True)
-
-
 def masked_inputs(shape: Shape, exists: Tensor) -> Inputs:
     """Random q, k and v with zeros where `exists` `[S]` is False."""
     q, k, v = (x * exists[:, None, None] for x in shape.inputs())
@@ -199,7 +191,7 @@ class Benchmark(Run):
             self.record["date"] = date
         self.flash_attention: dict[str, peers.Prepare] = {}
         try:
-            self.flash_attention = {DENSE: peers.flash_attention_3(), CAUSAL: causal_flash_attention_3()}
+            self.flash_attention = {DENSE: peers.flash_attention_3(), CAUSAL: peers.flash_attention_3(causal=True)}
         except (ImportError, OSError) as error:
             self.record["absent"][FA3] = reason(error)
 
@@ -271,13 +263,6 @@ class Benchmark(Run):
             *self.peer(DENSE, rule, *qkv),
             Candidate(ATTENTION, DENSE, lambda: lite_attention.attention(*qkv), rule),
         ]
-
-    def cublas(self) -> Row:
-        """A plain matrix product, to place the others, on a GPU that is warm by then."""
-        a, b = torch.randn(2, CUBLAS_SIZE, CUBLAS_SIZE, dtype=DTYPE, device=DEVICE)
-        sustained(lambda: a @ b, HEAT_SECONDS, self.telemetry)
-        loop = sustained(lambda: a @ b, self.seconds, self.telemetry)
-        return {"kernel": CUBLAS, "size": CUBLAS_SIZE, "tflops": 2 * CUBLAS_SIZE**3 / loop.ms * 1e-9, **loop.facts()}
 
     def sliding_tiles(self) -> Row:
         """Windows of tiles beside dense attention."""
@@ -484,27 +469,12 @@ class Benchmark(Run):
                 self.block(CAUSAL, self.causal, shape)
 
 
-def parse_parts(text: str) -> list[str]:
-    """Comma-separated parts."""
-    parts = text.split(",")
-    for part in parts:
-        if part not in PARTS:
-            raise argparse.ArgumentTypeError(f"no part is named {part!r}, expected some of {','.join(PARTS)}")
-    return parts
-
-
 def main() -> int:
     """Entry point of the script; 1 if a block failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="DIR", default=RESULTS, help="folder of the record")
-    parser.add_argument("--only", type=parse_parts, default=PARTS, help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of one timed loop")
-    parser.add_argument("--revision", help="of the sources; by default the checkout's, or else the build's")
+    parser = parser_of_run(__doc__)
+    parser.add_argument("--only", type=parse_some(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--date", help="of the run; by default now, in UTC")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device")
-    torch.manual_seed(0)
+    arguments = parse_on_gpu(parser)
     benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision, arguments.date)
     try:
         with torch.no_grad():

@@ -89,6 +89,12 @@ def _mean(values: list[float]) -> float | None:
     return round(statistics.fmean(known), 1) if known else None
 
 
+def settled(samples: list[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Mean SM clock and power of a loop's samples, without those that still show the launch before it."""
+    kept = samples[int(SETTLED_SHARE * len(samples)) :]
+    return _mean([clock for clock, _ in kept]), _mean([power for _, power in kept])
+
+
 def _elapsed_ms(call: Callable[[], object], launches: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -130,13 +136,13 @@ def sustained(call: Callable[[], object], seconds: float, telemetry: Telemetry) 
     repeats = max(LEAST_LAUNCHES, round(seconds * 1000 / estimate))
     with telemetry.sampling() as samples:
         total = _elapsed_ms(run, repeats)
-    settled = samples[int(SETTLED_SHARE * len(samples)) :]
+    clock, power = settled(samples)
     return Loop(
         ms=total / (repeats * calls),
         launches=repeats * calls,
         graph=calls > 1,
-        sm_clock_mhz=_mean([clock for clock, _ in settled]),
-        power_watts=_mean([power for _, power in settled]),
+        sm_clock_mhz=clock,
+        power_watts=power,
     )
 
 

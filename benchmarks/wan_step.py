@@ -82,10 +82,10 @@ class Clip:
         return {**asdict(self), "latents": list(self.latents), "tokens": self.tokens}
 
 
-def random_model(size: ModelSize) -> Any:
+def random_model(size: ModelSize, device: str | None = None) -> Any:
     """A transformer in bf16, with what diffusers keeps in fp32 in fp32."""
     make: Any = WanTransformer3DModel
-    with torch.device(DEVICE):
+    with torch.device(device or DEVICE):
         model = make(
             num_attention_heads=size.heads,
             attention_head_dim=size.head_dim,
@@ -170,7 +170,7 @@ class Step:
             for timestep in (FIRST_TIMESTEP, SECOND_TIMESTEP):
                 self.timestep.fill_(timestep)
                 self.eager()
-            yield list(handle.layers.values())
+            yield [layer for layer in handle.layers.values() if isinstance(layer, LiteAttention)]
         finally:
             handle.disable()
 

@@ -11,7 +11,6 @@ About eight minutes on an H200.
 Needs diffusers and nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; without it that peer is missing.
 """
 
-import argparse
 import contextlib
 import math
 import time
@@ -34,7 +33,7 @@ from keep_maps import keep_map
 from lite_attention import LiteAttention
 from lite_attention.cuda_graphs import capture_step
 from lite_attention.integrations.diffusers import enable_lite_attention
-from run import DTYPE, RESULTS, Run, reason
+from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
 from sustained import Telemetry, host_microseconds, in_graph, sustained
 from timeline import timeline
 from wan_step import COMPILE, DEVICE, FIRST_TIMESTEP, SECOND_TIMESTEP, Clip, ModelSize, Step, captured
@@ -170,7 +169,7 @@ def lite_stack(layers: int, x: Tensor) -> Iterator[tuple[AttentionStack, Tensor,
     with torch.compiler.set_stance("force_eager"):
         for value in (FIRST_TIMESTEP, SECOND_TIMESTEP):
             stack(x, timestep.fill_(value))
-    yield stack, timestep, list(handle.layers.values())
+    yield stack, timestep, [layer for layer in handle.layers.values() if isinstance(layer, LiteAttention)]
 
 
 class Benchmark(Run):
@@ -315,22 +314,9 @@ class Benchmark(Run):
                 self.block("steps", self.steps, size, clip)
 
 
-def parse_some(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names, which gives them in their own order."""
-
-    def parse(text: str) -> list[str]:
-        chosen = text.split(",")
-        for name in chosen:
-            if name not in names:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {','.join(names)}")
-        return [name for name in names if name in chosen]
-
-    return parse
-
-
 def main() -> int:
     """Entry point of the script; 1 if a block failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_run(__doc__)
     for option, names, what in (
         ("--models", SIZES, "configurations"),
         ("--resolutions", CLIPS, "sizes of the video"),
@@ -339,13 +325,7 @@ def main() -> int:
         every = ",".join(names)
         parser.add_argument(option, type=parse_some(list(names)), default=list(names), help=f"{what}, some of {every}")
     parser.add_argument("--layers-14b", type=int, default=LAYERS_14B, help="layers of the 14B model that are run")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of one timed loop")
-    parser.add_argument("--output", type=Path, metavar="DIR", default=RESULTS, help="folder of the record")
-    parser.add_argument("--revision", help="of the sources; by default the checkout's, or else the build's")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device")
-    torch.manual_seed(0)
+    arguments = parse_on_gpu(parser)
     sizes = {**SIZES, "14B": replace(SIZES["14B"], layers=arguments.layers_14b)}
     benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision, arguments.modes)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Made-up records of benchmarks/attention.py, whole_model.py and sparse_families.py, put together as the scripts do it."""
+"""Made-up records of the GPU benchmarks (benchmarks/run.py), put together as the scripts do it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ from attention_record import (  # noqa: E402
     dense_row,
     density_row,
     skip_row,
+)
+from sequence_parallel_record import (  # noqa: E402
+    BALANCE,
+    LAYER,
+    MODEL,
+    ONE_GPU,
+    PEERS,
+    TEXTBOOK,
+    YUNCHANG,
+    balance_row,
+    case_row,
+    kernel_of,
+    layer_row,
+    model_case,
+    model_row,
+    one_gpu_row,
+    over_ranks,
+    peer_row,
 )
 from sparse_families_record import (  # noqa: E402
     ALONE,
@@ -67,6 +85,8 @@ from whole_model_record import (  # noqa: E402
     state_facts,
     step_row,
 )
+
+FACTS_OF_RUN = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
 
 
 def made_up_loop(
@@ -171,10 +191,9 @@ def made_up_whole_model_record() -> dict[str, Any]:
     cases = [(model, clip) for model in models for clip in clips]
     times = [(290.0, 160.0), (1530.0, 400.0), (130.0, 100.0), (680.0, 260.0)]
     attention = made_up_record()
-    facts = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
     return {
         "command": "python benchmarks/whole_model.py",
-        **{fact: attention[fact] for fact in facts},
+        **{fact: attention[fact] for fact in FACTS_OF_RUN},
         "absent": {},
         "failures": [],
         "diffusers": "0.42.1",
@@ -278,11 +297,10 @@ def made_up_causal_row(length: int, head_dim: int) -> dict[str, Any]:
 
 def made_up_sparse_families_record() -> dict[str, Any]:
     attention = made_up_record()
-    facts = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
     streaming = [made_up_streaming_row(2**power) for power in range(11, 17)]
     return {
         "command": "python benchmarks/sparse_families.py",
-        **{fact: attention[fact] for fact in facts},
+        **{fact: attention[fact] for fact in FACTS_OF_RUN},
         "absent": {},
         "failures": [],
         "cublas": attention["cublas"],
@@ -294,4 +312,103 @@ def made_up_sparse_families_record() -> dict[str, Any]:
         MIXED_HEADS: [made_up_mixed_heads_row(length) for length in (4096, 16384)],
         CAUSAL: [made_up_causal_row(length, head_dim) for head_dim in (128, 64) for length in (4096, 32768)],
         "wall_seconds": 150.0,
+    }
+
+
+# Milliseconds of a made-up attention layer on one GPU, by density.
+LAYER_MS = {1.0: 170.0, 0.25: 44.0}
+# (ring, ulysses, head chunks): its efficiency when dense and at 25%.
+LAYER_EFFICIENCY = {
+    (1, 4, 1): (0.93, 0.80),
+    (1, 4, 5): (0.97, 0.92),
+    (4, 1, 1): (0.90, 0.75),
+    (2, 2, 1): (0.92, 0.78),
+    (1, 2, 1): (0.96, 0.88),
+    (1, 2, 5): (0.98, 0.89),
+    (2, 1, 1): (0.94, 0.84),
+}
+
+
+def made_up_rank_loop(ms: float, rank: int = 0) -> dict[str, Any]:
+    return {"ms": ms * (1 - 0.01 * rank), "launches": 10, "sm_clock_mhz": 1600.0 + rank, "power_watts": 690.0}
+
+
+def made_up_loop_of_ranks(ms: float, ranks: int) -> dict[str, Any]:
+    return over_ranks([made_up_rank_loop(ms, rank) for rank in range(ranks)])
+
+
+def made_up_layer_row(ring: int, ulysses: int, head_chunks: int) -> dict[str, Any]:
+    shape, ranks, cases = benchmark.Shape(1, 75600, 40, 128), ring * ulysses, []
+    for (density, alone), value in zip(LAYER_MS.items(), LAYER_EFFICIENCY[ring, ulysses, head_chunks], strict=True):
+        ms = alone / ranks / value
+        times = {"whole": ms, "exchange": 2.0, "attention": alone / ranks}
+        loops = {name: made_up_loop_of_ranks(time, ranks) for name, time in times.items()}
+        checks = [{"error": 0.0, "equal": ring == 1}] * ranks
+        cases.append(case_row(ranks, density, alone, **loops, tiles_kept=[density] * ranks, check=checks))
+    state = {"by_rank": [{"error": 0.0, "equal": ring == 1, "equal_maps": True, "skipped": 0.4}] * ranks}
+    return layer_row(shape.facts(), ring, ulysses, head_chunks, state, cases)
+
+
+def made_up_balance_row(ranks: int) -> dict[str, Any]:
+    work = [20.0 - 4 * rank for rank in range(ranks)]
+    mean = sum(work) / ranks
+    sides = [
+        {
+            "whole": made_up_loop_of_ranks(max(each) + 1, ranks),
+            "attention": over_ranks([made_up_rank_loop(ms) for ms in each]),
+            "tiles_kept": [0.25] * ranks,
+            "check": [{"error": 0.0, "equal": True}] * ranks,
+        }
+        for each in (work, [mean] * ranks)
+    ]
+    shape = benchmark.Shape(1, 75600, 40, 128).facts()
+    densities = [0.7 * (0.05 / 0.7) ** (head / 39) for head in range(40)]
+    return balance_row(shape, ranks, 5, densities, *sides, imbalance={"before": 0.4, "after": 0.001})
+
+
+def made_up_model_row(ring: int, ulysses: int) -> dict[str, Any]:
+    model = {"name": "14B", "layers": 4, "whole_layers": 40}
+    clip = {"name": "720p", "height": 720, "width": 1280}
+    ranks, cases = ring * ulysses, []
+    for density, alone in {1.0: 1000.0, 0.25: 500.0}.items():
+        ms = alone / ranks * (1 if ranks == 1 else 1.1)
+        step, first = (made_up_loop_of_ranks(value, ranks) for value in (ms, 0.28 * ms))
+        cases.append(model_case(model, density, step, first, error=[1e-3] * ranks))
+    return model_row(model, clip, ring, ulysses, cases)
+
+
+def made_up_peer_row(peer: str, ring: int, ulysses: int, ms: float | None) -> dict[str, Any]:
+    shape = benchmark.Shape(1, 75600, 40, 128).facts()
+    whole = None if ms is None else made_up_loop_of_ranks(ms, ring * ulysses)
+    absent = "ModuleNotFoundError: No module named 'yunchang'" if ms is None else None
+    return peer_row(shape, peer, FA3, ring, ulysses, 176.0, whole=whole, absent=absent, check=None)
+
+
+def made_up_sequence_parallel_record() -> dict[str, Any]:
+    attention = made_up_record()
+    loops = [(kernel_of(density), density, ms) for density, ms in LAYER_MS.items()] + [(FA3, 1.0, 176.0)]
+    alone = [
+        {"kernel": kernel, "density": density, **over_ranks([made_up_rank_loop(ms)] * 4)}
+        for kernel, density, ms in loops
+    ]
+    return {
+        "command": "python benchmarks/sequence_parallel.py",
+        **{fact: attention[fact] for fact in FACTS_OF_RUN},
+        "gpus": 4,
+        "nccl": "2.28.9",
+        "diffusers": "0.42.1",
+        "yunchang": "0.6.4",
+        "absent": {},
+        "left_out": [],
+        "failures": [],
+        ONE_GPU: [one_gpu_row(benchmark.Shape(1, 75600, 40, 128).facts(), alone, {})],
+        LAYER: [made_up_layer_row(*configuration) for configuration in LAYER_EFFICIENCY],
+        BALANCE: [made_up_balance_row(ranks) for ranks in (4, 2)],
+        MODEL: [made_up_model_row(*mesh) for mesh in ((1, 1), (1, 4), (1, 2))],
+        PEERS: [
+            made_up_peer_row(TEXTBOOK, 1, 4, 50.0),
+            made_up_peer_row(YUNCHANG, 1, 4, 52.0),
+            made_up_peer_row(YUNCHANG, 4, 1, None),
+        ],
+        "wall_seconds": 360.0,
     }

@@ -20,6 +20,7 @@ import keep_maps
 import lite_attention
 import peers
 import plots
+import run as run_module
 import sustained
 from attention_record import (
     ATTENTION,
@@ -178,12 +179,6 @@ def test_the_summary_is_short_and_marks_what_misses_its_goal() -> None:
     assert "absent: FlashAttention-3" in text
 
 
-def test_parts_are_checked() -> None:
-    assert benchmark.parse_parts("dense,host") == ["dense", "host"]
-    with pytest.raises(Exception, match="no part is named 'hots'"):
-        benchmark.parse_parts("hots")
-
-
 class _NoTelemetry:
     def driver(self) -> str:
         return "none"
@@ -206,12 +201,13 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "DENSE_GOALS": {small: 1.0, other: 0.95},
         "DENSITY_GOALS": {small: {0.5: 1.05}},
         "SWEEP_LENGTHS": (128, 256),
-        "CUBLAS_SIZE": 64,
         "HOST_CALLS": 100,
         "Telemetry": _NoTelemetry,
         "sustained": loop,
     }.items():
         monkeypatch.setattr(benchmark, name, value)
+    for name, value in {"DEVICE": "cpu", "CUBLAS_SIZE": 64, "sustained": loop}.items():
+        monkeypatch.setattr(run_module, name, value)
     monkeypatch.setattr(peers, "flash_attention_3", lambda: prepare)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ import mask_rules
 import peers
 import plots
 import readme_tables
+import run as run_module
 import sparse_families as benchmark
 import sparse_families_record
 import sustained
@@ -169,7 +169,7 @@ def _loop(call: Callable[[], object], seconds: float, telemetry: object) -> sust
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark with tiny shapes on the CPU kernels, clocks that stand still and torch's SDPA as FlashAttention-3."""
 
-    def prepare(causal: bool) -> peers.Prepare:
+    def prepare(causal: bool = False) -> peers.Prepare:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             inputs = (x.transpose(1, 2) for x in (q, k, v))
             return functional.scaled_dot_product_attention(*inputs, is_causal=causal).transpose(1, 2)
@@ -178,7 +178,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in {
         "DEVICE": "cpu",
-        "CUBLAS_SIZE": 64,
         "CANVAS": (4, 12, 24),
         "TILE": (2, 4, 8),
         "WINDOWS": ((1, 3, 1), (2, 3, 3)),
@@ -201,13 +200,14 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "Telemetry": _NoTelemetry,
         "sustained": _loop,
         "burst_ms": lambda call: 1.5,
-        "causal_flash_attention_3": lambda: prepare(True),
     }.items():
         monkeypatch.setattr(benchmark, name, value)
+    for name, value in {"DEVICE": "cpu", "CUBLAS_SIZE": 64, "sustained": _loop}.items():
+        monkeypatch.setattr(run_module, name, value)
     monkeypatch.setattr(attention, "DEVICE", "cpu")
     monkeypatch.setattr(sparse_families_record, "SPEED_UP_LENGTH", 300)
     monkeypatch.setattr(sparse_families_record, "GROWTH_FROM", 300)
-    monkeypatch.setattr(peers, "flash_attention_3", lambda: prepare(False))
+    monkeypatch.setattr(peers, "flash_attention_3", prepare)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
@@ -274,7 +274,7 @@ def test_a_wrong_result_is_not_timed_and_the_block_goes_on(tmp_path: Path, monke
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_missing_peer_is_named_and_missed_by_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
+    def missing(causal: bool = False) -> Any:
         raise ImportError("No module named 'fa3_fwd_interface'")
 
     monkeypatch.setattr(peers, "flash_attention_3", missing)
@@ -283,12 +283,6 @@ def test_a_missing_peer_is_named_and_missed_by_nothing(tmp_path: Path, monkeypat
     assert record["failures"] == []
     assert [cases(row) for row in record[CAUSAL]] == [[(ATTENTION, CAUSAL)]] * 2
     assert record[CAUSAL][0]["rate_over_fa3"] is None
-
-
-def test_arguments_name_known_parts() -> None:
-    assert benchmark.parse_parts("streaming,causal") == [STREAMING, CAUSAL]
-    with pytest.raises(argparse.ArgumentTypeError, match="no part is named 'casual', expected some of sliding_tiles,"):
-        benchmark.parse_parts("casual")
 
 
 @pytest.mark.usefixtures("on_the_cpu")

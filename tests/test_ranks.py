@@ -1,10 +1,10 @@
-"""The harness of rank processes itself: failures and hangs are reported, and end in bounded time."""
+"""The pool of rank processes itself: failures and hangs are reported, and end in bounded time."""
 
 import time
 
 import pytest
 import torch.distributed as dist
-from ranks import RankPool
+from ranks import RankError, RankPool
 
 
 def _fail(rank: int) -> int:
@@ -23,7 +23,7 @@ def test_a_rank_that_raises_is_reported_and_does_not_hold_up_the_test() -> None:
     pool = RankPool(2, "cpu")
     assert pool.run(_fail, (2,)) == [0, 1]
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=r"(?s)rank 1:.*ValueError: as planned.*still waiting then: ranks \[0\]"):
+    with pytest.raises(RankError, match=r"(?s)rank 1:.*ValueError: as planned.*still waiting then: ranks \[0\]"):
         pool.run(_fail, (1,))
     assert time.monotonic() - start < 30
     assert not pool.alive
