@@ -534,7 +534,7 @@ def peer_task(setting: Setting, peer: str, ring: int, ulysses: int) -> Row:
         return {"kernel": name, "absent": reason(error)}
     qkv = inputs_of(setting.shape, setting.device)
     shards = [shard_sequence(x, place).clone() for x in qkv]
-    expected = lite_attention.attention(*qkv)[0].chunk(place.ranks, 1)[place.shard]
+    expected = lite_attention.attention(*qkv)[0].chunk(place.shards, 1)[place.shard]
     found = required_equality(call(*shards), expected, peer)
     return {"kernel": name, "absent": None, "check": found, "whole": timed(lambda: call(*shards), setting)}
 

@@ -96,7 +96,7 @@ def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
     ranks = sequence_mesh(mesh, "test")
     layer = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD)
     threshold = torch.tensor(RING_THRESHOLD, device=device)
-    block = -(-case.query_len // ranks.ranks) * ulysses
+    block = -(-case.query_len // ranks.shards) * ulysses
     heads = layer.local_heads(case.heads)
     groups = case.heads // case.kv_heads
     inputs = _passes(case, device)
@@ -310,13 +310,13 @@ mesh -> TypeError: DistributedLiteAttention: mesh has type str, expected a Devic
 head_chunks type -> TypeError: DistributedLiteAttention: head_chunks has type bool, expected an int
 head_chunks -> ValueError: DistributedLiteAttention: head_chunks is 0, expected at least 1
 threshold -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
-thresholds -> ValueError: DistributedLiteAttention: 1 heads, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
+thresholds -> ValueError: DistributedLiteAttention: threshold has 1 values, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
 query -> TypeError: DistributedLiteAttention: query has type str, expected a tensor
-dimensions -> ValueError: DistributedLiteAttention: query has 3 dimensions, expected 4: [batch, tokens, heads, head_dim]
-key -> ValueError: DistributedLiteAttention: key has shape [1, 4, 2, 8], expected [1, 6, kv_heads, 8]
+dimensions -> ValueError: DistributedLiteAttention: query has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+key -> ValueError: DistributedLiteAttention: value has shape [1, 6, 2, 8], expected key's shape, [1, 4, 2, 8]
 value -> ValueError: DistributedLiteAttention: value has shape [1, 4, 2, 8], expected key's shape, [1, 6, 2, 8]
 kv_heads -> ValueError: DistributedLiteAttention: key has 3 heads, expected a divisor of query's 4
-heads -> ValueError: DistributedLiteAttention: 1 heads, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
+heads -> ValueError: DistributedLiteAttention: query has 1 heads, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
 seq_len -> ValueError: DistributedLiteAttention: seq_len is 13, expected 1 to 12, the tokens of all shards
 must_do -> ValueError: DistributedLiteAttention: must_do_list[1] is 13, expected at most the number of keys, 12
 must_skip -> TypeError: DistributedLiteAttention: must_skip_list has type str, expected a list of ints or an integer tensor

@@ -184,7 +184,7 @@ def denoise_together(model: VideoDiT, mesh: DeviceMesh, args: argparse.Namespace
         ).to(args.device)
         for _ in model.blocks
     ]
-    name = f"{place.ranks} processes" if dist.get_rank() == 0 else None
+    name = f"{place.shards} processes" if dist.get_rank() == 0 else None
     with SplitTokens(model, place):
         result = run(model, layers, args, name)
     return result, maps_of_all_heads(layers, result, model.config.heads, place) if place.ring.size == 1 else None

@@ -26,10 +26,12 @@ __all__ = [
     "SequenceMesh",
     "all_gather",
     "all_reduce",
+    "even_spans",
     "finish_shift",
     "gather_heads",
     "gather_sequence",
     "scatter_heads",
+    "select_heads",
     "sequence_mesh",
     "shard_sequence",
     "start_shift",
@@ -58,8 +60,8 @@ class SequenceMesh(NamedTuple):
     ulysses: RankGroup
 
     @property
-    def ranks(self) -> int:
-        """Number of ranks, which is the number of shards."""
+    def shards(self) -> int:
+        """Number of shards of the sequence, one for each rank."""
         return self.ring.size * self.ulysses.size
 
     @property
@@ -105,21 +107,21 @@ Spans = tuple[tuple[int, int], ...]
 class HeadExchange(NamedTuple):
     """Ulysses: from a shard of the tokens with all heads to all tokens with some of the heads, and back.
 
-    Tensors that are sent together travel as heads of one tensor, in one transfer: a second one could not begin while
-    attention has all multiprocessors. ``start_...`` returns at once; work between it and ``finish_...`` overlaps the
-    transfer.
+    Tensors of one dtype that are sent together travel as heads of one tensor, in one transfer: a second one could not
+    begin while attention has all multiprocessors. ``start_...`` returns a tensor in flight at once; work between it and
+    ``finish_...`` overlaps the transfer.
     """
 
     group: RankGroup
     spans: tuple[Spans, ...]
-    """For each of the tensors."""
+    """For each of the tensors. What goes back has the heads of the first."""
 
     def start_scatter(self, *tensors: Tensor) -> Tensor:
         """Begin to send each rank its heads of the tensors, ``[B, S_local, H of each, D]``."""
         ranks = self.group.size
         if ranks == 1:
             return tensors[0]  # nothing travels
-        parts = [(_wide(x), spans) for x, spans in zip(tensors, self.spans, strict=True)]
+        parts = list(zip(_wide(*tensors), self.spans, strict=True))
         per_head = [x.shape[0] * x.shape[1] * x.shape[3] for x, _ in parts]
         sent = [
             sum(size * (spans[rank][1] - spans[rank][0]) for size, (_, spans) in zip(per_head, parts, strict=True))
@@ -151,7 +153,7 @@ class HeadExchange(NamedTuple):
         ranks = self.group.size
         if ranks == 1:
             return x
-        x = _wide(x)
+        (x,) = _wide(x)
         local = x.shape[1] // ranks
         received = [(end - start) * x.shape[0] * local * x.shape[3] for start, end in self.spans[0]]
         packed = x.unflatten(1, (ranks, local)).transpose(0, 1).contiguous().view(-1)
@@ -177,11 +179,16 @@ def _evenly_spaced(spans: Spans, heads: int) -> bool:
     )
 
 
+def even_spans(heads: int, ranks: int) -> Spans:
+    """Equal shares of the heads, which the ranks divide."""
+    share = heads // ranks
+    return tuple((rank * share, (rank + 1) * share) for rank in range(ranks))
+
+
 def _even_exchange(heads: int, group: RankGroup, name: str) -> HeadExchange:
     if heads % group.size != 0:
         raise ValueError(f"{name}: x has {heads} heads, expected a multiple of the {group.size} ranks of the group")
-    share = heads // group.size
-    return HeadExchange(group, (tuple((rank * share, (rank + 1) * share) for rank in range(group.size)),))
+    return HeadExchange(group, (even_spans(heads, group.size),))
 
 
 def scatter_heads(x: Tensor, group: RankGroup) -> Tensor:
@@ -257,7 +264,7 @@ def wait(flight: Tensor) -> Tensor:
 
 def shard_sequence(x: Tensor, mesh: SequenceMesh, dim: int = 1) -> Tensor:
     """The shard of this rank of a tensor that every rank has, padded with zeros so that all shards are equally long."""
-    local = ceil_div(x.shape[dim], mesh.ranks)
+    local = ceil_div(x.shape[dim], mesh.shards)
     start = min(mesh.shard * local, x.shape[dim])
     shard = x.narrow(dim, start, min(local, x.shape[dim] - start))
     missing = local - shard.shape[dim]
@@ -267,19 +274,35 @@ def shard_sequence(x: Tensor, mesh: SequenceMesh, dim: int = 1) -> Tensor:
 
 
 def gather_sequence(x: Tensor, mesh: SequenceMesh, seq_len: int | None = None, dim: int = 1) -> Tensor:
-    """All shards of a sequence, on every rank, without the padding at and past ``seq_len``."""
+    """All shards of a sequence, on every rank, without the padding at and past ``seq_len``.
+
+    Raises:
+        ValueError: the shards hold fewer tokens.
+    """
+    tokens = x.shape[dim] * mesh.shards
+    if seq_len is not None and not 0 <= seq_len <= tokens:
+        raise ValueError(f"gather_sequence: seq_len is {seq_len}, expected 0 to {tokens}, the tokens of all shards")
     whole = all_gather(all_gather(x, mesh.ulysses, dim), mesh.ring, dim)
     return whole if seq_len is None else whole.narrow(dim, 0, seq_len)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """The same bytes in elements of 8, where that is possible: eager copies of 2-byte ones take twice as long."""
-    if torch.compiler.is_compiling() or x.requires_grad or x.stride(-1) != 1:
-        return x
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same bytes in elements of 8, if all the tensors can: eager copies of 2-byte ones take twice as long."""
+    if torch.compiler.is_compiling() or not all(map(_fits_wide_elements, tensors)):
+        return tensors
+    return tuple(x.view(torch.int64) for x in tensors)
+
+
+def _fits_wide_elements(x: Tensor) -> bool:
     width = 8 // x.element_size()
-    if any(offset % width != 0 for offset in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
-        return x
-    return x.view(torch.int64)
+    offsets = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return not x.requires_grad and x.stride(-1) == 1 and all(offset % width == 0 for offset in offsets)
+
+
+def select_heads(x: Tensor, order: Tensor) -> Tensor:
+    """The heads of ``x``, ``[B, S, H, D]``, in another order."""
+    (wide,) = _wide(x)
+    return _narrow(wide.index_select(2, order), x.dtype)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ import math
 import operator
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,20 @@ from lite_attention.keep_map import (
     density,
     keep_map_shape,
     pack_keep_map,
-    parse_ranges,
     tile_counts,
     tiles_inside,
     tiles_touched,
     unpack_keep_map,
+)
+from lite_attention.layer_arguments import (
+    CheckedRanges,
+    Ranges,
+    Threshold,
+    check_inputs,
+    check_scalar,
+    check_scale,
+    checked_ranges,
+    checked_threshold,
 )
 
 __all__ = ["MAP_SLOTS", "LiteAttention", "SeqParallelLiteAttention"]
@@ -46,10 +55,6 @@ __all__ = ["MAP_SLOTS", "LiteAttention", "SeqParallelLiteAttention"]
 # A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
 # graphs that torch.compile keeps of one function by default.
 MAP_SLOTS = 8
-
-Ranges = Sequence[int] | Tensor
-_CheckedRanges = list[tuple[int, int]] | Tensor
-Threshold = float | Sequence[float] | Tensor
 
 _logger = logging.getLogger("lite_attention")
 
@@ -153,7 +158,7 @@ class LiteAttention(nn.Module):
         self.max_batch_size = max_batch_size
         self.layout_version = 0
         self._enabled = bool(enable_skipping)
-        self._allow_positive_threshold = _flag("LITE_ATTENTION_DEBUG")
+        self.allows_positive_threshold = _flag("LITE_ATTENTION_DEBUG")
         self._verbose = _flag("LITE_ATTENTION_VERBOSE")
         if self._verbose:
             _show_log()
@@ -161,7 +166,7 @@ class LiteAttention(nn.Module):
         self._oldest = 0
         # Buffers outlive the mode they are made in; an inference tensor could not be written outside that mode.
         with torch.inference_mode(False):
-            values = _checked_threshold(threshold, self._allow_positive_threshold)
+            values = checked_threshold(threshold, self.allows_positive_threshold)
             self._threshold_values = values
             self.register_buffer("_threshold", torch.tensor(values, dtype=torch.float32), persistent=False)
             self.register_buffer("_live", torch.zeros(MAX_BRANCHES, dtype=torch.int64), persistent=False)
@@ -213,15 +218,16 @@ class LiteAttention(nn.Module):
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        _check_inputs(query, key, value, self.max_batch_size)
+        check_inputs("LiteAttention", query, key, value, self.max_batch_size)
         branch = resolved_branch(branch, "LiteAttention")
-        if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
-            raise TypeError(f"LiteAttention: scale has type {type(scale).__name__}, expected a float or None")
-        must_do = _checked_ranges(must_do_list, "must_do_list", query, key.shape[1], "keys")
-        must_skip = _checked_ranges(must_skip_list, "must_skip_list", query, key.shape[1], "keys")
-        must_rows = _checked_ranges(must_do_queries, "must_do_queries", query, query.shape[1], "queries")
-        _check_scalar(start_full, "start_full", torch.bool, query)
-        _check_scalar(skip_fraction_out, "skip_fraction_out", torch.float32, query)
+        check_scale("LiteAttention", scale)
+        must_do = checked_ranges("LiteAttention", "must_do_list", must_do_list, query, key.shape[1], "keys")
+        must_skip = checked_ranges("LiteAttention", "must_skip_list", must_skip_list, query, key.shape[1], "keys")
+        must_rows = checked_ranges(
+            "LiteAttention", "must_do_queries", must_do_queries, query, query.shape[1], "queries"
+        )
+        check_scalar("LiteAttention", "start_full", start_full, torch.bool, query)
+        check_scalar("LiteAttention", "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
             out, lse = functional.attention(query, key, value, kv_lens=kv_lens, scale=scale)
             if skip_fraction_out is not None:
@@ -241,9 +247,9 @@ class LiteAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         scale: float | None,
-        must_do_ranges: _CheckedRanges | None,
-        must_skip_ranges: _CheckedRanges | None,
-        must_do_rows: _CheckedRanges | None,
+        must_do_ranges: CheckedRanges | None,
+        must_skip_ranges: CheckedRanges | None,
+        must_do_rows: CheckedRanges | None,
         kv_lens: Tensor | None,
         branch: int,
         start_full: Tensor | None,
@@ -388,10 +394,6 @@ class LiteAttention(nn.Module):
             for slot in self._all_slots():
                 slot.empty(device)
 
-    def checked_threshold(self, threshold: Threshold) -> float | tuple[float, ...]:
-        """What :attr:`threshold` would be after ``set_threshold``, which raises the same errors."""
-        return _checked_threshold(threshold, self._allow_positive_threshold)
-
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
 
@@ -401,7 +403,7 @@ class LiteAttention(nn.Module):
         Raises:
             TypeError, ValueError: not numbers, NaN, or above 0 without ``LITE_ATTENTION_DEBUG``.
         """
-        values = self.checked_threshold(threshold)
+        values = checked_threshold(threshold, self.allows_positive_threshold)
         if isinstance(values, float) and self._threshold.dim() == 0:
             self._threshold.fill_(values)
         else:
@@ -448,12 +450,23 @@ class LiteAttention(nn.Module):
 
         0 before the first pass and after a reset. ``branch`` None means the one of :class:`skip_branch`, or 0.
         """
-        branch = resolved_branch(branch, "skip_fraction")
-        fraction = torch.zeros((), device=self._device())
-        for slot, shape in self._maps_of(branch):
-            skipped = 1.0 - density(slot.words, shape.kv_tiles())
-            fraction = torch.where(self._is_current(slot, branch, shape), skipped, fraction)
+        skipped, tiles_of_map = self.skipped_tiles(branch)
+        fraction: Tensor = skipped / tiles_of_map.clamp(min=1)
         return fraction
+
+    def skipped_tiles(self, branch: int | None = None) -> Tensor:
+        """Tiles that the branch's next pass will skip, and all tiles: fp32 ``[2]``, as :meth:`skip_fraction`.
+
+        Both are 0 before the first pass and after a reset.
+        """
+        branch = resolved_branch(branch, "skip_fraction")
+        counts = torch.zeros(2, device=self._device())
+        for slot, shape in self._maps_of(branch):
+            all_tiles = math.prod(shape.map_shape()[:-1]) * shape.kv_tiles()
+            skipped = (1.0 - density(slot.words, shape.kv_tiles())) * all_tiles
+            both = torch.stack([skipped, torch.full_like(skipped, all_tiles)])
+            counts = torch.where(self._is_current(slot, branch, shape), both, counts)
+        return counts
 
     def keep_map(self, branch: int | None = None) -> Tensor:
         """The map that the branch's next pass will use: bool ``[batch, heads, query_tiles, kv_tiles]``.
@@ -642,8 +655,10 @@ class SeqParallelLiteAttention(nn.Module):
             split.enable_skip_optimization(enable)
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
-        """Mean over the splits of :meth:`LiteAttention.skip_fraction`."""
-        return torch.stack([split.skip_fraction(branch) for split in self._all()]).mean()
+        """Of all splits together; see :meth:`LiteAttention.skip_fraction`."""
+        skipped, tiles_of_maps = torch.stack([split.skipped_tiles(branch) for split in self._all()]).sum(0)
+        fraction: Tensor = skipped / tiles_of_maps.clamp(min=1)
+        return fraction
 
     def keep_map(self, split_idx: int, branch: int | None = None) -> Tensor:
         """The keep map of one split; see :meth:`LiteAttention.keep_map`."""
@@ -665,101 +680,8 @@ def _show_log() -> None:
         _logger.setLevel(logging.INFO)
 
 
-def _checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
-    if isinstance(threshold, Tensor):
-        if threshold.dim() > 1:
-            raise ValueError(f"threshold has shape {list(threshold.shape)}, expected [] or [heads]")
-        threshold = threshold.tolist()
-    many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
-    values: list[float] = []
-    for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
-        name = f"threshold[{index}]" if many else "threshold"
-        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
-            raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
-        if math.isnan(entry):
-            raise ValueError(f"{name} is NaN, expected a number of at most 0")
-        if entry > 0 and not allow_positive:
-            raise ValueError(
-                f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
-                "set LITE_ATTENTION_DEBUG"
-            )
-        values.append(functional.in_fp32_range(float(entry)))
-    if not values:
-        raise ValueError("threshold is empty, expected one number, or one per query head")
-    return tuple(values) if many else values[0]
-
-
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, max_batch_size: int) -> None:
-    """What the state needs to hold, checked before anything is launched; the operator checks the rest."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"LiteAttention: {name} has type {type(tensor).__name__}, expected a tensor")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"LiteAttention: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"
-            )
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"LiteAttention: {name} has dtype {tensor.dtype}, expected {query.dtype}, query's")
-        if tensor.device != query.device:
-            raise ValueError(f"LiteAttention: {name} is on {tensor.device}, expected {query.device}, query's device")
-        if tensor.numel() == 0:
-            raise ValueError(f"LiteAttention: {name} has shape {list(tensor.shape)}, expected no size of 0")
-    if query.dtype not in tiles.SUPPORTED_DTYPES:
-        raise TypeError(f"LiteAttention: query has dtype {query.dtype}, expected float32, bfloat16 or float16")
-    batch, _, heads, head_dim = query.shape
-    if batch > max_batch_size:
-        raise ValueError(f"LiteAttention: query has batch {batch}, expected at most max_batch_size={max_batch_size}")
-    if head_dim % tiles.HEAD_DIM_MULTIPLE != 0 or head_dim > tiles.MAX_HEAD_DIM:
-        raise ValueError(
-            f"LiteAttention: query has head_dim {head_dim}, expected a multiple of {tiles.HEAD_DIM_MULTIPLE} up to "
-            f"{tiles.MAX_HEAD_DIM}"
-        )
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(
-            f"LiteAttention: key has batch {key.shape[0]} and head_dim {key.shape[3]}, expected query's, {batch} and "
-            f"{head_dim}"
-        )
-    if heads % key.shape[2] != 0:
-        raise ValueError(f"LiteAttention: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
-    if value.shape != key.shape:
-        raise ValueError(f"LiteAttention: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
-
-
-def _checked_ranges(ranges: Ranges | None, name: str, query: Tensor, length: int, tokens: str) -> _CheckedRanges | None:
-    if ranges is None:
-        return None
-    if isinstance(ranges, Tensor):
-        if ranges.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"LiteAttention: {name} has dtype {ranges.dtype}, expected torch.int32 or torch.int64")
-        if ranges.dim() != 2 or ranges.shape[1] != 2:
-            raise ValueError(
-                f"LiteAttention: {name} has shape {list(ranges.shape)}, expected [count, 2]: one [start, end] a row"
-            )
-        if ranges.device != query.device:
-            raise ValueError(f"LiteAttention: {name} is on {ranges.device}, expected {query.device}, query's device")
-        return ranges
-    if not isinstance(ranges, (list, tuple)):
-        raise TypeError(
-            f"LiteAttention: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
-        )
-    return parse_ranges(ranges, length, f"LiteAttention: {name}", tokens) or None
-
-
-def _check_scalar(tensor: Tensor | None, name: str, dtype: torch.dtype, query: Tensor) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"LiteAttention: {name} has type {type(tensor).__name__}, expected a tensor")
-    if tensor.dtype != dtype:
-        raise TypeError(f"LiteAttention: {name} has dtype {tensor.dtype}, expected {dtype}")
-    if tensor.dim() != 0:
-        raise ValueError(f"LiteAttention: {name} has shape {list(tensor.shape)}, expected []")
-    if tensor.device != query.device:
-        raise ValueError(f"LiteAttention: {name} is on {tensor.device}, expected {query.device}, query's device")
-
-
 def _row_of_words(
-    ranges: _CheckedRanges | None, cover: Callable[..., Tensor], query: Tensor, key: Tensor
+    ranges: CheckedRanges | None, cover: Callable[..., Tensor], query: Tensor, key: Tensor
 ) -> Tensor | None:
     """The ranges as a packed map ``[1, 1, 1, words]``, by way of ``cover``: ranges -> bool per KV tile."""
     if ranges is None:

@@ -12,7 +12,9 @@ maximum of its own, so that a decision depends on the split alone and not on the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +22,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lite_attention.branches import resolved_branch
 from lite_attention.collectives import (
     HeadExchange,
     Spans,
     all_gather,
     all_reduce,
+    even_spans,
     finish_shift,
+    select_heads,
     sequence_mesh,
     start_shift,
 )
 from lite_attention.functional import merge_attention
 from lite_attention.head_balance import assign_heads, imbalance
-from lite_attention.keep_map import parse_ranges
-from lite_attention.modules import LiteAttention, Ranges, SeqParallelLiteAttention, Threshold
+from lite_attention.keep_map import tile_counts
+from lite_attention.layer_arguments import (
+    CheckedRanges,
+    Ranges,
+    Threshold,
+    check_inputs,
+    check_kv_lens,
+    check_scalar,
+    check_scale,
+    checked_ranges,
+    checked_threshold,
+)
+from lite_attention.modules import LiteAttention, SeqParallelLiteAttention
 
 __all__ = ["DistributedLiteAttention", "HeadBalance"]
 
@@ -40,8 +56,6 @@ _NAME = "DistributedLiteAttention"
 
 # Ranks that wait less than this share of the time for the slowest one keep their heads.
 IMBALANCE_WORTH_MOVING = 0.05
-
-_WholeRanges = list[tuple[int, int]] | Tensor | None
 
 
 class HeadBalance(NamedTuple):
@@ -81,18 +95,23 @@ class DistributedLiteAttention(nn.Module):
         head_chunks: int = 1,
     ) -> None:
         super().__init__()
-        self.mesh = sequence_mesh(mesh, _NAME)
+        self.ranks = sequence_mesh(mesh, _NAME)
+        self._device_type = mesh.device_type
         if isinstance(head_chunks, bool) or not isinstance(head_chunks, int):
             raise TypeError(f"{_NAME}: head_chunks has type {type(head_chunks).__name__}, expected an int")
         if head_chunks < 1:
             raise ValueError(f"{_NAME}: head_chunks is {head_chunks}, expected at least 1")
         self.head_chunks = head_chunks
+        self.max_batch_size = max_batch_size
         # One state for each split of the keys and each chunk of this rank's heads.
         self.states = SeqParallelLiteAttention(
-            self.mesh.ring.size * head_chunks, enable_skipping, max_batch_size=max_batch_size
+            self.ranks.ring.size * head_chunks, enable_skipping, max_batch_size=max_batch_size
         )
         # Position -> head, where heads were assigned to ranks by their work.
         self.register_buffer("_head_order", None, persistent=False)
+        # The same for Python, and the numbers of heads and of heads for each key head that it is meant for.
+        self._order_of_ranks: tuple[int, ...] | None = None
+        self._ordered: tuple[int, int] | None = None
         self.set_threshold(threshold)
 
     def forward(
@@ -126,36 +145,48 @@ class DistributedLiteAttention(nn.Module):
 
         Returns:
             out, of query's shape and dtype, 0 in the padding; with ``return_softmax_lse`` also lse, fp32
-            ``[batch, heads, tokens / ranks]``.
+            ``[batch, heads, tokens / ranks]``, -inf in the padding.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        _check_shards(query, key, value)
-        heads, kv_heads, local = query.shape[2], key.shape[2], query.shape[1]
-        tokens = local * self.mesh.ranks
-        if seq_len is None:
-            seq_len = tokens
-        elif not 0 < seq_len <= tokens:
-            raise ValueError(f"{_NAME}: seq_len is {seq_len}, expected 1 to {tokens}, the tokens of all shards")
+        # Everything that one rank could find wrong alone, after others have begun to wait for it.
+        check_inputs(_NAME, query, key, value, self.max_batch_size)
+        if key.shape[1] != query.shape[1]:
+            raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
+        check_scale(_NAME, scale)
+        check_kv_lens(_NAME, kv_lens, query)
+        check_scalar(_NAME, "start_full", start_full, torch.bool, query)
+        check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)
+        seq_len = _checked_seq_len(seq_len, query.shape[1] * self.ranks.shards)
         arguments = _PassArguments(
             scale,
-            _checked(must_do_list, "must_do_list", seq_len, "keys"),
-            _checked(must_skip_list, "must_skip_list", seq_len, "keys"),
-            _checked(must_do_queries, "must_do_queries", seq_len, "queries"),
+            checked_ranges(_NAME, "must_do_list", must_do_list, query, seq_len, "keys"),
+            checked_ranges(_NAME, "must_skip_list", must_skip_list, query, seq_len, "keys"),
+            checked_ranges(_NAME, "must_do_queries", must_do_queries, query, seq_len, "queries"),
             kv_lens,
-            branch,
+            resolved_branch(branch, _NAME),
             start_full,
             seq_len,
         )
-        self._check_heads(heads)
-        if kv_heads % (self.mesh.ulysses.size * self.head_chunks) != 0:
+        heads, kv_heads = query.shape[2], key.shape[2]
+        self._check_heads("query", heads)
+        if self._thresholds is not None and self._thresholds != heads:
+            raise ValueError(
+                f"{_NAME}: threshold has {self._thresholds} values, expected {heads}, one per head of query"
+            )
+        if kv_heads % (self.ranks.ulysses.size * self.head_chunks) != 0:
             key, value = (x.repeat_interleave(heads // kv_heads, 2) for x in (key, value))
         group = heads // key.shape[2]
         if self._head_order is not None:
-            query = query.index_select(2, self._head_order)
-            key, value = (x.index_select(2, self._head_order[::group] // group) for x in (key, value))
+            if self._ordered != (heads, group):
+                raise ValueError(
+                    f"{_NAME}: heads of query, and of those for each key head that is sent, are {(heads, group)}, "
+                    f"expected {self._ordered} as when balance_heads() was called"
+                )
+            query = select_heads(query, self._head_order)
+            key, value = (select_heads(x, self._head_order[::group] // group) for x in (key, value))
 
         # All exchanges begin at once; each chunk of heads is computed when its own has arrived.
         chunks = self._exchanges(heads, group)
@@ -170,26 +201,27 @@ class DistributedLiteAttention(nn.Module):
             skipped += fractions
         if skip_fraction_out is not None:
             skip_fraction_out.zero_()
-            for fraction, weight in skipped:
-                skip_fraction_out.add_(fraction, alpha=weight / sum(weight for _, weight in skipped))
+            all_tiles = sum(tiles for _, tiles in skipped)
+            for fraction, tiles in skipped:
+                skip_fraction_out.add_(fraction, alpha=tiles / all_tiles)
         whole_out = self._in_order(outs.arrived())
         if not return_softmax_lse:
             return whole_out
         return whole_out, self._in_order(lses.arrived()).squeeze(-1).transpose(1, 2)
 
-    def _check_heads(self, heads: int) -> None:
-        least = self.mesh.ulysses.size * self.head_chunks
+    def _check_heads(self, what: str, heads: int) -> None:
+        least = self.ranks.ulysses.size * self.head_chunks
         if heads < least:
             raise ValueError(
-                f"{_NAME}: {heads} heads, expected at least {least}: {self.mesh.ulysses.size} ranks along 'ulysses' "
-                f"times {self.head_chunks} head_chunks"
+                f"{_NAME}: {what} has {heads} {'values' if what == 'threshold' else 'heads'}, expected at least "
+                f"{least}: {self.ranks.ulysses.size} ranks along 'ulysses' times {self.head_chunks} head_chunks"
             )
 
     def _spans(self, heads: int) -> list[Spans]:
         """For each chunk, which heads (positions, where they are reordered) go to which rank."""
         # The remainder goes to the first ranks, and in each rank to the first chunks.
         shares = [
-            _shares(end - start, self.head_chunks, start) for start, end in _shares(heads, self.mesh.ulysses.size)
+            _shares(end - start, self.head_chunks, start) for start, end in _shares(heads, self.ranks.ulysses.size)
         ]
         return [tuple(share[chunk] for share in shares) for chunk in range(self.head_chunks)]
 
@@ -198,7 +230,7 @@ class DistributedLiteAttention(nn.Module):
         exchanges = []
         for spans in self._spans(heads):
             of_keys = tuple((start // group, end // group) for start, end in spans)
-            exchanges.append(HeadExchange(self.mesh.ulysses, (spans, of_keys, of_keys)))
+            exchanges.append(HeadExchange(self.ranks.ulysses, (spans, of_keys, of_keys)))
         return exchanges
 
     def _ring(
@@ -206,7 +238,7 @@ class DistributedLiteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, int]]]:
         """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
         query, key, value = block_of
-        ring, block, kv_heads = self.mesh.ring, query.shape[1], key.shape[2]
+        ring, block, kv_heads = self.ranks.ring, query.shape[1], key.shape[2]
         # Keys and values travel together: a second transfer could not begin while attention has all multiprocessors.
         kv = torch.cat([key, value], 2) if ring.size > 1 else key
         rows = min(max(arguments.seq_len - ring.rank * block, 0), block)
@@ -230,7 +262,8 @@ class DistributedLiteAttention(nn.Module):
                 outs.append(out)
                 lses.append(lse)
                 if fraction is not None:
-                    fractions.append((fraction, query.shape[2] * keys))
+                    tiles = math.prod(tile_counts(rows, keys, query.shape[3], query.dtype))
+                    fractions.append((fraction, query.shape[2] * tiles))
             if flight is not None:
                 kv = finish_shift(flight, kv)
                 key, value = kv[:, :, :kv_heads], kv[:, :, kv_heads:]
@@ -245,23 +278,31 @@ class DistributedLiteAttention(nn.Module):
 
     def _in_order(self, x: Tensor) -> Tensor:
         """Heads from the order of the ranks in that of the model."""
-        return x if self._head_order is None else x.index_select(2, self._head_order.argsort())
+        return x if self._head_order is None else select_heads(x, self._head_order.argsort())
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold: one number, or one for each query head of the whole model.
 
         As :meth:`lite_attention.LiteAttention.set_threshold`.
         """
-        values = self._state(0, 0).checked_threshold(threshold)
+        values = checked_threshold(threshold, self._state(0, 0).allows_positive_threshold)
+        if isinstance(values, tuple):
+            self._check_heads("threshold", len(values))
+            if self._ordered is not None and len(values) != self._ordered[0]:
+                raise ValueError(
+                    f"{_NAME}: threshold has {len(values)} values, expected {self._ordered[0]}, one per head as when "
+                    "balance_heads() was called"
+                )
         for chunk in range(self.head_chunks):
             of_chunk = values
             if isinstance(values, tuple):
-                self._check_heads(len(values))
-                start, end = self._spans(len(values))[chunk][self.mesh.ulysses.rank]
+                start, end = self._spans(len(values))[chunk][self.ranks.ulysses.rank]
                 of_chunk = tuple(values[head] for head in self._order(len(values))[start:end])
-            for split in range(self.mesh.ring.size):
+            for split in range(self.ranks.ring.size):
                 self._state(split, chunk).set_threshold(of_chunk)
         self._threshold = values
+        # A count alone, so that compiled code does not depend on the values.
+        self._thresholds = len(values) if isinstance(values, tuple) else None
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -282,31 +323,52 @@ class DistributedLiteAttention(nn.Module):
 
     def local_heads(self, heads: int) -> list[int]:
         """Which of the model's so many query heads this rank computes, in the order of its keep maps."""
-        rank = self.mesh.ulysses.rank
-        self._check_heads(heads)
+        rank = self.ranks.ulysses.rank
+        self._check_heads("the model", heads)
         spans = [chunk[rank] for chunk in self._spans(heads)]
-        return self._order(heads)[spans[0][0] : spans[-1][1]]
+        return list(self._order(heads)[spans[0][0] : spans[-1][1]])
 
     def keep_map(self, split_idx: int = 0, branch: int | None = None) -> Tensor:
         """The map of this rank's heads and one split of the keys: bool ``[batch, local heads, query_tiles, kv_tiles]``.
 
         The query tiles are those of this rank's block of the ring; see :meth:`lite_attention.LiteAttention.keep_map`.
+
+        Raises:
+            RuntimeError: the branch has not run yet.
+            ValueError: there is no such split.
         """
-        return torch.cat([self._state(split_idx, chunk).keep_map(branch) for chunk in range(self.head_chunks)], 1)
+        return torch.cat([state.keep_map(branch) for state in self._states_of(split_idx)], 1)
 
     def set_keep_map(self, keep_map: Tensor, split_idx: int = 0, branch: int | None = None) -> None:
-        """Choose the map of the branch's next pass, of this rank's heads and one split; the inverse of keep_map."""
-        states = [self._state(split_idx, chunk) for chunk in range(self.head_chunks)]
+        """Choose the map of the branch's next pass, of this rank's heads and one split; the inverse of keep_map.
+
+        Raises:
+            RuntimeError: the branch has not run yet.
+            TypeError, ValueError: there is no such split, or ``keep_map`` is not bool or does not broadcast to its map.
+        """
+        states = self._states_of(split_idx)
         counts = [state.keep_map(branch).shape[1] for state in states]
-        for state, of_chunk in zip(states, keep_map.split(counts, 1), strict=True):
+        if keep_map.dim() != 4 or keep_map.shape[1] not in (1, sum(counts)):
+            raise ValueError(
+                f"set_keep_map: keep_map has shape {list(keep_map.shape)}, expected [batch, {sum(counts)}, "
+                "query_tiles, kv_tiles] or sizes of 1"
+            )
+        whole = keep_map.expand(-1, sum(counts), -1, -1)
+        for state, of_chunk in zip(states, whole.split(counts, 1), strict=True):
             state.set_keep_map(of_chunk, branch)
+
+    def _states_of(self, split: int) -> list[LiteAttention]:
+        """Those of one split, a state for each chunk of heads."""
+        if not 0 <= split < self.ranks.ring.size:
+            raise ValueError(f"{_NAME}: split_idx is {split}, expected 0 to {self.ranks.ring.size - 1}")
+        return [self._state(split, chunk) for chunk in range(self.head_chunks)]
 
     @torch.inference_mode(False)  # an inference tensor could not be written outside that mode
     def balance_heads(self) -> HeadBalance:
         """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
 
-        Every rank keeps as many heads as before. Nothing changes where the busiest rank has less than 5 % more tiles
-        than the mean. Otherwise the maps travel with their heads and later passes send each head where it now belongs;
+        Every rank keeps as many heads as before. Nothing changes where that would leave the busiest rank less than 5 %
+        fewer tiles. Otherwise the maps travel with their heads and later passes send each head where it now belongs;
         only the first such change needs compiled code to be compiled, and graphs to be captured, again.
         Waits for the device.
 
@@ -314,49 +376,60 @@ class DistributedLiteAttention(nn.Module):
             RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it.
             ValueError: the heads do not divide evenly between the ranks.
         """
-        device = self.skip_fraction(0).device
-        splits = [split for split in range(self.mesh.ring.size) if self._state(split, 0).used_branches()]
-        with_maps = torch.tensor(float(len(splits) > 0), device=device)
-        if all_reduce(all_reduce(with_maps, self.mesh.ulysses), self.mesh.ring).item() != self.mesh.ranks:
+        ring, ulysses = self.ranks.ring, self.ranks.ulysses
+        # The ranks that exchange heads have made the same calls; in a ring some may have no token of a short sequence.
+        with_map = [(split, branch) for split in range(ring.size) for branch in self._state(split, 0).used_branches()]
+        maps = {key: self.keep_map(*key) for key in with_map}
+        local_heads = next(iter(maps.values())).shape[1] if maps else 0
+        facts = torch.tensor([float(len(maps) > 0), float(local_heads)], device=self._device_type)
+        ranks_with_maps, heads_of_all = all_reduce(all_reduce(facts, ulysses), ring).tolist()
+        if ranks_with_maps != self.ranks.shards:
             raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
-        branches = self._state(splits[0], 0).used_branches()
-        maps = {(split, branch): self.keep_map(split, branch) for split in splits for branch in branches}
-        kept = torch.stack([keep.sum((0, 2, 3)) for keep in maps.values()]).sum(0)
-        ranks, group = self.mesh.ulysses.size, self._state(splits[0], 0).query_heads_per_key(branches[0])
-        heads = len(kept) * ranks
-        if heads % (ranks * self.head_chunks) != 0:
+        heads = int(heads_of_all) // ring.size
+        if heads % (ulysses.size * self.head_chunks) != 0:
             raise ValueError(
-                f"{_NAME}: {heads} heads, expected a multiple of {ranks * self.head_chunks} to balance them"
+                f"{_NAME}: balance_heads with {heads} heads, expected a multiple of {ulysses.size * self.head_chunks}, "
+                "so that every rank keeps as many"
             )
-        # Query heads that share their keys stay together. Positions are counted in such groups.
-        kept_tiles = all_reduce(all_gather(kept.view(-1, group).sum(1), self.mesh.ulysses, 0), self.mesh.ring)
+        # Query heads that share a head of keys stay together. Positions are counted in such groups.
+        group = self._state(*with_map[0][:1], 0).query_heads_per_key(with_map[0][1])
+        kept = torch.stack([keep.sum((0, 2, 3)) for keep in maps.values()]).sum(0)
+        kept_tiles = all_reduce(all_gather(kept.view(-1, group).sum(1), ulysses, 0), ring)
         work = [int(tiles) for tiles in kept_tiles.tolist()]
-        share = len(work) // ranks
-        today = [list(range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
-        better = assign_heads(work, ranks)
-        before = imbalance(work, today)
-        if before < IMBALANCE_WORTH_MOVING:
+        today = [list(range(*span)) for span in even_spans(len(work), ulysses.size)]
+        better = assign_heads(work, ulysses.size)
+        before, after = imbalance(work, today), imbalance(work, better)
+        if (1 + before) / (1 + after) < 1 + IMBALANCE_WORTH_MOVING:
             return HeadBalance(before, before)
         positions = [unit * group + member for unit in itertools.chain.from_iterable(better) for member in range(group)]
         order = self._order(heads)
-        self._set_order(torch.tensor([order[position] for position in positions], device=device))
-        mine = positions[self.mesh.ulysses.rank * len(kept) :][: len(kept)]
-        for (split, branch), keep in maps.items():
-            self.set_keep_map(all_gather(keep, self.mesh.ulysses, 1)[:, mine], split, branch)
+        self._set_order(tuple(order[position] for position in positions), group)
+        mine = positions[ulysses.rank * local_heads :][:local_heads]
+        for key, keep in maps.items():
+            self.set_keep_map(all_gather(keep, ulysses, 1)[:, mine], *key)
         self.set_threshold(self._threshold)
-        return HeadBalance(before, imbalance(work, better))
+        return HeadBalance(before, after)
 
-    def _order(self, heads: int) -> list[int]:
+    def _order(self, heads: int) -> Sequence[int]:
         """The model's heads in the order of the ranks."""
-        return list(range(heads)) if self._head_order is None else [int(head) for head in self._head_order.tolist()]
+        return range(heads) if self._order_of_ranks is None else self._order_of_ranks
 
-    def _set_order(self, order: Tensor) -> None:
-        if self._head_order is not None:
-            self._head_order.copy_(order)
+    def _set_order(self, order: tuple[int, ...], group: int) -> None:
+        new = torch.tensor(order, device=self._device_type)
+        self._order_of_ranks, self._ordered = order, (len(order), group)
+        if self._head_order is not None and not self._head_order.is_inference():
+            self._head_order.copy_(new)
             return
-        self._head_order = order
+        self._head_order = new
         for split in self.states.splits:
             split.outdate_captured_graphs()  # type: ignore[operator]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistributedLiteAttention:
+        """As nn.Module's, but the order of the heads survives a move to memory that holds nothing (``to_empty``)."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._head_order is not None:
+            self._head_order = torch.tensor(self._order_of_ranks, device=self._head_order.device)
+        return self
 
     def _state(self, split: int, chunk: int) -> LiteAttention:
         return self.states.splits[split * self.head_chunks + chunk]  # type: ignore[return-value]
@@ -366,9 +439,9 @@ class _PassArguments(NamedTuple):
     """What holds for the whole sequence in one pass."""
 
     scale: float | None
-    must_do: _WholeRanges
-    must_skip: _WholeRanges
-    must_do_queries: _WholeRanges
+    must_do: CheckedRanges | None
+    must_skip: CheckedRanges | None
+    must_do_queries: CheckedRanges | None
     kv_lens: Tensor | None
     branch: int | None
     start_full: Tensor | None
@@ -410,38 +483,17 @@ def _shares(count: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _check_shards(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """What the exchanges need, checked before any of them begins; LiteAttention checks the rest."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{_NAME}: {name} has type {type(tensor).__name__}, expected a tensor")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{_NAME}: {name} has {tensor.dim()} dimensions, expected 4: [batch, tokens, heads, head_dim]"
-            )
-    batch, tokens, heads, head_dim = query.shape
-    if key.shape[:2] != query.shape[:2] or key.shape[3] != head_dim:
-        raise ValueError(
-            f"{_NAME}: key has shape {list(key.shape)}, expected [{batch}, {tokens}, kv_heads, {head_dim}]"
-        )
-    if value.shape != key.shape:
-        raise ValueError(f"{_NAME}: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
-    if key.shape[2] == 0 or heads % key.shape[2] != 0:
-        raise ValueError(f"{_NAME}: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
+def _checked_seq_len(seq_len: int | None, tokens: int) -> int:
+    if seq_len is None:
+        return tokens
+    if isinstance(seq_len, bool) or not isinstance(seq_len, (int, torch.SymInt)):
+        raise TypeError(f"{_NAME}: seq_len has type {type(seq_len).__name__}, expected an int")
+    if not 0 < seq_len <= tokens:
+        raise ValueError(f"{_NAME}: seq_len is {seq_len}, expected 1 to {tokens}, the tokens of all shards")
+    return operator.index(seq_len)
 
 
-def _checked(ranges: Ranges | None, name: str, length: int, tokens: str) -> _WholeRanges:
-    """Lists as pairs; LiteAttention checks the tensors."""
-    if ranges is None or isinstance(ranges, Tensor):
-        return ranges
-    if not isinstance(ranges, (list, tuple)):
-        raise TypeError(
-            f"{_NAME}: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
-        )
-    return parse_ranges(ranges, length, f"{_NAME}: {name}", tokens)
-
-
-def _within(ranges: _WholeRanges, start: int, length: int) -> Ranges | None:
+def _within(ranges: CheckedRanges | None, start: int, length: int) -> Ranges | None:
     """The part of the ranges from ``start`` on, counted from there."""
     if ranges is None:
         return None

@@ -18,7 +18,8 @@ from torch import Tensor
 from lite_attention import tiles
 from lite_attention.branches import MAX_BRANCHES
 from lite_attention.generation import GenerationClock
-from lite_attention.modules import LiteAttention, Threshold
+from lite_attention.layer_arguments import Threshold
+from lite_attention.modules import LiteAttention
 
 __all__ = [
     "NODE_CLASS_MAPPINGS",

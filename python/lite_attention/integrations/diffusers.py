@@ -32,7 +32,8 @@ from lite_attention.collectives import sequence_mesh
 from lite_attention.generation import GenerationClock
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
 from lite_attention.keep_map import parse_ranges
-from lite_attention.modules import LiteAttention, Ranges, Threshold
+from lite_attention.layer_arguments import Ranges, Threshold
+from lite_attention.modules import LiteAttention
 from lite_attention.sequence_parallel import DistributedLiteAttention
 
 if TYPE_CHECKING:

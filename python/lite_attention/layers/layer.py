@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention.collectives import HeadExchange, all_gather, gather_heads
+from lite_attention.collectives import HeadExchange, all_gather, even_spans, gather_heads
 from lite_attention.layers.forward_context import current_metadata
 from lite_attention.layers.mesh import get_sequence_parallel_mesh, ulysses_group
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name
@@ -304,7 +304,7 @@ class DistributedAttention(_AttentionLayer):
                 f"{type(self).__name__}: original_seq_len is {original_seq_len}, expected 1 to {tokens}, the tokens of "
                 f"{self._group.size} ranks"
             )
-        exchange = HeadExchange(self._group, tuple(self._spans(x.shape[2]) for x in shards))
+        exchange = HeadExchange(self._group, tuple(even_spans(x.shape[2], self._group.size) for x in shards))
         received = exchange.finish_scatter(exchange.start_scatter(*shards), *shards)
         whole = [x[:, :original_seq_len] for x in received]
         if freqs_cis is not None:
@@ -317,12 +317,8 @@ class DistributedAttention(_AttentionLayer):
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
         return gather_heads(out, self._group)
 
-    def _spans(self, heads: int) -> tuple[tuple[int, int], ...]:
-        share = heads // self._group.size
-        return tuple((rank * share, (rank + 1) * share) for rank in range(self._group.size))
-
     def _own_heads(self, x: Tensor) -> Tensor:
-        return x[:, :, slice(*self._spans(x.shape[2])[self._group.rank])]
+        return x[:, :, slice(*even_spans(x.shape[2], self._group.size)[self._group.rank])]
 
 
 class DistributedAttention_VSA(DistributedAttention):  # noqa: N801 - FastVideo's name

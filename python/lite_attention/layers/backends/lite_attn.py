@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite_attention.layer_arguments import Threshold
 from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, PlainMetadataBuilder
 from lite_attention.layers.backends._arguments import check_extra_arguments, refuse_causal
-from lite_attention.modules import LiteAttention, Threshold
+from lite_attention.modules import LiteAttention
 from lite_attention.tiles import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 
 __all__ = ["HEAD_SIZES", "KERNEL_DTYPES", "LiteAttentionBackend", "LiteAttentionImpl"]
