@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lite_attention.collectives import (
     HeadExchange,
     all_gather,
+    even_spans,
     finish_shift,
     gather_heads,
     gather_sequence,
@@ -25,9 +26,9 @@ def _whole(device: str, batch: int = 2, tokens: int = 12, heads: int = 8, head_d
     return torch.arange(float(torch.Size(shape).numel())).view(shape).to(device)
 
 
-def _scatter_and_back(device: str, ring: int, ulysses: int, batch: int) -> None:
+def _scatter_and_back(device: str, ring: int, ulysses: int, batch: int, head_dim: int) -> None:
     mesh = sequence_mesh(mesh_of(device, ring, ulysses), "test")
-    whole = _whole(device, batch)
+    whole = _whole(device, batch, head_dim=head_dim)
     local = shard_sequence(whole, mesh)
     torch.testing.assert_close(gather_sequence(local, mesh), whole, rtol=0, atol=0)
     tokens, heads = 12 // ring, 8 // ulysses
@@ -39,9 +40,11 @@ def _scatter_and_back(device: str, ring: int, ulysses: int, batch: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (1, 4), (2, 2)])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_scattered_heads_are_those_of_the_whole_and_come_back(device: str, ring: int, ulysses: int, batch: int) -> None:
-    run_on_ranks(ring * ulysses, device, _scatter_and_back, device, ring, ulysses, batch)
+@pytest.mark.parametrize(("batch", "head_dim"), [(1, 4), (2, 4), (2, 3)])  # 3: not a multiple of 8 bytes
+def test_scattered_heads_are_those_of_the_whole_and_come_back(
+    device: str, ring: int, ulysses: int, batch: int, head_dim: int
+) -> None:
+    run_on_ranks(ring * ulysses, device, _scatter_and_back, device, ring, ulysses, batch, head_dim)
 
 
 def _unequal_parts(device: str) -> None:
@@ -107,6 +110,27 @@ def _gradients(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_travel_back(device: str) -> None:
     run_on_ranks(2, device, _gradients, device)
+
+
+def _unlike_each_other(device: str) -> None:
+    group = sequence_mesh(mesh_of(device, 1, 2), "test").ulysses
+    whole = _whole(device, tokens=6, head_dim=4)
+    spans = even_spans(8, 2)
+    exchange = HeadExchange(group, (spans, spans, spans))
+    wanted = [sign * torch.cat([whole] * 2, 1)[:, :, slice(*spans[group.rank])] for sign in (1, 2, 3)]
+    odd_offset = torch.empty(whole.numel() + 1, device=device)[1:].view(whole.shape).copy_(2 * whole)
+    odd_strides = torch.empty(2, 6, 8, 5, device=device)[..., :4].copy_(3 * whole)
+    with_gradient = whole.clone().requires_grad_()
+    for tensors in ((whole, odd_offset, odd_strides), (with_gradient, 2 * whole, 3 * whole)):
+        received = exchange.finish_scatter(exchange.start_scatter(*tensors), *tensors)
+        torch.testing.assert_close([x.detach() for x in received], wanted, rtol=0, atol=0)
+    received[0].sum().backward()
+    torch.testing.assert_close(with_gradient.grad, torch.ones_like(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_travel_together_whatever_their_strides_and_gradients(device: str) -> None:
+    run_on_ranks(2, device, _unlike_each_other, device)
 
 
 def _errors() -> list[str]:

@@ -1,5 +1,6 @@
 """DistributedLiteAttention on 2 and 4 ranks, against one process and against the oracle split by split."""
 
+import copy
 import time
 from datetime import timedelta
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention import DistributedLiteAttention, LiteAttention, full_keep_map, pack_keep_map, reference
-from lite_attention.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention import DistributedLiteAttention, LiteAttention, attention, full_keep_map, pack_keep_map, reference
+from lite_attention.collectives import SequenceMesh, all_gather, gather_sequence, sequence_mesh, shard_sequence
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -45,15 +46,11 @@ def _same_as_one_process(
     shared = DistributedLiteAttention(mesh, threshold=THRESHOLD, head_chunks=head_chunks)
     alone = LiteAttention(threshold=THRESHOLD)
     for step, inputs in enumerate(_passes(case, device)):
+        given = {**options, "branch": step % 2, "start_full": torch.tensor(step == 2, device=device)}
         out, lse = shared(
-            *_shards(inputs, ranks),
-            case.scale,
-            return_softmax_lse=True,
-            seq_len=case.query_len,
-            branch=step % 2,
-            **options,
+            *_shards(inputs, ranks), 0.9 * case.scale, return_softmax_lse=True, seq_len=case.query_len, **given
         )
-        expected = alone(*inputs, case.scale, return_softmax_lse=True, branch=step % 2, **options)
+        expected = alone(*inputs, 0.9 * case.scale, return_softmax_lse=True, **given)
         assert torch.equal(gather_sequence(out, ranks, case.query_len), expected[0])
         assert torch.equal(gather_sequence(lse, ranks, case.query_len, dim=2), expected[1])
         kept = alone.keep_map(step % 2)[:, shared.local_heads(case.heads)]
@@ -235,6 +232,91 @@ def test_balanced_heads_take_their_maps_and_thresholds_along(
     assert difference == 0
 
 
+def _settings_of_branches() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    shared, alone = DistributedLiteAttention(mesh, threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    *inputs, last = _passes(CASE, "cpu", 4)
+    for branch in (0, 1):
+        for x in inputs:
+            shared(*_shards(x, ranks), branch=branch)
+            alone(*x, branch=branch)
+    for layer in (shared, alone):
+        layer.reset_skip_state(1)
+    for branch, least in ((0, 0.1), (1, 0.0)):
+        fraction = all_gather(shared.skip_fraction(branch).view(1), ranks.ulysses, 0).mean()
+        torch.testing.assert_close(fraction, alone.skip_fraction(branch))
+        assert fraction > least or least == fraction == 0
+    before = shared.keep_map(branch=0)
+    shared.enable_skip_optimization(False)
+    dense = gather_sequence(shared(*_shards(last, ranks)), ranks)
+    assert torch.equal(dense, attention(*last)[0])
+    assert torch.equal(shared.keep_map(branch=0), before)
+    assert torch.equal(gather_sequence(DistributedLiteAttention(mesh, False)(*_shards(last, ranks)), ranks), dense)
+
+
+def test_branches_resets_and_switching_off_are_those_of_one_process() -> None:
+    run_on_ranks(2, "cpu", _settings_of_branches)
+
+
+def _fractions(ring: int, ulysses: int) -> tuple[float, float, float, float]:
+    """(told in the pass, of the maps it used, told after it, of the maps it left)."""
+    mesh = mesh_of("cpu", ring, ulysses)
+    case = Case(query_len=1300, kv_len=1300, heads=3, kv_heads=3)
+    layer = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD, head_chunks=2 if ulysses == 1 else 1)
+    fraction = torch.zeros(())
+    used, left = 0.0, 0.0
+    for inputs in _passes(case, "cpu"):
+        used = left
+        layer(*_shards(inputs, sequence_mesh(mesh, "test")), seq_len=1300, skip_fraction_out=fraction)
+        left = float(1 - torch.cat([layer.keep_map(split).flatten() for split in range(ring)]).float().mean())
+    return float(fraction), used, float(layer.skip_fraction()), left
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (1, 2)])
+def test_the_share_of_skipped_tiles_is_that_of_all_maps_of_the_rank(ring: int, ulysses: int) -> None:
+    for told, used, told_after, left in run_on_ranks(2, "cpu", _fractions, ring, ulysses):
+        assert told == pytest.approx(used)
+        assert told_after == pytest.approx(left)
+        assert 0.05 < used < left
+
+
+def _branches_after_balancing() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    thresholds = [-30.0, -25.0, -2.0, -1.0]
+    moved, as_it_came = (DistributedLiteAttention(mesh, threshold=thresholds) for _ in range(2))
+    versions = [split.layout_version for split in moved.states.splits]
+    for step, inputs in enumerate(_passes(CASE, "cpu", 4)):
+        local = _shards(inputs, ranks)
+        for branch in (0, 3):
+            assert torch.equal(moved(*local, branch=branch), as_it_came(*local, branch=branch))
+        if step == 1:
+            assert moved.balance_heads().before > 0.05
+            assert [split.layout_version for split in moved.states.splits] > versions, "graphs are out of date"
+    copied = copy.deepcopy(moved).to_empty(device="cpu")
+    assert torch.equal(copied(*local), as_it_came(*local, branch=7)), "a copy without state, its heads in their places"
+
+
+def test_balancing_moves_the_maps_of_every_branch() -> None:
+    run_on_ranks(2, "cpu", _branches_after_balancing)
+
+
+def _balanced_for_nothing() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    layer = DistributedLiteAttention(mesh, threshold=[-30.0, -1.0])
+    for inputs in _passes(Case(query_len=512, kv_len=512, heads=2), "cpu"):
+        layer(*_shards(inputs, sequence_mesh(mesh, "test")))
+    balance = layer.balance_heads()
+    assert balance.before == balance.after > 0.05, "a head each cannot be shared better"
+    assert layer.local_heads(2) == [sequence_mesh(mesh, "test").shard]
+    assert layer._head_order is None
+
+
+def test_heads_stay_where_moving_them_would_not_help() -> None:
+    run_on_ranks(2, "cpu", _balanced_for_nothing)
+
+
 def _compiled(backend: str, ring: int, ulysses: int) -> tuple[int, float]:
     torch._dynamo.reset()
     mesh = mesh_of("cpu", ring, ulysses)
@@ -290,6 +372,28 @@ def _errors() -> str:
         "must_do": lambda: layer(q, kv, kv, must_do_list=[0, 13]),
         "must_skip": lambda: layer(q, kv, kv, must_skip_list="0"),
         "balance": lambda: layer.balance_heads(),
+        "dtypes": lambda: layer(q, kv.half(), kv.half()),
+        "no token": lambda: layer(q[:, :0], kv[:, :0], kv[:, :0]),
+        "kv tokens": lambda: layer(q, *[torch.zeros(1, 4, 2, 8)] * 2),
+        "kv_lens": lambda: layer(q, kv, kv, kv_lens=torch.tensor([5])),
+        "seq_len type": lambda: layer(q, kv, kv, seq_len=True),
+        "skip_fraction_out": lambda: layer(q, kv, kv, skip_fraction_out=0.0),
+        "threshold of other heads": lambda: DistributedLiteAttention(mesh, threshold=[-1.0] * 6)(q, kv, kv),
+        "split": lambda: layer.keep_map(1),
+        "gather": lambda: gather_sequence(q, sequence_mesh(mesh, "test"), 13),
+    }
+    odd = Case(query_len=256, kv_len=256, heads=5, kv_heads=5, head_dim=8)
+    unequal = DistributedLiteAttention(mesh)
+    unequal(*_shards(_passes(odd, "cpu", 1)[0], sequence_mesh(mesh, "test")))
+    balanced = DistributedLiteAttention(mesh, threshold=[-30.0, -20.0, -1.0, -1.0])
+    for inputs in _passes(CASE, "cpu", 3):
+        balanced(*_shards(inputs, sequence_mesh(mesh, "test")))
+    balanced.balance_heads()
+    calls |= {
+        "balance unequal heads": lambda: unequal.balance_heads(),
+        "map of other heads": lambda: balanced.set_keep_map(torch.ones(1, 7, 4, 2, dtype=torch.bool)),
+        "threshold after balancing": lambda: balanced.set_threshold([-1.0] * 6),
+        "heads after balancing": lambda: balanced(q, kv, kv),
     }
     lines = []
     for name, call in calls.items():
@@ -320,7 +424,20 @@ heads -> ValueError: DistributedLiteAttention: query has 1 heads, expected at le
 seq_len -> ValueError: DistributedLiteAttention: seq_len is 13, expected 1 to 12, the tokens of all shards
 must_do -> ValueError: DistributedLiteAttention: must_do_list[1] is 13, expected at most the number of keys, 12
 must_skip -> TypeError: DistributedLiteAttention: must_skip_list has type str, expected a list of ints or an integer tensor
-balance -> RuntimeError: DistributedLiteAttention: balance_heads without maps on every rank, expected a skipping pass before""",
+balance -> RuntimeError: DistributedLiteAttention: balance_heads without maps on every rank, expected a skipping pass before
+dtypes -> TypeError: DistributedLiteAttention: key has dtype torch.float16, expected torch.float32, query's
+no token -> ValueError: DistributedLiteAttention: query has shape [1, 0, 4, 8], expected no size of 0
+kv tokens -> ValueError: DistributedLiteAttention: key has 4 tokens, expected 6 like query
+kv_lens -> TypeError: DistributedLiteAttention: kv_lens has dtype torch.int64, expected torch.int32
+seq_len type -> TypeError: DistributedLiteAttention: seq_len has type bool, expected an int
+skip_fraction_out -> TypeError: DistributedLiteAttention: skip_fraction_out has type float, expected a tensor
+threshold of other heads -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head of query
+split -> ValueError: DistributedLiteAttention: split_idx is 1, expected 0 to 0
+gather -> ValueError: gather_sequence: seq_len is 13, expected 0 to 12, the tokens of all shards
+balance unequal heads -> ValueError: DistributedLiteAttention: balance_heads with 5 heads, expected a multiple of 2, so that every rank keeps as many
+map of other heads -> ValueError: set_keep_map: keep_map has shape [1, 7, 4, 2], expected [batch, 2, query_tiles, kv_tiles] or sizes of 1
+threshold after balancing -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head as when balance_heads() was called
+heads after balancing -> ValueError: DistributedLiteAttention: heads of query, and of those for each key head that is sent, are (4, 2), expected (4, 1) as when balance_heads() was called""",
     )
 
 
