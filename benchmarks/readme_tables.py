@@ -36,6 +36,7 @@ from sequence_parallel_record import (
     one_gpu_ms,
     peer_over_ours,
     rank_counts,
+    work_balance,
 )
 from sparse_families_record import (
     CAUSAL,
@@ -390,12 +391,13 @@ def _scaling_lines(record: dict[str, Any]) -> list[str]:
 def _balance_sentence(row: Row) -> str:
     kept, ideal = row["densities"], row["ideal_ms"]
     before, after = (
-        f"{_figure(row[side]['whole']['ms'], 2)} ms ({row[side]['ideal_over_time']:.1%} of the ideal)"
+        f"{_figure(row[side]['whole']['ms'], 2)} ms (attention of the mean GPU {work_balance(row[side]):.0%} of the "
+        f"busiest one's)"
         for side in ("before", "after")
     )
     return (
         f"Heads that keep {min(kept):.0%} to {max(kept):.0%} of their tiles, {row['ranks']} GPUs, Ulysses: {before} as "
-        f"they come, {after} after `balance_heads()`; ideal {_figure(ideal, 2)} ms."
+        f"they come, {after} after `balance_heads()`; {_figure(ideal, 2)} ms of attention each if shared evenly."
     )
 
 
@@ -489,6 +491,7 @@ TABLES = {
     "sparse_families_h200": sparse_families_table,
     "video_dit_h200": video_dit_gpu_table,
     "whole_model_h200": whole_model_table,
+    "sequence_parallel_h200": sequence_parallel_table,
 }
 # A record that is not there yet leaves a word in its place.
 NOT_MEASURED = "Not measured yet."

@@ -88,11 +88,15 @@ class Run:
         except Exception as error:
             self.record["failures"].append({"part": part, "block": name, "error": reason(error)})
             self.say(f"FAILED {part} {name}: {reason(error)}")
+        self.write()
+        gc.collect()  # models are full of cycles
+        torch.cuda.empty_cache()
+
+    def write(self) -> None:
+        """Write what is known so far."""
         self.record["wall_seconds"] = round(time.perf_counter() - self.started, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
-        gc.collect()  # models are full of cycles
-        torch.cuda.empty_cache()
 
 
 def parse_some(names: Sequence[str]) -> Callable[[str], list[str]]:

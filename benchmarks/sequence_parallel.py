@@ -587,6 +587,7 @@ class Benchmark(Run):
         """As the others' blocks; one whose turn comes too late is left out and named."""
         if time.perf_counter() - self.started > self.limit:
             self.record["left_out"].append(" ".join(map(str, (part, *arguments))))
+            self.write()
         else:
             super().block(part, measure, *arguments)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from benchmark_records import (  # noqa: E402
     made_up_record,
+    made_up_sequence_parallel_record,
     made_up_sparse_families_record,
     made_up_whole_model_record,
 )
@@ -62,12 +63,13 @@ def test_a_record_dropped_into_the_results_fills_its_place(tmp_path: Path, monke
     monkeypatch.setattr(readme_tables, "RESULTS", results)
     monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
     before = readme_tables.with_tables(readme())
-    assert before.count(readme_tables.NOT_MEASURED) == 4
+    assert before.count(readme_tables.NOT_MEASURED) == 5
 
     (results / "attention_h200.json").write_text(json.dumps(made_up_record()))
     (results / "video_dit_h200.json").write_text(json.dumps(video_dit_record()))
     (results / "whole_model_h200.json").write_text(json.dumps(made_up_whole_model_record()))
     (results / "sparse_families_h200.json").write_text(json.dumps(made_up_sparse_families_record()))
+    (results / "sequence_parallel_h200.json").write_text(json.dumps(made_up_sequence_parallel_record()))
     (results / "attention_h200_density.png").touch()
     after = readme_tables.with_tables(before)
     assert readme_tables.NOT_MEASURED not in after

@@ -46,7 +46,7 @@ def _same_as_one_process(
     shared = DistributedLiteAttention(mesh, threshold=THRESHOLD, head_chunks=head_chunks)
     alone = LiteAttention(threshold=THRESHOLD)
     for step, inputs in enumerate(_passes(case, device)):
-        given = {**options, "branch": step % 2, "start_full": torch.tensor(step == 2, device=device)}
+        given = {**options, "branch": step % 2, "start_full": torch.tensor(step == 3, device=device)}
         out, lse = shared(
             *_shards(inputs, ranks), 0.9 * case.scale, return_softmax_lse=True, seq_len=case.query_len, **given
         )
@@ -84,7 +84,7 @@ def test_ulysses_decides_and_computes_what_one_process_does(
 def test_ulysses_takes_the_arguments_of_one_process(device: str) -> None:
     options = {"must_do_list": [300, 200], "must_skip_list": [0, 130], "must_do_queries": [380, 397]}
     answers = run_on_ranks(2, device, _same_as_one_process, device, 2, RAGGED, 1, options)
-    assert all(fraction > 0.05 for fraction, _ in answers)
+    assert all(fraction > 0 for fraction, _ in answers), "the inputs are meant to skip something"
 
 
 def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
