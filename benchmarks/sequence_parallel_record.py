@@ -123,7 +123,7 @@ def balance_row(
 
 def work_balance(side: Row) -> float:
     """The mean of the ranks' attention over that of the busiest rank."""
-    times = side["attention"]["ms_by_rank"]
+    times: list[float] = side["attention"]["ms_by_rank"]
     return statistics.fmean(times) / max(times)
 
 
