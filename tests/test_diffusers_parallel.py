@@ -281,6 +281,8 @@ a mesh of one dimension -> ValueError: enable_lite_attention: mesh has the dimen
 another mesh -> ValueError: enable_lite_attention: mesh has the ranks [0, 1] in a ring and [0] for Ulysses, expected the ranks [0] in a ring and [0, 1] for Ulysses as the context parallelism that is enabled already, or mesh=None
 text in the layers -> ValueError: enable_lite_attention: layers of HunyuanVideoTransformer3DModel attend over text and video together, expected a model with video alone in its self-attention where tokens are split among ranks
 no plan -> ValueError: enable_lite_attention: WanVACETransformer3DModel does not say how its tokens can be split (_cp_plan is None), expected mesh=None, or a transformer on which enable_parallelism was called with a cp_plan
+a plan that splits text -> ValueError: enable_lite_attention: context parallelism is enabled on LTXVideoTransformer3DModel, by a plan that splits the text too, expected mesh= instead
+a plan that fails -> ValueError: enable_lite_attention: diffusers' plan of how to split the tokens of LTX2VideoTransformer3DModel does not work, expected no mesh and no context parallelism
 shards of unequal length -> ValueError: enable_lite_attention: context parallelism has ulysses_anything=True, which makes shards of unequal length, expected False and a number of tokens that the ranks divide
 tensor parallelism -> ValueError: enable_lite_attention: WanTransformer3DModel is set up for tensor parallelism, expected mesh=None with it
 one of two -> RuntimeError: enable_lite_attention: context parallelism is enabled on transformer_2 and not on transformer, expected both or neither
@@ -300,7 +302,8 @@ def _errors() -> str:
         handle = enable_lite_attention(later)
         enable_parallelism(later, mesh)
         vars(ruled)["_parallel_config"] = ParallelConfig(tensor_parallel_config=TensorParallelConfig(tp_degree=2))
-        cases = {name: make_transformer(CASES[name]) for name in ("hunyuan", "wan-vace", "wan")}
+        cases = {name: make_transformer(CASES[name]) for name in ("hunyuan", "wan-vace", "wan", "ltx", "ltx2")}
+        enable_parallelism(cases["ltx"], mesh)
         one_of_two, two_meshes = wan(transformers=2), wan(transformers=2)
         enable_parallelism(one_of_two.transformer_2, mesh)
         enable_parallelism(two_meshes.transformer, mesh)
@@ -319,6 +322,8 @@ def _errors() -> str:
             "another mesh": lambda: enable_lite_attention(enabled, mesh=ring),
             "text in the layers": lambda: enable_lite_attention(cases["hunyuan"], mesh=mesh),
             "no plan": lambda: enable_lite_attention(cases["wan-vace"], mesh=mesh),
+            "a plan that splits text": lambda: enable_lite_attention(cases["ltx"]),
+            "a plan that fails": lambda: enable_lite_attention(cases["ltx2"], mesh=mesh),
             "shards of unequal length": lambda: enable_lite_attention(uneven),
             "tensor parallelism": lambda: enable_lite_attention(ruled, mesh=mesh),
             "one of two": lambda: enable_lite_attention(one_of_two),

@@ -245,6 +245,23 @@ def test_a_layer_may_name_the_arguments_of_every_backend() -> None:
         layer(DistributedAttention, backend, threshold=-3.0, layer_index=5)
 
 
+def test_no_text_is_as_text_of_no_tokens() -> None:
+    q, k, v = qkv(300)
+    attend = layer(DistributedAttention, LITE_ATTN)
+    with torch.no_grad():
+        alone, none = attend(q, k, v)
+        out, text_out = attend(q, k, v, None, *(x[:, :0] for x in qkv(TEXT)))
+    assert none is None
+    assert torch.equal(out, alone)
+    assert text_out.shape == (q.shape[0], 0, HEADS, HEAD_SIZE)
+
+
+def test_a_layer_made_in_inference_mode_moves_outside_of_it() -> None:
+    with torch.inference_mode():
+        made = layer(DistributedAttention, SLIDING_TILE_ATTN)
+    assert made.float().attn_impl._layer.tolist() == [1]
+
+
 def test_the_number_of_a_sliding_layer_survives_moves() -> None:
     with torch.device("meta"):
         attend = layer(DistributedAttention, SLIDING_TILE_ATTN, prefix="blocks.2")
@@ -431,6 +448,16 @@ def test_a_registered_backend_serves_like_one_of_this_package(linear: str, monke
     torch.testing.assert_close(torch.cat([out, text_out], 1), expected)
 
 
+def test_what_a_backend_returns_has_the_shape_of_its_query(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(60)
+    made = DistributedAttention(HEADS, HEAD_SIZE, supported_attention_backends=(linear,))
+    monkeypatch.setattr(made.attn_impl, "forward", lambda query, *_: query[:, :5])
+    with pytest.raises(
+        ValueError, match=rf"the backend {linear} returned the shape \[.*, 5, .*\], expected \[.*, 60, .*\]"
+    ):
+        made(q, k, v)
+
+
 def test_a_layer_on_one_rank_prepares_tokens_for_the_backend_too(linear: str) -> None:
     attend = layer(LocalAttention, linear)
     q, k, v = qkv(30)
@@ -603,6 +630,17 @@ def test_errors_of_the_layers_name_the_argument() -> None:
         "a gate of another shape": lambda: sparse(q, k, v, 60, gate_compress=q[:, :50]),
         "a gate of other heads": lambda: sparse(q, k, v, 60, gate_compress=q[:, :, :2]),
         "metadata of another type": with_metadata(7, local, q, k, v),
+        "no head": lambda: LocalAttention(0, HEAD_SIZE),
+        "no head size": lambda: LocalAttention(HEADS, 0),
+        "supported backends in a text": lambda: LocalAttention(
+            HEADS, HEAD_SIZE, supported_attention_backends="TORCH_SDPA"
+        ),
+        "thresholds of other heads": lambda: layer(LocalAttention, LITE_ATTN, threshold=[-3.0] * 3),
+        "a negative layer": lambda: layer(DistributedAttention, SLIDING_TILE_ATTN, layer_index=-1),
+        "q is a list": lambda: local([q], k, v),
+        "half a token": lambda: whole(q, k, v, 59.5),
+        "one tensor for an embedding": lambda: local(q, k, v, (cos,)),
+        "a complex embedding": lambda: local(q, k, v, (torch.complex(cos, sin), sin)),
     }
     assert_expected_inline(
         report(calls),
@@ -639,7 +677,16 @@ text of another dtype -> TypeError: DistributedAttention: replicated_q has dtype
 text beside VSA -> ValueError: DistributedAttention_VSA: replicated_q has shape [1, 20, 4, 32], expected None: there is no text beside the video
 a gate of another shape -> ValueError: DistributedAttention_VSA: gate_compress has shape [1, 50, 4, 32], expected [1, 60, 4, 32] like q
 a gate of other heads -> ValueError: DistributedAttention_VSA: gate_compress has shape [1, 60, 2, 32], expected [B, S, 4, 32]
-metadata of another type -> TypeError: set_forward_context: attn_metadata is of type int, expected AttentionMetadata or None""",
+metadata of another type -> TypeError: set_forward_context: attn_metadata is of type int, expected AttentionMetadata or None
+no head -> ValueError: LocalAttention: num_heads is 0, expected at least 1
+no head size -> ValueError: LocalAttention: head_size is 0, expected at least 1
+supported backends in a text -> TypeError: get_attn_backend: supported_attention_backends is a str, expected a tuple of names, or None for any
+thresholds of other heads -> ValueError: LITE_ATTN: threshold has 3 values, expected 4, one per head
+a negative layer -> ValueError: SLIDING_TILE_ATTN: layer_index is -1, expected an int of at least 0
+q is a list -> TypeError: LocalAttention: q has type list, expected a tensor
+half a token -> TypeError: DistributedAttention: original_seq_len has type float, expected an int
+one tensor for an embedding -> TypeError: LocalAttention: freqs_cis is no pair of tensors, expected (cos, sin)
+a complex embedding -> TypeError: LocalAttention: cos of freqs_cis is no real tensor, expected one of shape [60, 16]""",
     )
 
 

@@ -13,6 +13,7 @@ from layer_models import HEAD_SIZE, HEADS, STEPS, DiT, Metadata, text, video
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from lite_attention import LiteAttention
 from lite_attention.layers import (
     AttentionBackendEnum,
     AttentionImpl,
@@ -114,6 +115,12 @@ def test_compiled_on_the_gpu(backend: AttentionBackendEnum, mode: str) -> None:
         with set_forward_context(step, metadata.of_step(step % STEPS)):
             # Fused code rounds otherwise; in bf16 a choice of tiles may turn on that.
             assert float((compiled(x, beside) - eager(x, beside)).abs().mean()) < 2e-2
+    skipped = [
+        [float(module.skip_fraction()) for module in one.modules() if isinstance(module, LiteAttention)]
+        for one in (model, eager)
+    ]
+    assert skipped[0] == pytest.approx(skipped[1], abs=0.05)
+    assert all(fraction > 0 for fraction in skipped[0])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

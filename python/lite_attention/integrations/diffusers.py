@@ -64,6 +64,8 @@ class VideoModel:
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
         may_bypass: some calls leave attention out (spatio-temporal guidance); the layer's next pass starts full.
+        token_split: whether tokens can be split among ranks. "mesh only": by ``mesh``, not by diffusers' own plan,
+            which splits the text too; "none": diffusers' plan does not work.
         text_layers: like ``layers``, the attention modules in which video attends to text and to nothing else. Where
             ``mesh`` makes diffusers split tokens among ranks, these layers get the whole text on every rank.
     """
@@ -72,6 +74,7 @@ class VideoModel:
     text: Literal["none", "first", "last"] = "none"
     prefix_mask: bool = False
     may_bypass: bool = False
+    token_split: Literal["any", "mesh only", "none"] = "any"
     text_layers: tuple[str, ...] = ()
 
 
@@ -81,9 +84,11 @@ _VIDEO_MODELS = {
         (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"), text="last", prefix_mask=True
     ),
     "LTXVideoTransformer3DModel": VideoModel(
-        (r"transformer_blocks\.\d+\.attn1",), text_layers=(r"transformer_blocks\.\d+\.attn2",)
+        (r"transformer_blocks\.\d+\.attn1",), token_split="mesh only", text_layers=(r"transformer_blocks\.\d+\.attn2",)
     ),
-    "LTX2VideoTransformer3DModel": VideoModel((r"transformer_blocks\.\d+\.attn1",), may_bypass=True),
+    "LTX2VideoTransformer3DModel": VideoModel(
+        (r"transformer_blocks\.\d+\.attn1",), may_bypass=True, token_split="none"
+    ),
     "WanTransformer3DModel": VideoModel((r"blocks\.\d+\.attn1",), text_layers=(r"blocks\.\d+\.attn2",)),
     "WanVACETransformer3DModel": VideoModel((r"blocks\.\d+\.attn1", r"vace_blocks\.\d+\.attn1")),
 }
@@ -528,6 +533,16 @@ def _check_splittable(transformer: nn.Module, model: VideoModel, is_split: bool)
         raise ValueError(
             f"enable_lite_attention: layers of {class_name} attend over text and video together, expected a model with "
             "video alone in its self-attention where tokens are split among ranks"
+        )
+    if model.token_split == "none":
+        raise ValueError(
+            f"enable_lite_attention: diffusers' plan of how to split the tokens of {class_name} does not work, "
+            "expected no mesh and no context parallelism"
+        )
+    if model.token_split == "mesh only" and is_split:
+        raise ValueError(
+            f"enable_lite_attention: context parallelism is enabled on {class_name}, by a plan that splits the text "
+            "too, expected mesh= instead"
         )
     if not is_split and getattr(transformer, "_cp_plan", None) is None:
         raise ValueError(

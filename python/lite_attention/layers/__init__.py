@@ -16,6 +16,7 @@ from lite_attention.layers.layer import DistributedAttention, DistributedAttenti
 from lite_attention.layers.mesh import get_sequence_parallel_mesh, sequence_parallel_mesh, set_sequence_parallel_mesh
 from lite_attention.layers.registry import AttentionBackendEnum, add_builtin_backend, register_attention_backend
 from lite_attention.layers.selector import (
+    STR_BACKEND_ENV_VAR,
     backend_name_to_enum,
     get_attn_backend,
     get_env_variable_attn_backend,
@@ -25,6 +26,7 @@ from lite_attention.layers.selector import (
 )
 
 __all__ = [
+    "STR_BACKEND_ENV_VAR",
     "AttentionBackend",
     "AttentionBackendEnum",
     "AttentionImpl",
@@ -51,3 +53,4 @@ __all__ = [
 
 for _backend in (TorchSDPABackend, LiteAttentionBackend, VideoSparseAttentionBackend, SlidingTileAttentionBackend):
     add_builtin_backend(_backend)
+del _backend

@@ -46,13 +46,16 @@ class _AttentionLayer(nn.Module):
         self.num_heads = num_heads
         self.head_size = head_size
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        for what, number in (("num_heads", num_heads), ("head_size", head_size)):
+            if number < 1:
+                raise ValueError(f"{type(self).__name__}: {what} is {number}, expected at least 1")
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads != 0:
             raise ValueError(
                 f"{type(self).__name__}: num_heads is {num_heads}, expected a multiple of num_kv_heads, "
                 f"{self.num_kv_heads}"
             )
+        self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
         backend = get_attn_backend(head_size, self.dtype, supported_attention_backends, default_backend=default_backend)
         self.backend = known_name(backend.get_name(), type(self).__name__)
         impl_class = backend.get_impl_cls()
@@ -89,6 +92,8 @@ class _AttentionLayer(nn.Module):
             )
 
     def _check_tensor(self, name: str, x: Tensor, heads: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: {name} has type {type(x).__name__}, expected a tensor")
         if x.dim() != 4 or x.shape[2] != heads or x.shape[3] != self.head_size:
             raise ValueError(
                 f"{type(self).__name__}: {name} has shape {list(x.shape)}, expected [B, S, {heads}, {self.head_size}]"
@@ -96,9 +101,22 @@ class _AttentionLayer(nn.Module):
         if x.dtype != self.dtype:
             raise TypeError(f"{type(self).__name__}: {name} has dtype {x.dtype}, expected {self.dtype}")
 
+    def _checked_out(self, out: Tensor, query: Tensor) -> Tensor:
+        """What the backend returned, if it has the shape that its query had."""
+        if out.shape != query.shape:
+            raise ValueError(
+                f"{type(self).__name__}: the backend {self._name()} returned the shape {list(out.shape)}, expected "
+                f"{list(query.shape)} like its query"
+            )
+        return out
+
+    def _name(self) -> str:
+        return self.backend.name if isinstance(self.backend, AttentionBackendEnum) else self.backend
+
     def extra_repr(self) -> str:
-        name = self.backend.name if isinstance(self.backend, AttentionBackendEnum) else self.backend
-        return f"{name}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_size={self.head_size}"
+        return (
+            f"{self._name()}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_size={self.head_size}"
+        )
 
 
 class LocalAttention(_AttentionLayer):
@@ -164,9 +182,12 @@ class LocalAttention(_AttentionLayer):
         self._check_qkv(q, k, v)
         metadata: Any = current_metadata()
         if freqs_cis is not None:
-            q, k = (_with_rotary_embedding(x, freqs_cis, type(self).__name__) for x in (q, k))
+            for x in (q, k):
+                _check_freqs_cis(freqs_cis, x.shape[1], self.head_size, type(self).__name__)
+            q, k = (_with_rotary_embedding(x, freqs_cis) for x in (q, k))
         q, k, v = (self.attn_impl.preprocess_qkv(x, metadata) for x in (q, k, v))
-        return self.attn_impl.postprocess_output(self.attn_impl.forward(q, k, v, metadata), metadata)
+        out = self._checked_out(self.attn_impl.forward(q, k, v, metadata), q)
+        return self.attn_impl.postprocess_output(out, metadata)
 
 
 class DistributedAttention(_AttentionLayer):
@@ -259,11 +280,11 @@ class DistributedAttention(_AttentionLayer):
         metadata: Any = current_metadata()
         (q, k, v), padding = self._receive([q, k, v], original_seq_len, freqs_cis, metadata)
         if not text:
-            out = self.attn_impl.forward(q, k, v, metadata)
+            out = self._checked_out(self.attn_impl.forward(q, k, v, metadata), q)
             return self._send_back(out, padding, metadata), None
         video_tokens, text_tokens = q.shape[1], text[0].shape[1]
         q, k, v = (torch.cat([x, self._own_heads(y)], 1) for x, y in zip((q, k, v), text, strict=True))
-        out = self.attn_impl.forward_with_text(q, k, v, metadata, text_tokens)
+        out = self._checked_out(self.attn_impl.forward_with_text(q, k, v, metadata, text_tokens), q)
         text_out = all_gather(out[:, video_tokens:], self._group, 2)
         return self._send_back(out[:, :video_tokens], padding, metadata), text_out
 
@@ -299,16 +320,22 @@ class DistributedAttention(_AttentionLayer):
         tokens = local * self._group.size
         if original_seq_len is None:
             original_seq_len = tokens
+        if isinstance(original_seq_len, bool) or not isinstance(original_seq_len, (int, torch.SymInt)):
+            raise TypeError(
+                f"{type(self).__name__}: original_seq_len has type {type(original_seq_len).__name__}, expected an int"
+            )
         if not 0 < original_seq_len <= tokens:
             raise ValueError(
                 f"{type(self).__name__}: original_seq_len is {original_seq_len}, expected 1 to {tokens}, the tokens of "
                 f"{self._group.size} ranks"
             )
+        if freqs_cis is not None:  # before other ranks begin to wait for this one
+            _check_freqs_cis(freqs_cis, original_seq_len, self.head_size, type(self).__name__)
         exchange = HeadExchange(self._group, tuple(even_spans(x.shape[2], self._group.size) for x in shards))
         received = exchange.finish_scatter(exchange.start_scatter(*shards), *shards)
         whole = [x[:, :original_seq_len] for x in received]
         if freqs_cis is not None:
-            whole[:2] = [_with_rotary_embedding(x, freqs_cis, type(self).__name__) for x in whole[:2]]
+            whole[:2] = [_with_rotary_embedding(x, freqs_cis) for x in whole[:2]]
         return [self.attn_impl.preprocess_qkv(x, metadata) for x in whole], tokens - original_seq_len
 
     def _send_back(self, out: Tensor, padding: int, metadata: Any) -> Tensor:
@@ -373,21 +400,30 @@ class DistributedAttention_VSA(DistributedAttention):  # noqa: N801 - FastVideo'
         metadata: Any = current_metadata()
         (q, k, v, *gates), padding = self._receive([q, k, v, *gates], original_seq_len, freqs_cis, metadata)
         impl: Any = self.attn_impl
-        out = impl.forward(q, k, v, gates[0] if gates else None, metadata)
+        out = self._checked_out(impl.forward(q, k, v, gates[0] if gates else None, metadata), q)
         return self._send_back(out, padding, metadata), None
 
 
-def _with_rotary_embedding(x: Tensor, freqs_cis: FreqsCis, name: str) -> Tensor:
+def _check_freqs_cis(freqs_cis: FreqsCis, tokens: int, head_size: int, name: str) -> None:
+    if not isinstance(freqs_cis, (tuple, list)) or len(freqs_cis) != 2:
+        raise TypeError(f"{name}: freqs_cis is no pair of tensors, expected (cos, sin)")
+    if head_size % 2 != 0:
+        raise ValueError(f"{name}: freqs_cis is given and head_size is {head_size}, expected an even one")
+    expected = [tokens, head_size // 2]
+    for what, part in zip(("cos", "sin"), freqs_cis, strict=True):
+        if not isinstance(part, Tensor) or part.is_complex():
+            raise TypeError(f"{name}: {what} of freqs_cis is no real tensor, expected one of shape {expected}")
+        if list(part.shape) != expected:
+            raise ValueError(
+                f"{name}: {what} of freqs_cis has shape {list(part.shape)}, expected {expected}, one row a token"
+            )
+
+
+def _with_rotary_embedding(x: Tensor, freqs_cis: FreqsCis) -> Tensor:
     """Each pair of neighbouring entries turned by its token's angle, computed in fp32 at least.
 
     ``x`` is ``[B, S, heads, D]``; cos and sin are ``[S, D / 2]``.
     """
-    expected = (x.shape[1], x.shape[3] // 2)
-    for what, part in zip(("cos", "sin"), freqs_cis, strict=True):
-        if part.shape != expected:
-            raise ValueError(
-                f"{name}: {what} of freqs_cis has shape {list(part.shape)}, expected {list(expected)}, one row a token"
-            )
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (part.to(dtype).unsqueeze(1) for part in freqs_cis)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)

@@ -6,7 +6,15 @@ import enum
 
 from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 
-__all__ = ["AttentionBackendEnum", "BackendName", "find_backend", "known_name", "register_attention_backend"]
+__all__ = [
+    "AttentionBackendEnum",
+    "BackendName",
+    "add_builtin_backend",
+    "find_backend",
+    "is_available",
+    "known_name",
+    "register_attention_backend",
+]
 
 
 class AttentionBackendEnum(enum.Enum):

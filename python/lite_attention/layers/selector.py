@@ -99,6 +99,10 @@ def get_attn_backend(
     """
     function = "get_attn_backend"
     supported = None
+    if isinstance(supported_attention_backends, str):
+        raise TypeError(
+            f"{function}: supported_attention_backends is a str, expected a tuple of names, or None for any"
+        )
     if supported_attention_backends is not None:
         supported = [
             known_name(name, f"{function}: supported_attention_backends[{index}]")

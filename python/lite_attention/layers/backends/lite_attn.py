@@ -53,6 +53,9 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         refuse_causal("LITE_ATTN", causal)
         self.softmax_scale = softmax_scale
         self.attention = LiteAttention(enable_skipping, threshold, max_batch_size)
+        thresholds = self.attention.threshold
+        if isinstance(thresholds, tuple) and len(thresholds) != num_heads:
+            raise ValueError(f"LITE_ATTN: threshold has {len(thresholds)} values, expected {num_heads}, one per head")
 
     def set_local_heads(self, first: int, count: int) -> None:
         """Keep the thresholds of these heads."""
@@ -69,6 +72,8 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
     ) -> Tensor:
         """One pass in which no tile with text is skipped."""
+        if text_tokens == 0:
+            return self.forward(query, key, value, attn_metadata)
         keys, queries = key.shape[1], query.shape[1]
         out: Tensor = self.attention(
             query,

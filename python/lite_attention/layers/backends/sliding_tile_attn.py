@@ -206,17 +206,21 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
                     f"{_NAME}: prefix is {prefix!r}, expected 'blocks.<n>' in it, or the argument layer_index"
                 )
             layer_index = int(found[1])
+        elif isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 0:
+            raise ValueError(f"{_NAME}: layer_index is {layer_index!r}, expected an int of at least 0")
         self.softmax_scale = softmax_scale
         self.num_heads = num_heads
         self.layer_index = layer_index
         self._heads = 0, num_heads
         # A tensor: as a number it would make a graph for each layer of a model that is compiled block by block.
-        self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
+        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlidingTileAttentionImpl:
         """As nn.Module's, but the number of the layer survives ``to_empty``."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._layer.fill_(self.layer_index)
+        with torch.inference_mode(False):
+            self._layer = torch.tensor([self.layer_index], device=self._layer.device)
         return self
 
     def set_local_heads(self, first: int, count: int) -> None:
