@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pictures_are_what_their_script_draws() -> None:
+    images = ROOT / "docs" / "images"
+    pictures = runpy.run_path(str(images / "maps.py"))["PICTURES"]
+    assert {name: (images / name).read_text() for name in pictures} == {name: draw() for name, draw in pictures.items()}
 
 
 def test_the_harness_notices() -> None:

@@ -3,9 +3,7 @@
 import functools
 import itertools
 import math
-import runpy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -382,11 +380,6 @@ def test_dynamic_shapes_cost_one_graph() -> None:
         lengths = torch.arange(batch, dtype=torch.int32)
         torch.testing.assert_close(compiled(q, k, v, lengths), video.attend(q, k, v))
     assert counter.frame_count == 1
-
-
-def test_the_picture_is_what_its_script_draws() -> None:
-    images = Path(__file__).parent.parent / "docs" / "images"
-    assert (images / "sliding-tile.svg").read_text() == runpy.run_path(str(images / "maps.py"))["draw_sliding_tile"]()
 
 
 def test_gradients_are_refused() -> None:

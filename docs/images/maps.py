@@ -1,4 +1,4 @@
-"""Draws the pictures of keep maps of the pages in docs/: `python docs/images/maps.py` writes each SVG beside this file.
+"""Draws the pictures of the pages in docs/: `python docs/images/maps.py` writes each SVG beside this file.
 
 Each picture is a function here; its map comes from the library, so that a picture cannot say what the code does not do.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lite_attention import unpack_keep_map
+from lite_attention.collectives import even_spans
 from lite_attention.sliding_tile import sliding_tile_map
 
 STYLE = """
@@ -20,6 +21,8 @@ STYLE = """
     .kept { fill: #3b6fb6 }
     .text { fill: #7fb08a }
     .query { fill: #c2410c }
+    .fourth { fill: #8b6fb0 }
+    .step { font-size: 11px; fill: #ffffff }
     .grid { fill: none; stroke: #c3c8d0; stroke-width: 0.5 }
     text { fill: #1b1f24 }
     .name { font-weight: 600 }
@@ -30,6 +33,7 @@ STYLE = """
       .kept { fill: #6aa3e0 }
       .text { fill: #5f9a6d }
       .query { fill: #f08a4b }
+      .fourth { fill: #a78bd0 }
       .grid { stroke: #3d4653 }
       text { fill: #e8ebef }
       .heading { fill: #a2abb7 }
@@ -122,7 +126,44 @@ def draw_sliding_tile() -> str:
     return picture("Sliding tiles: windows in the video, and the keep map that they make", 710, 384, parts)
 
 
-PICTURES = {"sliding-tile.svg": draw_sliding_tile}
+def draw_many_gpus() -> str:
+    """Who computes which scores on four ranks, and when keys arrive in a ring."""
+    heads, ranks, size = 4, 4, 18.0
+    colours = ("kept", "text", "query", "fourth")
+    parts = [label("Scores of four heads: shards of queries down, shards of keys across", 24, 30, "name")]
+    for row, (name, words, ring) in enumerate(
+        (
+            ("Ulysses", "a head each, all tokens", 1),
+            ("ring", "queries stay, keys come round", 4),
+            ("both", "2 in a ring, 2 for Ulysses", 2),
+        )
+    ):
+        top, ulysses = 62 + row * 98, ranks // ring
+        parts += [label(name, 24, top + 30, "name"), label(words, 24, top + 48)]
+        block = ranks // ring
+        spans = even_spans(heads, ulysses)
+        for head in range(heads):
+            left = 220 + head * (ranks * size + 14)
+            place = next(index for index, (start, end) in enumerate(spans) if start <= head < end)
+            if row == 0:
+                parts.append(label(f"head {head}", left, top - 8))
+            parts.append(grid(ranks, ranks, left, top, size))
+            for of_ring in range(ring):
+                mine = torch.zeros(ranks, ranks, dtype=torch.bool)
+                mine[of_ring * block : (of_ring + 1) * block] = True
+                parts.append(cells(mine, colours[of_ring * ulysses + place], left, top, size))
+                for step in range(ring if ring > 1 else 0):
+                    split = (of_ring - step) % ring
+                    x, y = left + (split + 0.5) * block * size - 4, top + (of_ring + 0.5) * block * size + 5
+                    parts.append(label(str(step), x, y, "step"))
+    for rank, css in enumerate(colours):
+        x = 24 + 90 * rank
+        parts += [f'<rect class="{css}" x="{x}" y="352" width="11" height="11"/>', label(f"rank {rank}", x + 18, 361)]
+    parts.append(label("numbers: step in which the keys arrive", 24 + 90 * ranks - 8, 361))
+    return picture("Who computes what on four ranks, by Ulysses, in a ring, and by both", 640, 384, parts)
+
+
+PICTURES = {"many-gpus.svg": draw_many_gpus, "sliding-tile.svg": draw_sliding_tile}
 
 
 def main() -> None:
