@@ -392,7 +392,8 @@ class DistributedLiteAttention(nn.Module):
                 "so that every rank keeps as many"
             )
         # Query heads that share a head of keys stay together. Positions are counted in such groups.
-        group = self._state(*with_map[0][:1], 0).query_heads_per_key(with_map[0][1])
+        split, branch = with_map[0]
+        group = self._state(split, 0).query_heads_per_key(branch)
         kept = torch.stack([keep.sum((0, 2, 3)) for keep in maps.values()]).sum(0)
         kept_tiles = all_reduce(all_gather(kept.view(-1, group).sum(1), ulysses, 0), ring)
         work = [int(tiles) for tiles in kept_tiles.tolist()]
