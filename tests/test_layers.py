@@ -241,8 +241,13 @@ def test_lite_attention_takes_its_arguments_from_the_layer() -> None:
 
 
 def test_a_layer_may_name_the_arguments_of_every_backend() -> None:
-    for backend in (TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN):
+    made = [
         layer(DistributedAttention, backend, threshold=-3.0, layer_index=5)
+        for backend in (TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN)
+    ]
+    assert [one.backend for one in made] == [TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN]
+    assert made[1].attn_impl.attention.threshold == -3.0
+    assert made[2].attn_impl.layer_index == 5
 
 
 def test_no_text_is_as_text_of_no_tokens() -> None:

@@ -84,7 +84,7 @@ def test_ulysses_decides_and_computes_what_one_process_does(
 def test_ulysses_takes_the_arguments_of_one_process(device: str) -> None:
     options = {"must_do_list": [300, 200], "must_skip_list": [0, 130], "must_do_queries": [380, 397]}
     answers = run_on_ranks(2, device, _same_as_one_process, device, 2, RAGGED, 1, options)
-    assert all(fraction > 0 for fraction, _ in answers), "the inputs are meant to skip something"
+    assert all(fraction > 0.05 for fraction, _ in answers), "the inputs are meant to skip something"
 
 
 def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
