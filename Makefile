@@ -26,7 +26,7 @@ test: $(VENV)/test.done ## Run the test suite
 test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan build of the CPU kernels
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(SANITIZED)/bin/python -m pytest tests/test_operators.py tests/test_errors.py tests/test_properties.py
+	$(SANITIZED)/bin/python -m pytest tests/ops/test_operators.py tests/ops/test_errors.py tests/ops/test_properties.py
 
 .PHONY: build-cuda
 build-cuda: $(CUDA_BUILD)/done ## Compile the Hopper kernels, without a GPU, into a wheel; prints what each takes

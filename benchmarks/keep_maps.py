@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention_record import CONTIGUOUS, PATTERNS, PER_TILE, UNEQUAL
 from lite_attention import tile_shape, visit_rows
-from lite_attention.keep_map import ceil_div
+from lite_attention.maps.keep_map import ceil_div
 
 # Unequal densities are uniform over 2 to 60% where the mean is 31%; for another mean the same spread around it, scaled.
 UNEQUAL_SPREAD = (0.60 - 0.02) / (0.60 + 0.02)

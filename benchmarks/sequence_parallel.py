@@ -47,10 +47,10 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, FA3, SCATTERED, Loop, Row
 from checks import WrongResultError, check
-from lite_attention import LiteAttention, functional, merge_attention
-from lite_attention.collectives import sequence_mesh, shard_sequence
-from lite_attention.sequence_parallel import DistributedLiteAttention
-from rank_pool import RankError, RankPool
+from lite_attention import LiteAttention, merge_attention
+from lite_attention.ops import functional
+from lite_attention.parallel.collectives import sequence_mesh, shard_sequence
+from lite_attention.parallel.distributed import DistributedLiteAttention
 from run import DTYPE, Run, parser_of_run, reason
 from sequence_parallel_record import (
     BALANCE,
@@ -76,6 +76,9 @@ from sequence_parallel_record import (
     summary,
 )
 from sustained import LEAST_LAUNCHES, WARM_UP_LAUNCHES, Telemetry, settled
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.rank_pool import RankError, RankPool
 
 Layer = LiteAttention | DistributedLiteAttention
 

@@ -27,11 +27,11 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
-from lite_attention import video_sparse
-from lite_attention.sliding_tile import sliding_tile_map
-from lite_attention.streaming import streaming_attention
-from lite_attention.tiles import FINE_TILE_N, UNLIMITED
-from lite_attention.video_tiles import Size, VideoTiles
+from lite_attention.families import video_sparse
+from lite_attention.families.sliding_tile import sliding_tile_map
+from lite_attention.families.streaming import streaming_attention
+from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
+from lite_attention.maps.video_tiles import Size, VideoTiles
 from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
 from sparse_families_record import (
     ALONE,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import peers
 from attention_record import Row
 from lite_attention import LiteAttention
-from lite_attention.cuda_graphs import capture_step
 from lite_attention.integrations._routing import route_sdpa
 from lite_attention.integrations.diffusers import enable_lite_attention
+from lite_attention.skipping.cuda_graphs import capture_step
 from run import DTYPE
 from sustained import in_graph
 

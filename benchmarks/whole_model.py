@@ -31,8 +31,8 @@ from attention_stack import AttentionStack
 from checks import WrongResultError, check
 from keep_maps import keep_map
 from lite_attention import LiteAttention
-from lite_attention.cuda_graphs import capture_step
 from lite_attention.integrations.diffusers import enable_lite_attention
+from lite_attention.skipping.cuda_graphs import capture_step
 from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
 from sustained import Telemetry, host_microseconds, in_graph, sustained
 from timeline import timeline

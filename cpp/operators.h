@@ -1,6 +1,6 @@
 // The operators, for any backend: check the arguments, allocate the results, fill params, run the backend's kernel.
 //
-// Schemas, fakes and autograd are in python/lite_attention/_library.py. A Backend has
+// Schemas, fakes and autograd are in python/lite_attention/ops/_library.py. A Backend has
 //   static constexpr DeviceType kDevice;
 //   static void forward(const Call& call, const ForwardParams& params);
 //   static void merge(const Call& call, const MergeParams& params);

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lite_attention import unpack_keep_map
-from lite_attention.collectives import even_spans
-from lite_attention.sliding_tile import sliding_tile_map
+from lite_attention.families.sliding_tile import sliding_tile_map
+from lite_attention.parallel.collectives import even_spans
 
 STYLE = """
     .page { fill: #ffffff }

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import report
 from families import RememberedTiles, SlidingTiles, TileChoice, TopBlocks, cubes_seen, make_windows
 from lite_attention import LiteAttention
+from lite_attention.families.sliding_tile import SlidingTileMap
 from lite_attention.info import backends
-from lite_attention.sliding_tile import SlidingTileMap
 from model import VideoDiT, load_weights
 from records import git_revision, psnr, relative_l2
 from sampling import denoise, initial_noise

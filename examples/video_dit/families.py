@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention import LiteAttention, attention, block_sparse_attention, top_k_map, unpack_keep_map
-from lite_attention.sliding_tile import SlidingTileMap, sliding_tile_map
+from lite_attention.families.sliding_tile import SlidingTileMap, sliding_tile_map
 from model import BLOCK
 
 CUBE = (BLOCK, BLOCK, BLOCK)

@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lite_attention import LiteAttention
-from lite_attention.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
-from lite_attention.sequence_parallel import DistributedLiteAttention
+from lite_attention.parallel.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention.parallel.distributed import DistributedLiteAttention
 from model import VideoDiT, load_weights
 from records import contact_sheet, psnr
 from sampling import denoise, initial_noise

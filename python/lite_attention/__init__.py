@@ -1,17 +1,17 @@
 """Attention for video diffusion transformers that remembers between denoising steps which tiles it may skip."""
 
 from lite_attention import reference
-from lite_attention._library import __version__
-from lite_attention.branches import skip_branch
-from lite_attention.duo import reorder_weights_for_duo_attn
-from lite_attention.functional import attention, merge_attention, skip_attention, top_k_map
-from lite_attention.keep_map import full_keep_map, pack_keep_map, unpack_keep_map
-from lite_attention.modules import LiteAttention, SeqParallelLiteAttention
-from lite_attention.sequence_parallel import DistributedLiteAttention
-from lite_attention.sliding_tile import sliding_tile_attention, sliding_tile_map
-from lite_attention.streaming import streaming_attention, streaming_sparse_attn_func
-from lite_attention.tiles import tile_shape, visit_rows
-from lite_attention.video_sparse import block_sparse_attention, video_sparse_attn
+from lite_attention.families.duo import reorder_weights_for_duo_attn
+from lite_attention.families.sliding_tile import sliding_tile_attention, sliding_tile_map
+from lite_attention.families.streaming import streaming_attention, streaming_sparse_attn_func
+from lite_attention.families.video_sparse import block_sparse_attention, video_sparse_attn
+from lite_attention.maps.keep_map import full_keep_map, pack_keep_map, unpack_keep_map
+from lite_attention.maps.tiles import tile_shape, visit_rows
+from lite_attention.ops._library import __version__
+from lite_attention.ops.functional import attention, merge_attention, skip_attention, top_k_map
+from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.skipping.branches import skip_branch
+from lite_attention.skipping.module import LiteAttention, SeqParallelLiteAttention
 
 __all__ = [
     "DistributedLiteAttention",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lite_attention._library import __version__, host, why_no_cuda_kernels
-from lite_attention.tiles import SUPPORTED_DTYPES
+from lite_attention.maps.tiles import SUPPORTED_DTYPES
+from lite_attention.ops._library import __version__, host, why_no_cuda_kernels
 
 HOPPER = (9, 0)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lite_attention.keep_map import ceil_div, pack_keep_map, unpack_keep_map
-from lite_attention.tiles import resolve_tile_n, tile_shape, visit_rows
+from lite_attention.maps.keep_map import ceil_div, pack_keep_map, unpack_keep_map
+from lite_attention.maps.tiles import resolve_tile_n, tile_shape, visit_rows
 
 LOG2_E = math.log2(math.e)
 

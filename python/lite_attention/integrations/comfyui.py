@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lite_attention import tiles
-from lite_attention.branches import MAX_BRANCHES
-from lite_attention.generation import GenerationClock
-from lite_attention.layer_arguments import Threshold
-from lite_attention.modules import LiteAttention
+from lite_attention.maps import tiles
+from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = [
     "NODE_CLASS_MAPPINGS",

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import get_process_group_ranks, get_rank
 
-from lite_attention.branches import MAX_BRANCHES, resolved_branch, skip_branch
-from lite_attention.collectives import sequence_mesh
-from lite_attention.generation import GenerationClock
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
-from lite_attention.keep_map import parse_ranges
-from lite_attention.layer_arguments import Ranges, Threshold
-from lite_attention.modules import LiteAttention
-from lite_attention.sequence_parallel import DistributedLiteAttention
+from lite_attention.maps.keep_map import parse_ranges
+from lite_attention.parallel.collectives import sequence_mesh
+from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.skipping.arguments import Ranges, Threshold
+from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch, skip_branch
+from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.module import LiteAttention
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

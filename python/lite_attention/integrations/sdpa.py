@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
-from lite_attention.layer_arguments import Threshold
-from lite_attention.modules import LiteAttention
+from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = ["LiteSDPA"]
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lite_attention.modules import LiteAttention
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = ["LAYER_KEY", "XDiTAttention", "YunchangAttention", "register_lite_attention"]
 

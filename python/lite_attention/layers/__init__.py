@@ -13,7 +13,6 @@ from lite_attention.layers.backends.torch_sdpa import TorchSDPABackend
 from lite_attention.layers.backends.video_sparse_attn import VideoSparseAttentionBackend
 from lite_attention.layers.forward_context import ForwardContext, get_forward_context, set_forward_context
 from lite_attention.layers.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
-from lite_attention.layers.mesh import get_sequence_parallel_mesh, sequence_parallel_mesh, set_sequence_parallel_mesh
 from lite_attention.layers.registry import AttentionBackendEnum, add_builtin_backend, register_attention_backend
 from lite_attention.layers.selector import (
     STR_BACKEND_ENV_VAR,
@@ -24,6 +23,7 @@ from lite_attention.layers.selector import (
     global_force_attn_backend,
     global_force_attn_backend_context_manager,
 )
+from lite_attention.parallel.mesh import get_sequence_parallel_mesh, sequence_parallel_mesh, set_sequence_parallel_mesh
 
 __all__ = [
     "STR_BACKEND_ENV_VAR",

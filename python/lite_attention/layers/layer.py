@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention.collectives import HeadExchange, all_gather, even_spans, gather_heads
 from lite_attention.layers.forward_context import current_metadata
-from lite_attention.layers.mesh import get_sequence_parallel_mesh, ulysses_group
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name
 from lite_attention.layers.selector import get_attn_backend
+from lite_attention.parallel.collectives import HeadExchange, all_gather, even_spans, gather_heads
+from lite_attention.parallel.mesh import get_sequence_parallel_mesh, ulysses_group
 
 __all__ = ["DistributedAttention", "DistributedAttention_VSA", "LocalAttention"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite_attention.layer_arguments import Threshold
 from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, PlainMetadataBuilder
 from lite_attention.layers.backends._arguments import check_extra_arguments, refuse_causal
-from lite_attention.modules import LiteAttention
-from lite_attention.tiles import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
+from lite_attention.maps.tiles import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
+from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = ["HEAD_SIZES", "KERNEL_DTYPES", "LiteAttentionBackend", "LiteAttentionImpl"]
 

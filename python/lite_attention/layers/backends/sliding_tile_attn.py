@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
 from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
 from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
-from lite_attention.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
-from lite_attention.video_tiles import Size, VideoTiles, check_size, keep_tensor
+from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
 
 __all__ = [
     "SlidingTileAttentionBackend",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lite_attention.families.video_sparse import topk_of_sparsity, video_sparse_attn
 from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
 from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
-from lite_attention.video_sparse import topk_of_sparsity, video_sparse_attn
-from lite_attention.video_tiles import VideoTiles, keep_tensor
+from lite_attention.maps.video_tiles import VideoTiles, keep_tensor
 
 __all__ = [
     "VSA_TILE_SIZE",

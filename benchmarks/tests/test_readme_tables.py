@@ -1,0 +1,112 @@
+"""README.md's tables are those of the committed results."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+from benchmark_records import (  # noqa: E402
+    made_up_record,
+    made_up_sequence_parallel_record,
+    made_up_sparse_families_record,
+    made_up_whole_model_record,
+)
+
+import readme_tables  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def video_dit_record() -> dict[str, Any]:
+    """The CPU's record of the demo as a GPU might have given it."""
+    record: dict[str, Any] = json.loads((RESULTS / "video_dit_cpu.json").read_text())
+    record["options"] |= {"seeds": list(range(16)), "clips": 16}
+    record["environment"] |= {"device": "NVIDIA H200", "dtype": "float16", "torch": "2.11.0+cu130"}
+    for run in record["runs"]:
+        run["attention_seconds"] /= 100
+        run["total_seconds"] /= 100
+        run["psnr_worst"] = None if run["psnr"] is None else run["psnr"] - 5
+    return record
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_readme_tables_are_up_to_date() -> None:
+    text = readme()
+    assert readme_tables.with_tables(text) == text, "run python benchmarks/readme_tables.py"
+
+
+def test_a_missing_place_for_a_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no place for the table cpu_attention"):
+        readme_tables.with_tables("no tables here")
+
+
+def test_tables_carry_the_figures_of_the_record() -> None:
+    record = json.loads((RESULTS / "cpu_attention.json").read_text())
+    table = readme_tables.cpu_attention_table(record)
+    row = record["rows"][0]
+    assert f"| {row['head_dim']} | {row['dtype']} | {row['dense_gflops']:.0f} |" in table
+    assert record["processor"] in table
+
+
+def test_a_record_dropped_into_the_results_fills_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    shutil.copytree(RESULTS, results, ignore=shutil.ignore_patterns("*h200*"))
+    monkeypatch.setattr(readme_tables, "RESULTS", results)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    before = readme_tables.with_tables(readme())
+    assert before.count(readme_tables.NOT_MEASURED) == 5
+
+    (results / "attention_h200.json").write_text(json.dumps(made_up_record()))
+    (results / "video_dit_h200.json").write_text(json.dumps(video_dit_record()))
+    (results / "whole_model_h200.json").write_text(json.dumps(made_up_whole_model_record()))
+    (results / "sparse_families_h200.json").write_text(json.dumps(made_up_sparse_families_record()))
+    (results / "sequence_parallel_h200.json").write_text(json.dumps(made_up_sequence_parallel_record()))
+    (results / "attention_h200_density.png").touch()
+    after = readme_tables.with_tables(before)
+    assert readme_tables.NOT_MEASURED not in after
+    assert "| B1 S32760 H40 D128 | 700 | 682 | 600 |  | 1.026 | 1.014 |" in after
+    assert "![Time against the share of tiles kept](benchmarks/results/attention_h200_density.png)" in after
+    assert readme_tables.with_tables(after) == after
+
+
+def test_the_gpu_table_carries_the_figures_of_the_record() -> None:
+    record = made_up_record()
+    lines = readme_tables.attention_table(record).splitlines()
+    assert "Time / (density * FlashAttention-3's dense time) at 75 / 50 / 25 / 10% of the tiles:" in lines
+    point = record["density"][3]["points"][0]
+    row = next(line for line in lines if line.startswith("| B1 S32760 H40 D128 | 1."))
+    assert row.split(" | ")[1].endswith(f" / {point['time_over_proportional']:.2f}")
+    flex = [line for line in lines if line.startswith("FlexAttention at")]
+    assert flex == ["FlexAttention at B1 S16384 H16 D128, blocks of 128 x 128: 1.79 / 1.79 / 1.79 / 1.79."]
+    assert "host: `attention` 10, `skip_attention` 16, FlashAttention-3 90." in lines[-3]
+    for fact in ("NVIDIA H200", "1650 to 1650 MHz", "775 TFLOP/s", "cuDNN 9.19", "fa3-fwd 0.0.3", "0123456789ab"):
+        assert fact in lines[-1]
+
+
+def test_the_gpu_table_leaves_cells_of_absent_peers_empty() -> None:
+    record = made_up_record()
+    record["absent"] = {"FlashAttention-3": "ImportError: no"}
+    for row in record["dense"]:
+        row["loops"] = [loop for loop in row["loops"] if loop["kernel"] == "attention"]
+        row["rate_over_fa3"] = None
+    for row in record["density"]:
+        for point in row["points"]:
+            point["time_over_proportional"] = None
+    text = readme_tables.attention_table(record)
+    assert "| B1 S32760 H40 D128 | 700 |  |  |  |  | 1.014 |" in text
+    assert "FlashAttention-3 was absent." in text
+
+
+def test_the_demo_on_a_gpu_is_told_in_milliseconds_with_its_worst_clip() -> None:
+    text = readme_tables.video_dit_gpu_table(video_dit_record())
+    assert "| attention, ms | whole run, ms |" in text
+    assert "PSNR to dense, dB: mean / worst of 16 clips" in text
+    assert "| -6 | 43% | 153 | 396 | 2.24x | 40.7 / 35.7 |" in text
+    assert "NVIDIA H200, float16, 16 clips denoised together" in text

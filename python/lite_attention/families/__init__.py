@@ -1,0 +1,1 @@
+"""Who writes a map: one file for each kind of sparse attention."""

@@ -1,0 +1,1 @@
+"""The operators as torch sees them, and as Python calls them."""

@@ -1,0 +1,1 @@
+"""What a layer remembers from one denoising step to the next."""

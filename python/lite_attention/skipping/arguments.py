@@ -1,0 +1,146 @@
+"""What LiteAttention and DistributedLiteAttention check in their arguments. Errors begin with the caller's name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lite_attention.maps import tiles
+from lite_attention.maps.keep_map import parse_ranges
+from lite_attention.ops import functional
+
+__all__ = [
+    "CheckedRanges",
+    "Ranges",
+    "Threshold",
+    "check_inputs",
+    "check_kv_lens",
+    "check_scalar",
+    "check_scale",
+    "checked_ranges",
+    "checked_threshold",
+]
+
+Ranges = Sequence[int] | Tensor
+CheckedRanges = list[tuple[int, int]] | Tensor
+Threshold = float | Sequence[float] | Tensor
+
+
+def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+    if isinstance(threshold, Tensor):
+        if threshold.dim() > 1:
+            raise ValueError(f"threshold has shape {list(threshold.shape)}, expected [] or [heads]")
+        threshold = threshold.tolist()
+    many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
+    values: list[float] = []
+    for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
+        name = f"threshold[{index}]" if many else "threshold"
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
+        if math.isnan(entry):
+            raise ValueError(f"{name} is NaN, expected a number of at most 0")
+        if entry > 0 and not allow_positive:
+            raise ValueError(
+                f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
+                "set LITE_ATTENTION_DEBUG"
+            )
+        values.append(functional.in_fp32_range(float(entry)))
+    if not values:
+        raise ValueError("threshold is empty, expected one number, or one per query head")
+    return tuple(values) if many else values[0]
+
+
+def check_inputs(caller: str, query: Tensor, key: Tensor, value: Tensor, max_batch_size: int) -> None:
+    """What a layer's state needs to hold, checked before anything is launched; the operator checks the rest."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{caller}: {name} has type {type(tensor).__name__}, expected a tensor")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{caller}: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{caller}: {name} has dtype {tensor.dtype}, expected {query.dtype}, query's")
+        if tensor.device != query.device:
+            raise ValueError(f"{caller}: {name} is on {tensor.device}, expected {query.device}, query's device")
+        if tensor.numel() == 0:
+            raise ValueError(f"{caller}: {name} has shape {list(tensor.shape)}, expected no size of 0")
+    if query.dtype not in tiles.SUPPORTED_DTYPES:
+        raise TypeError(f"{caller}: query has dtype {query.dtype}, expected float32, bfloat16 or float16")
+    batch, _, heads, head_dim = query.shape
+    if batch > max_batch_size:
+        raise ValueError(f"{caller}: query has batch {batch}, expected at most max_batch_size={max_batch_size}")
+    if head_dim % tiles.HEAD_DIM_MULTIPLE != 0 or head_dim > tiles.MAX_HEAD_DIM:
+        raise ValueError(
+            f"{caller}: query has head_dim {head_dim}, expected a multiple of {tiles.HEAD_DIM_MULTIPLE} up to "
+            f"{tiles.MAX_HEAD_DIM}"
+        )
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(
+            f"{caller}: key has batch {key.shape[0]} and head_dim {key.shape[3]}, expected query's, {batch} and "
+            f"{head_dim}"
+        )
+    if heads % key.shape[2] != 0:
+        raise ValueError(f"{caller}: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
+    if value.shape != key.shape:
+        raise ValueError(f"{caller}: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
+
+
+def checked_ranges(
+    caller: str, name: str, ranges: Ranges | None, query: Tensor, length: int, tokens: str
+) -> CheckedRanges | None:
+    """A list as ascending pairs, a tensor as it is; None for no ranges. Positions are below ``length``."""
+    if ranges is None:
+        return None
+    if isinstance(ranges, Tensor):
+        if ranges.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{caller}: {name} has dtype {ranges.dtype}, expected torch.int32 or torch.int64")
+        if ranges.dim() != 2 or ranges.shape[1] != 2:
+            raise ValueError(
+                f"{caller}: {name} has shape {list(ranges.shape)}, expected [count, 2]: one [start, end] a row"
+            )
+        if ranges.device != query.device:
+            raise ValueError(f"{caller}: {name} is on {ranges.device}, expected {query.device}, query's device")
+        return ranges
+    if not isinstance(ranges, (list, tuple)):
+        raise TypeError(
+            f"{caller}: {name} has type {type(ranges).__name__}, expected a list of ints or an integer tensor"
+        )
+    return parse_ranges(ranges, length, f"{caller}: {name}", tokens) or None
+
+
+def check_scalar(caller: str, name: str, tensor: Tensor | None, dtype: torch.dtype, query: Tensor) -> None:
+    """That an optional tensor is 0-d, of the dtype, on query's device."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{caller}: {name} has type {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{caller}: {name} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.dim() != 0:
+        raise ValueError(f"{caller}: {name} has shape {list(tensor.shape)}, expected []")
+    if tensor.device != query.device:
+        raise ValueError(f"{caller}: {name} is on {tensor.device}, expected {query.device}, query's device")
+
+
+def check_scale(caller: str, scale: float | None) -> None:
+    """That the factor on q.k is a number, or None."""
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{caller}: scale has type {type(scale).__name__}, expected a float or None")
+
+
+def check_kv_lens(caller: str, kv_lens: Tensor | None, query: Tensor) -> None:
+    """That optional lengths are one int32 for each batch entry, on query's device."""
+    if kv_lens is None:
+        return
+    if not isinstance(kv_lens, Tensor):
+        raise TypeError(f"{caller}: kv_lens has type {type(kv_lens).__name__}, expected a tensor")
+    if kv_lens.dtype != torch.int32:
+        raise TypeError(f"{caller}: kv_lens has dtype {kv_lens.dtype}, expected torch.int32")
+    if kv_lens.shape != query.shape[:1]:
+        raise ValueError(f"{caller}: kv_lens has shape {list(kv_lens.shape)}, expected [{query.shape[0]}]")
+    if kv_lens.device != query.device:
+        raise ValueError(f"{caller}: kv_lens is on {kv_lens.device}, expected {query.device}, query's device")

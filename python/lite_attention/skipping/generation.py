@@ -1,0 +1,117 @@
+"""Where in a generation a model call is, told from its timestep alone and on the device alone.
+
+A generation denoises one video: its timesteps go one way, down or up. A turn therefore starts the next generation,
+which must not use the skip state of the last. Nothing here waits for the device or changes a Python value, so that the
+same code runs eagerly, compiled, and in a CUDA graph, which sees a new generation in the values it is replayed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
+
+__all__ = ["GenerationClock"]
+
+# Timesteps are compared as integers of this resolution: they come as sigmas from 0 to 1 or as numbers up to a thousand,
+# and integers survive what nn.Module.to does to floating-point buffers.
+TICKS_PER_UNIT = 2**20
+NO_STEP = -1
+
+
+class GenerationClock(nn.Module):
+    """Counts the denoising steps of each guidance branch and notices when a new generation starts.
+
+    Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
+    (schedulers of higher order). A timestep against the direction of those before starts a new generation. Where the
+    timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
+    :meth:`reset`.
+
+    Args:
+        skip_first_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
+            is always one of them.
+
+    Raises:
+        TypeError, ValueError: ``skip_first_steps`` is not an int of at least 0.
+    """
+
+    start_full: Tensor
+    """Whether layers start from the full map in this call: bool, 0-d, written by :meth:`tick`."""
+
+    _steps: Tensor
+    _timesteps: Tensor
+    _directions: Tensor
+    _skip_first_steps: Tensor
+
+    def __init__(self, skip_first_steps: int = 0) -> None:
+        super().__init__()
+        if isinstance(skip_first_steps, bool) or not isinstance(skip_first_steps, int):
+            raise TypeError(f"skip_first_steps has type {type(skip_first_steps).__name__}, expected an int")
+        if skip_first_steps < 0:
+            raise ValueError(f"skip_first_steps is {skip_first_steps}, expected at least 0")
+        self._skip_first_steps_value = skip_first_steps
+        for name, buffer in self._fresh_buffers(None).items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def _fresh_buffers(self, device: torch.device | None) -> dict[str, Tensor]:
+        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            zeros = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
+            return {
+                "start_full": torch.ones((), dtype=torch.bool, device=device),
+                "_steps": torch.full_like(zeros, NO_STEP),
+                "_timesteps": zeros,
+                "_directions": zeros.clone(),
+                "_skip_first_steps": torch.tensor(self._skip_first_steps_value, device=device),
+            }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerationClock:
+        """As nn.Module's; a clock that was on the meta device, without values, starts over."""
+        had_values = not self.start_full.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not had_values:
+            for name, buffer in self._fresh_buffers(self.start_full.device).items():
+                setattr(self, name, buffer)
+        return self
+
+    def tick(self, timestep: Tensor, branch: int | None = None) -> None:
+        """Note that a model call begins.
+
+        Args:
+            timestep: of this call, any shape and numeric dtype, on the clock's device. Of several (one for each batch
+                entry, frame or token) the largest counts. May be a sigma.
+            branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it.
+        """
+        branch = resolved_branch(branch, "GenerationClock")
+        if not isinstance(timestep, Tensor):
+            raise TypeError(f"GenerationClock: timestep has type {type(timestep).__name__}, expected a tensor")
+        if timestep.numel() == 0:
+            raise ValueError(f"GenerationClock: timestep has shape {list(timestep.shape)}, expected at least one entry")
+        if timestep.device != self.start_full.device:
+            raise ValueError(
+                f"GenerationClock: timestep is on {timestep.device}, expected {self.start_full.device}, the clock's "
+                "device"
+            )
+        now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
+        step, direction = self._steps[branch], self._directions[branch]
+        change = torch.sign(now - self._timesteps[branch])
+        is_new = (step == NO_STEP) | (change * direction < 0)
+        new_step = torch.where(is_new, 0, step + change.abs())
+        new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
+        self.start_full.copy_(new_step < self._skip_first_steps.clamp(min=1))
+        step.copy_(new_step)
+        direction.copy_(new_direction)
+        self._timesteps[branch].copy_(now)
+
+    def step(self, branch: int | None = None) -> Tensor:
+        """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
+        return self._steps[resolved_branch(branch, "GenerationClock")]
+
+    def reset(self) -> None:
+        """Let the next call of every branch start a new generation."""
+        self._steps.fill_(NO_STEP)

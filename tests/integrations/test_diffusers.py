@@ -1,0 +1,590 @@
+"""The diffusers door, on diffusers' own transformers and pipelines."""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers.models import attention_dispatch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from lite_attention import LiteAttention
+from lite_attention.integrations import diffusers as door
+from lite_attention.integrations.diffusers import (
+    LiteAttentionHandle,
+    VideoModel,
+    enable_lite_attention,
+    register_video_model,
+)
+from lite_attention.maps.keep_map import ceil_div
+from support.inputs import report
+from support.video_models import (
+    CASES,
+    HEAD_DIM,
+    HEADS,
+    TEXT_LEN,
+    TOKENS,
+    VideoCase,
+    make_latents,
+    make_transformer,
+    run,
+)
+
+WAN = CASES["wan"]
+TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
+THRESHOLD = -2.0
+
+every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(autouse=True)
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    known = {name: model for name, model in door._VIDEO_MODELS.items() if hasattr(diffusers, name)}
+    monkeypatch.setattr(door, "_VIDEO_MODELS", known)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def denoise(transformer: Any, case: VideoCase = WAN, seed: int = 0, batch: int = 1) -> list[Tensor]:
+    """The outputs of one generation."""
+    return [
+        run(transformer, case, make_latents(case, step, batch, seed), timestep)
+        for step, timestep in enumerate(TIMESTEPS)
+    ]
+
+
+def maps(handle: LiteAttentionHandle, branch: int = 0) -> list[Tensor]:
+    return [layer.keep_map(branch) for layer in handle.layers.values()]
+
+
+def assert_all_equal(some: list[Tensor], others: list[Tensor]) -> None:
+    assert len(some) == len(others)
+    assert all(map(torch.equal, some, others))
+
+
+# What is skipped, and what is not
+
+
+@every_model
+def test_output_is_unchanged_when_nothing_is_dropped(case: VideoCase) -> None:
+    transformer = make_transformer(case)
+    expected = denoise(transformer, case, batch=2)
+    handle = enable_lite_attention(transformer, threshold=-math.inf)
+    torch.testing.assert_close(denoise(transformer, case, batch=2), expected, atol=1e-5, rtol=1e-5)
+    assert all(keep.all() for keep in maps(handle))
+
+
+@every_model
+def test_the_video_self_attention_of_every_block_skips_and_nothing_else_does(case: VideoCase) -> None:
+    transformer = make_transformer(case)
+    before = transformer.attn_processors
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    after = transformer.attn_processors
+    changed = {name for name in before if after[name] is not before[name]}
+    assert changed == {f"{name}.processor" for name in case.layers}
+    assert sorted(handle.layers) == sorted(case.layers)
+    denoise(transformer, case)
+    fractions = handle.skip_fraction()
+    assert fractions.shape == (len(case.layers), len(TIMESTEPS))
+    assert (fractions[:, 0] == 0).all(), "the first step is complete"
+    assert (fractions[:, 1:] > 0.05).all()
+    assert (fractions.diff(dim=1) >= 0).all(), "what is dropped stays dropped"
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "hunyuan"])
+def test_text_is_never_skipped(name: str) -> None:
+    case = CASES[name]
+    transformer = make_transformer(case)
+    handle = enable_lite_attention(transformer, threshold=0.0)
+    denoise(transformer, case)
+    first = 0 if case.text == "first" else TOKENS
+    rows = slice(first // 64, ceil_div(first + TEXT_LEN, 64))
+    columns = slice(first // 128, ceil_div(first + TEXT_LEN, 128))
+    for keep in maps(handle):
+        assert keep.shape[-2:] == (ceil_div(TOKENS + TEXT_LEN, 64), ceil_div(TOKENS + TEXT_LEN, 128))
+        assert keep[:, :, rows].all()
+        assert keep[..., columns].all()
+        assert not keep.all()
+
+
+def test_the_padding_of_text_is_not_attended_to() -> None:
+    case = CASES["hunyuan"]
+    outs = []
+    for padding in (0.0, 100.0):
+        transformer = make_transformer(case)
+        enable_lite_attention(transformer, threshold=THRESHOLD)
+        for step in range(2):
+            inputs = case.inputs(make_latents(case, step, batch=2), TIMESTEPS[step])
+            text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+            out = transformer(**inputs | {"encoder_hidden_states": torch.where(mask[..., None] > 0, text, padding)})
+        outs.append(out[0])
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+
+
+def test_chosen_layers_skip_and_the_others_stay_as_they_are() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, layers=[-1])
+    assert list(handle.layers) == ["blocks.1.attn1"]
+    assert type(transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"  # type: ignore[union-attr,index]
+
+
+def test_must_do_ranges_count_video_tokens() -> None:
+    case = CASES["cogvideox"]
+    transformer = make_transformer(case)
+    handle = enable_lite_attention(transformer, threshold=0.0, must_do=[480, 500])
+    denoise(transformer, case)
+    assert all(keep[..., (480 + TEXT_LEN) // 128].all() for keep in maps(handle))
+    handle.set_must_do([740, 741])
+    handle.reset()
+    denoise(transformer, case)
+    for keep in maps(handle):
+        assert keep[..., (740 + TEXT_LEN) // 128].all()
+        assert not keep[..., (480 + TEXT_LEN) // 128].all()
+    handle.set_must_do(None)
+    handle.reset()
+    denoise(transformer, case)
+    assert not any(keep[..., (740 + TEXT_LEN) // 128].all() for keep in maps(handle))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+def test_fused_projections_and_other_backends_elsewhere_work(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # set below, for the whole process
+    transformer = make_transformer(WAN)
+    expected = denoise(transformer)
+    if not first:
+        enable_lite_attention(transformer, threshold=-math.inf)
+    transformer.fuse_qkv_projections()
+    transformer.set_attention_backend("flex")  # which is not torch's scaled_dot_product_attention
+    handle = enable_lite_attention(transformer, threshold=-math.inf) if first else None
+    torch.testing.assert_close(denoise(transformer), expected, atol=1e-5, rtol=1e-5)
+    if handle is not None:
+        handle.disable()
+        assert transformer.blocks[0].attn1.processor._attention_backend == "flex"  # type: ignore[union-attr,index]
+
+
+def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
+    case = CASES["hunyuan"]
+    transformer = make_transformer(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(transformer, case, make_latents(case), 900.0)
+        enable_lite_attention(transformer, threshold=-math.inf)
+        out = run(transformer, case, make_latents(case), 900.0)
+    assert float((out - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_layer_that_was_left_out_starts_full() -> None:
+    case = CASES["ltx2"]
+    torch.manual_seed(0)
+    transformer = case.make(perturbed_attn=True).eval()
+    handle = enable_lite_attention(transformer, threshold=0.0)
+    layer = handle.layers["transformer_blocks.0.attn1"]
+    denoise(transformer, case)
+    assert not layer.keep_map().all()
+    perturbed = case.inputs(make_latents(case), 900.0) | {
+        "spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.zeros(1, 1, 1)
+    }  # fmt: skip
+    transformer(**perturbed)
+    assert layer.keep_map().all()
+
+
+# Time and guidance
+
+
+def test_a_new_generation_starts_from_the_full_map_by_itself() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    first = denoise(transformer)
+    assert_all_equal(denoise(transformer), first)
+    other = make_transformer(WAN)
+    enable_lite_attention(other, threshold=THRESHOLD)
+    assert_all_equal(denoise(transformer, seed=1), denoise(other, seed=1))
+    assert handle.skip_fraction().shape == (2, 4), "of the latest generation"
+
+
+def test_first_steps_are_complete() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, skip_first_steps=3)
+    for _ in range(2):
+        denoise(transformer)
+        fractions = handle.skip_fraction()
+        assert (fractions[:, :3] == 0).all()
+        assert (fractions[:, 3] > 0.05).all()
+
+
+def test_several_calls_a_step_are_one_step() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, skip_first_steps=2)
+    for timestep in (900.0, 700.0, 700.0, 500.0, 500.0):
+        run(transformer, WAN, make_latents(WAN), timestep)
+    fractions = handle.skip_fraction()
+    assert fractions.shape == (2, 3)
+    assert ((fractions > 0) == torch.tensor([False, False, True])).all()
+
+
+def test_sequential_guidance_keeps_the_branches_apart() -> None:
+    transformer = make_transformer(WAN)
+    alone = [copy.deepcopy(transformer) for _ in range(2)]
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    handles = [enable_lite_attention(model, threshold=THRESHOLD) for model in alone]
+    for step, timestep in enumerate(TIMESTEPS):
+        for seed, name in enumerate(("cond", "uncond")):
+            latents = make_latents(WAN, step, seed=seed)
+            with transformer.cache_context(name):
+                out = run(transformer, WAN, latents, timestep)
+            assert torch.equal(out, run(alone[seed], WAN, latents, timestep))
+    for branch, name in enumerate(("cond", "uncond")):
+        assert_all_equal(maps(handle, branch), maps(handles[branch]))
+        assert torch.equal(handle.skip_fraction(name), handles[branch].skip_fraction())
+    assert not torch.equal(handle.skip_fraction("cond"), handle.skip_fraction("uncond"))
+
+
+def test_batched_guidance_keeps_the_branches_apart() -> None:
+    transformer = make_transformer(WAN)
+    alone = [copy.deepcopy(transformer) for _ in range(2)]
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    handles = [enable_lite_attention(model, threshold=THRESHOLD) for model in alone]
+    for step, timestep in enumerate(TIMESTEPS):
+        both = [make_latents(WAN, step, seed=seed) for seed in range(2)]
+        out = run(transformer, WAN, torch.cat(both), timestep)
+        expected = [run(model, WAN, latents, timestep) for model, latents in zip(alone, both, strict=True)]
+        torch.testing.assert_close(out, torch.cat(expected), atol=1e-4, rtol=0)
+    for index, single in enumerate(handles):
+        for keep, expected_keep in zip(maps(handle), maps(single), strict=True):
+            assert (keep[index] != expected_keep[0]).float().mean() < 0.01, "but for rounding"
+
+
+# The handle
+
+
+@every_model
+def test_disabling_gives_back_the_model_that_was(case: VideoCase) -> None:
+    transformer = make_transformer(case)
+    before, keys = transformer.attn_processors, set(transformer.state_dict())
+    attributes = set(vars(transformer))
+    expected = denoise(transformer, case)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    denoise(transformer, case)
+    assert set(transformer.state_dict()) == keys
+    handle.disable()
+    assert transformer.attn_processors == before
+    assert set(vars(transformer)) == attributes
+    assert not any(isinstance(module, LiteAttention) for module in transformer.modules())
+    assert_all_equal(denoise(transformer, case), expected)
+
+
+def test_a_new_threshold_acts_on_every_layer() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=[-1.0] * HEADS)
+    handle.set_threshold([-math.inf] * HEADS)
+    denoise(transformer)
+    assert (handle.skip_fraction() == 0).all()
+
+
+def test_a_reset_in_mid_generation_starts_over() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    for step in range(2):
+        run(transformer, WAN, make_latents(WAN, step, seed=3), TIMESTEPS[step])
+    handle.reset()
+    # Starts lower than where the last one broke off, so the timesteps could not tell.
+    assert torch.equal(run(transformer, WAN, make_latents(WAN, 2), 600.0), run(*fresh(), make_latents(WAN, 2), 600.0))
+
+
+def fresh() -> tuple[nn.Module, VideoCase]:
+    transformer = make_transformer(WAN)
+    enable_lite_attention(transformer, threshold=THRESHOLD)
+    return transformer, WAN
+
+
+def accelerate_hook(transformer: nn.Module) -> Callable[[], None]:
+    """As accelerate puts hooks on a module and takes them away."""
+    transformer._old_forward = transformer.forward  # type: ignore[assignment]
+
+    def new_forward(*args: Any, **kwargs: Any) -> Any:
+        return transformer._old_forward(*args, **kwargs)  # type: ignore[operator]
+
+    transformer.forward = functools.update_wrapper(new_forward, transformer.forward)  # type: ignore[method-assign]
+
+    def remove() -> None:
+        transformer.forward = transformer._old_forward  # type: ignore[method-assign,assignment]
+        delattr(transformer, "_old_forward")
+
+    return remove
+
+
+def diffusers_hook(transformer: nn.Module) -> Callable[[], None]:
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(ModelHook(), "hook")
+    return lambda: registry.remove_hook("hook")
+
+
+@pytest.mark.parametrize("hook", [accelerate_hook, diffusers_hook])
+@pytest.mark.parametrize("first", [False, True], ids=["hook after", "hook before"])
+def test_hooks_that_come_and_go_do_not_stop_the_clock(hook: Callable[..., Callable[[], None]], first: bool) -> None:
+    def denoise_conditional(seed: int) -> list[Tensor]:
+        with transformer.cache_context("cond"):
+            return denoise(transformer, seed=seed)
+
+    transformer = make_transformer(WAN)
+    remove = hook(transformer) if first else None
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    remove = remove or hook(transformer)
+    expected = denoise_conditional(1)
+    denoise_conditional(0)
+    remove()
+    assert_all_equal(denoise_conditional(1), expected)
+    handle.disable()
+    assert transformer.forward.__func__ is type(transformer).forward  # type: ignore[attr-defined]
+    enable_lite_attention(transformer, threshold=THRESHOLD)
+    denoise(transformer)
+    assert_all_equal(denoise(transformer, seed=1), expected)
+
+
+def test_settings_made_in_inference_mode_can_be_changed_outside_of_it() -> None:
+    transformer = make_transformer(WAN)
+    with torch.inference_mode():
+        handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+        handle.set_must_do([0, 10])
+        denoise(transformer)
+    handle.set_must_do([0, 20])
+    handle.reset()
+    other = make_transformer(WAN)
+    enable_lite_attention(other, threshold=THRESHOLD, must_do=[0, 20])
+    assert_all_equal(denoise(transformer), denoise(other))
+
+
+def test_disabling_leaves_what_others_have_put_there_since() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer)
+    mine = type(handle._processors["blocks.0.attn1"].processor)()
+    transformer.blocks[0].attn1.set_processor(mine)  # type: ignore[union-attr,index]
+    handle.disable()
+    assert transformer.blocks[0].attn1.processor is mine  # type: ignore[union-attr,index]
+    again = enable_lite_attention(transformer, threshold=THRESHOLD)
+    handle.disable()
+    denoise(transformer)
+    assert (again.skip_fraction()[:, 1:] > 0.05).all(), "disabling twice does nothing to another handle"
+
+
+def test_a_deep_copy_has_a_state_of_its_own() -> None:
+    transformer, _ = fresh()
+    expected = denoise(transformer)
+    for step in range(3):
+        run(transformer, WAN, make_latents(WAN, step), TIMESTEPS[step])
+    duplicate = copy.deepcopy(transformer)
+    with duplicate.cache_context("cond"):
+        denoise(duplicate, seed=5)
+    assert torch.equal(run(transformer, WAN, make_latents(WAN, 3), TIMESTEPS[3]), expected[3])
+
+
+def test_skipping_can_be_switched_off_for_a_while() -> None:
+    transformer = make_transformer(WAN)
+    expected = denoise(transformer)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    for layer in handle.layers.values():
+        layer.enable_skip_optimization(False)
+    torch.testing.assert_close(denoise(transformer), expected, atol=1e-5, rtol=1e-5)
+    assert (handle.skip_fraction() == 0).all()
+
+
+def test_subclasses_are_treated_as_their_base() -> None:
+    transformer = make_transformer(WAN)
+    transformer.__class__ = type("TunedTransformer", (type(transformer),), {})
+    assert tuple(enable_lite_attention(transformer).layers) == WAN.layers
+
+
+def test_other_models_can_be_registered() -> None:
+    class Unheard(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_transformer(WAN)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return run(self.inner, WAN, x, float(timestep))
+
+    with pytest.raises(TypeError, match="is a Unheard, expected one of CogVideoX"):
+        enable_lite_attention(Unheard())
+    register_video_model("Unheard", VideoModel((r"inner\.blocks\.\d+\.attn1",)))
+    model = Unheard()
+    handle = enable_lite_attention(model, threshold=THRESHOLD)
+    for step, timestep in enumerate(TIMESTEPS):
+        model(make_latents(WAN, step), torch.tensor(timestep))
+    assert (handle.skip_fraction()[:, 1:] > 0.05).all()
+
+
+def test_errors() -> None:
+    transformer = make_transformer(WAN)
+    busy = make_transformer(WAN)
+    enable_lite_attention(busy)
+    parallel = make_transformer(WAN)
+    parallel.blocks[0].attn1.processor._parallel_config = object()  # type: ignore[union-attr,index]
+    later = make_transformer(WAN)
+    enable_lite_attention(later)
+    later.blocks[1].attn1.processor._parallel_config = object()  # type: ignore[union-attr,index]
+    deaf = make_transformer(WAN)
+    deaf.blocks[0].attn1.set_processor(Deaf())  # type: ignore[union-attr,index]
+    enable_lite_attention(deaf)
+    offloaded = make_transformer(WAN)
+    apply_group_offloading(offloaded, torch.device("cpu"), offload_type="leaf_level")
+    masked = make_transformer(WAN)
+    enable_lite_attention(masked)
+    handle = enable_lite_attention(transformer)
+    handle.disable()
+    x = make_latents(WAN)
+    mask = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
+    attn, hidden = masked.blocks[0].attn1, torch.randn(1, TOKENS, HEADS * HEAD_DIM)  # type: ignore[union-attr,index]
+    hunyuan = make_transformer(CASES["hunyuan"])
+    enable_lite_attention(hunyuan)
+    joint = hunyuan.single_transformer_blocks[0].attn  # type: ignore[union-attr,index]
+    many = list(range(34))
+    calls = {
+        "not a model": lambda: enable_lite_attention(object()),
+        "a model of another kind": lambda: enable_lite_attention(nn.Linear(2, 2)),
+        "twice": lambda: enable_lite_attention(busy),
+        "a processor that splits tokens alone": lambda: enable_lite_attention(parallel),
+        "context parallelism later": lambda: run(later, WAN, x, 900.0),
+        "a processor of its own kind": lambda: run(deaf, WAN, x, 900.0),
+        "group offloading": lambda: enable_lite_attention(offloaded),
+        "a mask": lambda: attn(hidden, None, mask),
+        "a float mask": lambda: joint(hidden, None, mask.float()),
+        "a number as timestep": lambda: masked(**WAN.inputs(x, 1.0) | {"timestep": 900.0}),
+        "layer 2 of 2": lambda: enable_lite_attention(transformer, layers=[0, 2]),
+        "layer as text": lambda: enable_lite_attention(transformer, layers=["0"]),  # type: ignore[list-item]
+        "no layers": lambda: enable_lite_attention(transformer, layers=[]),
+        "threshold above 0": lambda: enable_lite_attention(transformer, threshold=1.0),
+        "-1 first steps": lambda: enable_lite_attention(transformer, skip_first_steps=-1),
+        "an odd must_do": lambda: enable_lite_attention(transformer, must_do=[1]),
+        "17 ranges": lambda: enable_lite_attention(transformer, must_do=many),
+        "an unknown branch": lambda: enable_lite_attention(make_transformer(WAN)).skip_fraction("cond"),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+not a model -> TypeError: enable_lite_attention: transformer_or_pipeline is a object, expected a video transformer or a pipeline that has one as its component transformer
+a model of another kind -> TypeError: enable_lite_attention: the transformer is a Linear, expected one of CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel; register_video_model adds others
+twice -> ValueError: enable_lite_attention: LiteAttention is in this WanTransformer3DModel already, expected one handle: disable() it first
+a processor that splits tokens alone -> RuntimeError: blocks.0.attn1: its processor is set up for context parallelism and the transformer is not, expected both, by transformer.enable_parallelism
+context parallelism later -> RuntimeError: blocks.1.attn1: context parallelism was enabled after LiteAttention, expected before it. Call disable() on the handle, then enable_lite_attention again
+a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
+group offloading -> RuntimeError: enable_lite_attention: WanTransformer3DModel is set up for group offloading, which loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole
+a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
+a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
+a number as timestep -> TypeError: GenerationClock: timestep has type float, expected a tensor
+layer 2 of 2 -> ValueError: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
+layer as text -> TypeError: layers[0] is '0' of type str, expected an int
+no layers -> ValueError: layers is empty, expected at least one layer, or None for all
+threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+-1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
+17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
+an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
+    )
+    assert not any(isinstance(module, LiteAttention) for module in transformer.modules()), "all or nothing"
+
+
+class Deaf:
+    """A processor that computes attention by itself."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+
+# torch.compile
+
+
+def everything_that_may_change(
+    transformer: nn.Module, compiled: Any, handle: LiteAttentionHandle, case: VideoCase
+) -> None:
+    """Steps, generations, thresholds, must-do ranges and resets; every output and map equals eager's."""
+    eager = copy.deepcopy(transformer)
+    layers = [module for module in eager.modules() if isinstance(module, LiteAttention)]
+    processors = [module for module in eager.modules() if hasattr(module, "generation")]
+    generation: Any = processors[0].generation
+    for step, timestep in enumerate((900.0, 700.0, 500.0, 900.0, 700.0, 500.0, 300.0)):
+        if step == 1:
+            handle.set_threshold(-1.0)
+            handle.set_must_do([0, 10, 400, 500])
+            for layer in layers:
+                layer.set_threshold(-1.0)
+            generation.set_must_do([(0, 10), (400, 500)])
+        if step == 5:
+            handle.reset()
+            generation.clock.reset()
+        latents = make_latents(case, step)
+        torch.testing.assert_close(
+            run(compiled, case, latents, timestep), run(eager, case, latents, timestep), atol=1e-4, rtol=1e-4
+        )
+        for name, layer in zip(handle.layers, layers, strict=True):
+            differing = handle.layers[name].keep_map() != layer.keep_map()
+            assert differing.float().mean() < 0.01, "but for rounding"
+    assert handle.skip_fraction().shape == (len(layers), 2)
+
+
+@every_model
+def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
+    counter = CompileCounter()
+    transformer = make_transformer(case)
+    handle = enable_lite_attention(transformer, must_do=[5, 6])
+    compiled = torch.compile(transformer, fullgraph=True, backend=counter)
+    everything_that_may_change(transformer, compiled, handle, case)
+    assert counter.frame_count == 1
+
+
+def test_a_guidance_branch_costs_one_compile() -> None:
+    counter = CompileCounter()
+    transformer, _ = fresh()
+    compiled = torch.compile(transformer, fullgraph=True, backend=counter)
+    for step, timestep in enumerate(TIMESTEPS):
+        for name in ("cond", "uncond"):
+            with compiled.cache_context(name):
+                run(compiled, WAN, make_latents(WAN, step), timestep)
+    assert counter.frame_count == 2
+
+
+def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
+    counter = CompileCounter()
+    transformer, _ = fresh()
+    eager = copy.deepcopy(transformer)
+    compiled = torch.compile(transformer, fullgraph=True, backend=counter, dynamic=True)
+    for step, timestep in enumerate((900.0, 700.0, 500.0, 300.0)):
+        for side in (28, 20):
+            latents = make_latents(WAN, step)[..., :side]
+            out = run(compiled, WAN, latents, timestep)
+            torch.testing.assert_close(out, run(eager, WAN, latents, timestep), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, must_do=[5, 6])
+    torch._dynamo.utils.counters.clear()
+    everything_that_may_change(transformer, torch.compile(transformer, fullgraph=True, mode=mode), handle, WAN)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_one_compile_covers_all_repeated_blocks(name: str) -> None:
+    case, counter = CASES[name], CompileCounter()
+    transformer = make_transformer(case)
+    handle = enable_lite_attention(transformer, must_do=[5, 6])
+    uncompiled = copy.deepcopy(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+    for step, timestep in enumerate((900.0, 700.0, 500.0, 900.0, 700.0)):
+        latents = make_latents(case, step)
+        expected = run(uncompiled, case, latents, timestep)
+        torch.testing.assert_close(run(transformer, case, latents, timestep), expected, atol=1e-4, rtol=1e-4)
+    handle.set_threshold(-1.0)
+    handle.set_must_do([9, 10])
+    run(transformer, case, make_latents(case), 900.0)
+    assert counter.frame_count == 1

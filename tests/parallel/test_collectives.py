@@ -1,0 +1,161 @@
+"""Exchanges between ranks, against the same data on one."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from lite_attention.parallel.collectives import (
+    HeadExchange,
+    all_gather,
+    even_spans,
+    finish_shift,
+    gather_heads,
+    gather_sequence,
+    scatter_heads,
+    sequence_mesh,
+    shard_sequence,
+    start_shift,
+)
+from support.ranks import mesh_of, run_on_ranks
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _whole(device: str, batch: int = 2, tokens: int = 12, heads: int = 8, head_dim: int = 3) -> torch.Tensor:
+    shape = batch, tokens, heads, head_dim
+    return torch.arange(float(torch.Size(shape).numel())).view(shape).to(device)
+
+
+def _scatter_and_back(device: str, ring: int, ulysses: int, batch: int, head_dim: int) -> None:
+    mesh = sequence_mesh(mesh_of(device, ring, ulysses), "test")
+    whole = _whole(device, batch, head_dim=head_dim)
+    local = shard_sequence(whole, mesh)
+    torch.testing.assert_close(gather_sequence(local, mesh), whole, rtol=0, atol=0)
+    tokens, heads = 12 // ring, 8 // ulysses
+    expected = whole[:, mesh.ring.rank * tokens :][:, :tokens, mesh.ulysses.rank * heads :][:, :, :heads]
+    scattered = scatter_heads(local, mesh.ulysses)
+    torch.testing.assert_close(scattered, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gather_heads(scattered, mesh.ulysses), local, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("batch", "head_dim"), [(1, 4), (2, 4), (2, 3)])  # 3: not a multiple of 8 bytes
+def test_scattered_heads_are_those_of_the_whole_and_come_back(
+    device: str, ring: int, ulysses: int, batch: int, head_dim: int
+) -> None:
+    run_on_ranks(ring * ulysses, device, _scatter_and_back, device, ring, ulysses, batch, head_dim)
+
+
+def _unequal_parts(device: str) -> None:
+    mesh = sequence_mesh(mesh_of(device, 1, 2), "test")
+    whole = _whole(device)
+    local = shard_sequence(whole, mesh)
+    spans = ((0, 3), (4, 8)), ((2, 3), (0, 2))
+    exchange = HeadExchange(mesh.ulysses, spans)
+    scattered, other = exchange.finish_scatter(exchange.start_scatter(local, -local), local, -local)
+    (start, end), (other_start, other_end) = (of_tensor[mesh.ulysses.rank] for of_tensor in spans)
+    torch.testing.assert_close(scattered, whole[:, :, start:end], rtol=0, atol=0)
+    torch.testing.assert_close(other, -whole[:, :, other_start:other_end], rtol=0, atol=0)
+    pieces = exchange.finish_gather(exchange.start_gather(scattered), scattered)
+    torch.testing.assert_close(torch.cat(pieces, 2), local[:, :, [0, 1, 2, 4, 5, 6, 7]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ranks_may_get_unequally_many_heads(device: str) -> None:
+    run_on_ranks(2, device, _unequal_parts, device)
+
+
+def _shards(tokens: int) -> tuple[list[int], list[float]]:
+    mesh = sequence_mesh(mesh_of("cpu", 2, 2), "test")
+    shard = shard_sequence(torch.arange(1.0, tokens + 1).view(1, tokens, 1), mesh)
+    return list(shard.shape), gather_sequence(shard, mesh, tokens).flatten().tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9])
+def test_shards_are_equally_long_and_gather_to_the_sequence(tokens: int) -> None:
+    for shape, gathered in run_on_ranks(4, "cpu", _shards, tokens):
+        assert shape == [1, -(-tokens // 4), 1]
+        assert gathered == [float(token) for token in range(1, tokens + 1)]
+
+
+def _shift_and_gather(device: str) -> tuple[list[float], list[float], list[float]]:
+    mesh = sequence_mesh(mesh_of(device, 4, 1), "test")
+    own = torch.full((1, 2), float(mesh.ring.rank), device=device)
+    shifted = finish_shift(start_shift(own, mesh.ring), own)
+    along_0, along_1 = (all_gather(own, mesh.ring, dim) for dim in (0, 1))
+    return shifted.flatten().tolist(), along_0[:, 0].tolist(), along_1.flatten().tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shift_brings_the_previous_rank_s_tensor(device: str) -> None:
+    for rank, (shifted, along_0, along_1) in enumerate(run_on_ranks(4, device, _shift_and_gather, device)):
+        assert shifted == [(rank - 1) % 4] * 2
+        assert along_0 == [0, 1, 2, 3]
+        assert along_1 == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def _gradients(device: str) -> None:
+    group = sequence_mesh(mesh_of(device, 1, 2), "test").ulysses
+    weights = _whole(device)
+    local = torch.ones(2, 6, 8, 3, device=device, requires_grad=True)
+    scattered = scatter_heads(local, group)
+    scattered.backward(weights[:, :, 4 * group.rank :][:, :, :4])
+    torch.testing.assert_close(local.grad, weights[:, 6 * group.rank :][:, :6], rtol=0, atol=0)
+    share = torch.ones(2, 12, 4, 3, device=device, requires_grad=True)
+    gather_heads(share, group).backward(weights[:, 6 * group.rank :][:, :6])
+    torch.testing.assert_close(share.grad, weights[:, :, 4 * group.rank :][:, :, :4], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_travel_back(device: str) -> None:
+    run_on_ranks(2, device, _gradients, device)
+
+
+def _unlike_each_other(device: str) -> None:
+    group = sequence_mesh(mesh_of(device, 1, 2), "test").ulysses
+    whole = _whole(device, tokens=6, head_dim=4)
+    spans = even_spans(8, 2)
+    exchange = HeadExchange(group, (spans, spans, spans))
+    wanted = [sign * torch.cat([whole] * 2, 1)[:, :, slice(*spans[group.rank])] for sign in (1, 2, 3)]
+    odd_offset = torch.empty(whole.numel() + 1, device=device)[1:].view(whole.shape).copy_(2 * whole)
+    odd_strides = torch.empty(2, 6, 8, 5, device=device)[..., :4].copy_(3 * whole)
+    with_gradient = whole.clone().requires_grad_()
+    for tensors in ((whole, odd_offset, odd_strides), (with_gradient, 2 * whole, 3 * whole)):
+        received = exchange.finish_scatter(exchange.start_scatter(*tensors), *tensors)
+        torch.testing.assert_close([x.detach() for x in received], wanted, rtol=0, atol=0)
+    received[0].sum().backward()
+    torch.testing.assert_close(with_gradient.grad, torch.ones_like(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_travel_together_whatever_their_strides_and_gradients(device: str) -> None:
+    run_on_ranks(2, device, _unlike_each_other, device)
+
+
+def _errors() -> list[str]:
+    texts = []
+    mesh = sequence_mesh(mesh_of("cpu", 1, 2), "test")
+    for attempt in (
+        lambda: sequence_mesh("cpu", "test"),  # type: ignore[arg-type]
+        lambda: sequence_mesh(init_device_mesh("cpu", (2,)), "test"),
+        lambda: sequence_mesh(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), "test"),
+        lambda: scatter_heads(torch.zeros(1, 2, 3, 1), mesh.ulysses),
+        lambda: gather_heads(torch.zeros(1, 3, 2, 1), mesh.ulysses),
+    ):
+        try:
+            attempt()
+        except (TypeError, ValueError) as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+def test_errors() -> None:
+    texts = [
+        "TypeError: test: mesh has type str, expected a DeviceMesh",
+        "ValueError: test: mesh has dimensions named nothing, expected 'ring', 'ulysses' or both. Of a larger mesh, pass mesh['ring', 'ulysses']",
+        "ValueError: test: mesh has dimensions named 'tp', expected 'ring', 'ulysses' or both. Of a larger mesh, pass mesh['ring', 'ulysses']",
+        "ValueError: scatter_heads: x has 3 heads, expected a multiple of the 2 ranks of the group",
+        "ValueError: gather_heads: x has 3 tokens, expected a multiple of the 2 ranks",
+    ]
+    assert run_on_ranks(2, "cpu", _errors) == [texts] * 2

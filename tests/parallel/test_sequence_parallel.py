@@ -1,0 +1,463 @@
+"""DistributedLiteAttention on 2 and 4 ranks, against one process and against the oracle split by split."""
+
+import copy
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import DeviceMesh
+
+from lite_attention import DistributedLiteAttention, LiteAttention, attention, full_keep_map, pack_keep_map, reference
+from lite_attention.parallel.collectives import SequenceMesh, all_gather, gather_sequence, sequence_mesh, shard_sequence
+from support.inputs import Case, check_attention, correlated_passes, score_rounding
+from support.ranks import mesh_of, run_on_ranks
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+THRESHOLD = -8.0
+# A split keeps its first tile, and there are few tiles in each.
+RING_THRESHOLD = -2.0
+PASSES = 4
+
+CASE = Case(query_len=512, kv_len=512, heads=4, kv_heads=4)
+LONG = Case(query_len=1500, kv_len=1500, heads=2, kv_heads=2)
+RAGGED = Case(batch=2, query_len=397, kv_len=397, heads=4, kv_heads=2)
+
+
+def _passes(case: Case, device: str, count: int = PASSES) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return list(correlated_passes(case, DTYPES[device], count, device=device))
+
+
+def _shards(x: tuple[Tensor, Tensor, Tensor], mesh: SequenceMesh) -> tuple[Tensor, ...]:
+    return tuple(shard_sequence(each, mesh) for each in x)
+
+
+def _same_as_one_process(
+    device: str, ulysses: int, case: Case, head_chunks: int, options: dict[str, Any]
+) -> tuple[float, list[int]]:
+    mesh = mesh_of(device, 1, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    shared = DistributedLiteAttention(mesh, threshold=THRESHOLD, head_chunks=head_chunks)
+    alone = LiteAttention(threshold=THRESHOLD)
+    for step, inputs in enumerate(_passes(case, device)):
+        given = {**options, "branch": step % 2, "start_full": torch.tensor(step == 3, device=device)}
+        out, lse = shared(
+            *_shards(inputs, ranks), 0.9 * case.scale, return_softmax_lse=True, seq_len=case.query_len, **given
+        )
+        expected = alone(*inputs, 0.9 * case.scale, return_softmax_lse=True, **given)
+        assert torch.equal(gather_sequence(out, ranks, case.query_len), expected[0])
+        assert torch.equal(gather_sequence(lse, ranks, case.query_len, dim=2), expected[1])
+        kept = alone.keep_map(step % 2)[:, shared.local_heads(case.heads)]
+        assert torch.equal(shared.keep_map(branch=step % 2), kept)
+    return float(alone.skip_fraction()), shared.local_heads(case.heads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("ulysses", "case", "head_chunks"),
+    [
+        (2, CASE, 1),
+        (4, CASE, 1),
+        (2, CASE, 2),
+        (2, RAGGED, 1),
+        (4, RAGGED, 1),  # fewer key heads than ranks
+        (2, RAGGED, 2),
+        (2, Case(query_len=301, kv_len=301, heads=5, kv_heads=5, head_dim=40), 2),  # unequal shares and chunks
+    ],
+    ids=str,
+)
+def test_ulysses_decides_and_computes_what_one_process_does(
+    device: str, ulysses: int, case: Case, head_chunks: int
+) -> None:
+    answers = run_on_ranks(ulysses, device, _same_as_one_process, device, ulysses, case, head_chunks, {})
+    assert all(fraction > 0.1 for fraction, _ in answers), "the inputs are meant to skip something"
+    assert sorted(head for _, heads in answers for head in heads) == list(range(case.heads))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ulysses_takes_the_arguments_of_one_process(device: str) -> None:
+    options = {"must_do_list": [300, 200], "must_skip_list": [0, 130], "must_do_queries": [380, 397]}
+    answers = run_on_ranks(2, device, _same_as_one_process, device, 2, RAGGED, 1, options)
+    assert all(fraction > 0.05 for fraction, _ in answers), "the inputs are meant to skip something"
+
+
+def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
+    """Each split with a map and a running maximum of its own, merged; whatever rank it is computed on."""
+    mesh = mesh_of(device, ring, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    layer = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD)
+    threshold = torch.tensor(RING_THRESHOLD, device=device)
+    block = -(-case.query_len // ranks.shards) * ulysses
+    heads = layer.local_heads(case.heads)
+    groups = case.heads // case.kv_heads
+    inputs = _passes(case, device)
+    rows = slice(ranks.ring.rank * block, min((ranks.ring.rank + 1) * block, case.query_len))
+    maps: dict[int, Tensor] = {}
+    for whole in inputs:
+        out, lse = layer(*_shards(whole, ranks), case.scale, return_softmax_lse=True, seq_len=case.query_len)
+        q = whole[0][:, rows, heads]
+        outs, lses = [], []
+        for split in range(ring):
+            keys = slice(split * block, min((split + 1) * block, case.query_len))
+            k, v = (x.repeat_interleave(groups, 2)[:, keys, heads] for x in whole[1:])
+            first = full_keep_map(*(len(q), len(heads), q.shape[1], k.shape[1]), case.head_dim, q.dtype, device)
+            keep = maps.get(split, first)
+            expected, margins = reference.decisions(q, k, keep, None, None, threshold, case.scale)
+            maps[split] = pack_keep_map(layer.keep_map(split))
+            unsure = (margins - RING_THRESHOLD).abs() <= score_rounding(q, k, case.scale)
+            assert unsure.sum() <= max(1.0, 0.01 * float((margins > -torch.inf).sum()))
+            differs = reference.unpack_keep_map(maps[split] ^ expected, margins.shape[-1])
+            assert not (differs & ~unsure).any()
+            visited = pack_keep_map(margins > -torch.inf)
+            part = reference.attention(q, k, v, visited, None, case.scale)
+            outs.append(part[0])
+            lses.append(part[1])
+        exact = reference.merge_attention(outs, lses)
+        tokens = gather_sequence(out, ranks, case.query_len)[:, rows, heads]
+        torch.testing.assert_close(
+            (tokens, gather_sequence(lse, ranks, case.query_len, dim=2)[:, heads, rows]),
+            (exact[0].to(q.dtype), exact[1].float()),
+            atol=1e-5 if device == "cpu" else 2e-2,
+            rtol=0,
+        )
+    return float(layer.skip_fraction())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("ring", "ulysses", "case"), [(2, 1, RAGGED), (4, 1, LONG), (2, 2, LONG)], ids=str)
+def test_each_split_of_a_ring_follows_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> None:
+    skipped = run_on_ranks(ring * ulysses, device, _like_the_oracle, device, ring, ulysses, case)
+    assert sum(skipped) / len(skipped) > 0.1, "the inputs are meant to skip something"
+
+
+def _ranges_across_splits(device: str, as_tensors: bool) -> list[float]:
+    mesh = mesh_of(device, 2, 1)
+    ranks = sequence_mesh(mesh, "test")
+    layer = DistributedLiteAttention(mesh, threshold=-torch.inf)
+    case = Case(batch=2, query_len=512, kv_len=512, heads=2)
+    q, k, v = _passes(case, device, 1)[0]
+    must_do: Any = [[150, 160]]  # tile 1, in the first split
+    must_skip: Any = [[100, 400]]  # wholly tiles 1 and 2, one in each split
+    queries: Any = [[250, 260]]  # query tiles 3 and 4, one in each block
+    kv_lens = torch.tensor([512, 400], dtype=torch.int32, device=device)
+    fraction = torch.ones((), device=device)
+    if as_tensors:
+        must_do, must_skip, queries = (torch.tensor(x, device=device) for x in (must_do, must_skip, queries))
+    else:
+        must_do, must_skip, queries = must_do[0], must_skip[0], queries[0]
+    out, lse = layer(
+        *_shards((q, k, v), ranks),
+        return_softmax_lse=True,
+        must_do_list=must_do,
+        must_skip_list=must_skip,
+        must_do_queries=queries,
+        kv_lens=kv_lens,
+        skip_fraction_out=fraction,
+    )
+    keep = torch.ones(2, 2, 8, 4, dtype=torch.bool, device=device)
+    keep[..., 2] = False
+    keep[:, :, 3:5] = True
+    out, lse = gather_sequence(out, ranks), gather_sequence(lse, ranks, dim=2)
+    check_attention(out.contiguous(), lse.contiguous(), q, k, v, pack_keep_map(keep), kv_lens, case.scale)
+    return [float(fraction), float(1 - keep.float().mean())]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_ranges_and_lengths_count_in_tokens_of_the_whole_sequence(device: str, as_tensors: bool) -> None:
+    for fraction, expected in run_on_ranks(2, device, _ranges_across_splits, device, as_tensors):
+        assert fraction == pytest.approx(expected)
+
+
+def _a_rank_without_tokens() -> None:
+    mesh = mesh_of("cpu", 4, 1)
+    ranks = sequence_mesh(mesh, "test")
+    case = Case(query_len=5, kv_len=5, heads=1, kv_heads=1, head_dim=8)
+    inputs = _passes(case, "cpu", 1)[0]
+    local = tuple(torch.cat([x, x.new_zeros(1, 3, 1, 8)], 1)[:, 2 * ranks.shard :][:, :2] for x in inputs)
+    layer = DistributedLiteAttention(mesh)
+    out, lse = layer(*local, return_softmax_lse=True, seq_len=5)
+    out, lse = gather_sequence(out, ranks), gather_sequence(lse, ranks, dim=2)
+    check_attention(out[:, :5].contiguous(), lse[:, :, :5].contiguous(), *inputs, None, None, case.scale)
+    assert not out[:, 5:].any()
+    assert (lse[:, :, 5:] == -torch.inf).all()
+
+
+def test_ranks_of_padding_alone_take_part() -> None:
+    run_on_ranks(4, "cpu", _a_rank_without_tokens)
+
+
+def _balanced(device: str, ring: int, ulysses: int, head_chunks: int, kv_heads: int) -> tuple[float, float, float]:
+    mesh = mesh_of(device, ring, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    case = Case(query_len=640, kv_len=640, heads=8, kv_heads=kv_heads)
+    # Sharper and sharper heads: those of the first rank skip least.
+    thresholds = [-30.0, -25.0, -20.0, -15.0, -6.0, -4.0, -2.0, -1.0]
+    moved, as_it_came = (
+        DistributedLiteAttention(mesh, threshold=thresholds, head_chunks=head_chunks) for _ in range(2)
+    )
+    balance = None
+    for step, inputs in enumerate(_passes(case, device, 5)):
+        local = _shards(inputs, ranks)
+        assert torch.equal(moved(*local), as_it_came(*local)), step
+        if step in (2, 3):
+            balance = moved.balance_heads() if balance is None else balance
+            moved.balance_heads()  # nothing or little left to do
+            moved.set_threshold(thresholds)
+    assert balance is not None
+    maps = torch.zeros(8, device=device)
+    for layer, sign in ((moved, 1), (as_it_came, -1)):
+        for split in range(ring):
+            kept = layer.keep_map(split).sum((0, 2, 3)).float()
+            maps.index_add_(0, torch.tensor(layer.local_heads(8), device=device), sign * kept)
+    return balance.before, balance.after, float(gather_sequence(maps.view(1, -1), ranks, dim=0).sum(0).abs().max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("ring", "ulysses", "head_chunks", "kv_heads"), [(1, 2, 1, 8), (2, 2, 2, 8), (1, 2, 1, 4)])
+def test_balanced_heads_take_their_maps_and_thresholds_along(
+    device: str, ring: int, ulysses: int, head_chunks: int, kv_heads: int
+) -> None:
+    answers = run_on_ranks(ring * ulysses, device, _balanced, device, ring, ulysses, head_chunks, kv_heads)
+    assert len(set(answers)) == 1, "ranks disagree"
+    before, after, difference = answers[0]
+    assert before > 0.1
+    assert after < 0.5 * before
+    assert difference == 0
+
+
+def _settings_of_branches() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    shared, alone = DistributedLiteAttention(mesh, threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    *inputs, last = _passes(CASE, "cpu", 4)
+    for branch in (0, 1):
+        for x in inputs:
+            shared(*_shards(x, ranks), branch=branch)
+            alone(*x, branch=branch)
+    for layer in (shared, alone):
+        layer.reset_skip_state(1)
+    for branch, least in ((0, 0.1), (1, 0.0)):
+        fraction = all_gather(shared.skip_fraction(branch).view(1), ranks.ulysses, 0).mean()
+        torch.testing.assert_close(fraction, alone.skip_fraction(branch))
+        assert fraction > least or least == fraction == 0
+    before = shared.keep_map(branch=0)
+    shared.enable_skip_optimization(False)
+    dense = gather_sequence(shared(*_shards(last, ranks)), ranks)
+    assert torch.equal(dense, attention(*last)[0])
+    assert torch.equal(shared.keep_map(branch=0), before)
+    never = DistributedLiteAttention(mesh, False, threshold=0.0)
+    for _ in range(2):
+        assert torch.equal(gather_sequence(never(*_shards(last, ranks)), ranks), dense)
+
+
+def test_branches_resets_and_switching_off_are_those_of_one_process() -> None:
+    run_on_ranks(2, "cpu", _settings_of_branches)
+
+
+def _fractions(ring: int, ulysses: int) -> tuple[float, float, float, float]:
+    """(told in the pass, of the maps it used, told after it, of the maps it left)."""
+    mesh = mesh_of("cpu", ring, ulysses)
+    case = Case(query_len=1300, kv_len=1300, heads=3, kv_heads=3)
+    layer = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD, head_chunks=2 if ulysses == 1 else 1)
+    fraction = torch.zeros(())
+    used, left = 0.0, 0.0
+    for inputs in _passes(case, "cpu"):
+        used = left
+        layer(*_shards(inputs, sequence_mesh(mesh, "test")), seq_len=1300, skip_fraction_out=fraction)
+        left = float(1 - torch.cat([layer.keep_map(split).flatten() for split in range(ring)]).float().mean())
+    return float(fraction), used, float(layer.skip_fraction()), left
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (1, 2)])
+def test_the_share_of_skipped_tiles_is_that_of_all_maps_of_the_rank(ring: int, ulysses: int) -> None:
+    for told, used, told_after, left in run_on_ranks(2, "cpu", _fractions, ring, ulysses):
+        assert told == pytest.approx(used)
+        assert told_after == pytest.approx(left)
+        assert 0.05 < used < left
+
+
+def _branches_after_balancing() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    thresholds = [-30.0, -25.0, -2.0, -1.0]
+    moved, as_it_came = (DistributedLiteAttention(mesh, threshold=thresholds) for _ in range(2))
+    versions = [split.layout_version for split in moved.states.splits]
+    for step, inputs in enumerate(_passes(CASE, "cpu", 4)):
+        local = _shards(inputs, ranks)
+        for branch in (0, 3):
+            assert torch.equal(moved(*local, branch=branch), as_it_came(*local, branch=branch))
+        if step == 1:
+            assert moved.balance_heads().before > 0.05
+            assert [split.layout_version for split in moved.states.splits] > versions, "graphs are out of date"
+    copied = copy.deepcopy(moved).to_empty(device="cpu")
+    assert torch.equal(copied(*local), as_it_came(*local, branch=7)), "a copy without state, its heads in their places"
+
+
+def test_balancing_moves_the_maps_of_every_branch() -> None:
+    run_on_ranks(2, "cpu", _branches_after_balancing)
+
+
+def _balanced_for_nothing() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    layer = DistributedLiteAttention(mesh, threshold=[-30.0, -1.0])
+    for inputs in _passes(Case(query_len=512, kv_len=512, heads=2), "cpu"):
+        layer(*_shards(inputs, sequence_mesh(mesh, "test")))
+    balance = layer.balance_heads()
+    assert balance.before == balance.after > 0.05, "a head each cannot be shared better"
+    assert layer.local_heads(2) == [sequence_mesh(mesh, "test").shard]
+    assert layer._head_order is None
+
+
+def test_heads_stay_where_moving_them_would_not_help() -> None:
+    run_on_ranks(2, "cpu", _balanced_for_nothing)
+
+
+def _compiled(backend: str, ring: int, ulysses: int) -> tuple[int, float]:
+    torch._dynamo.reset()
+    mesh = mesh_of("cpu", ring, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    eager, traced = (DistributedLiteAttention(mesh, threshold=THRESHOLD, head_chunks=2) for _ in range(2))
+    counter = CompileCounter()
+    compiled = torch.compile(traced, fullgraph=True, backend=counter if backend == "count" else backend)
+    skipped = 0.0
+    with torch.no_grad():
+        for step, inputs in enumerate(_passes(CASE, "cpu", 6)):
+            local = _shards(inputs, ranks)
+            torch.testing.assert_close(compiled(*local), eager(*local), atol=1e-6, rtol=1e-6)
+            for split in range(ring):
+                assert torch.equal(traced.keep_map(split), eager.keep_map(split))
+            skipped = max(skipped, float(traced.skip_fraction()))
+            for layer in (eager, traced):
+                if step == 2:
+                    layer.set_threshold(-3.0)
+                if step == 3:
+                    layer.reset_skip_state()
+    return counter.frame_count, skipped
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1)])
+def test_one_graph_for_all_steps(ring: int, ulysses: int) -> None:
+    for graphs, skipped in run_on_ranks(2, "cpu", _compiled, "count", ring, ulysses):
+        assert graphs == 1
+        assert skipped > 0.1
+
+
+def test_inductor_gives_the_results_and_the_state_of_eager() -> None:
+    for _, skipped in run_on_ranks(4, "cpu", _compiled, "inductor", 2, 2):
+        assert skipped > 0.1
+
+
+def _errors() -> str:
+    mesh = mesh_of("cpu", 1, 2)
+    layer = DistributedLiteAttention(mesh)
+    q, kv = torch.zeros(1, 6, 4, 8), torch.zeros(1, 6, 2, 8)
+    calls = {
+        "mesh": lambda: DistributedLiteAttention("cpu"),  # type: ignore[arg-type]
+        "head_chunks type": lambda: DistributedLiteAttention(mesh, head_chunks=True),
+        "head_chunks": lambda: DistributedLiteAttention(mesh, head_chunks=0),
+        "threshold": lambda: DistributedLiteAttention(mesh, threshold=1.0),
+        "thresholds": lambda: DistributedLiteAttention(mesh, threshold=[-1.0]),
+        "query": lambda: layer("q", kv, kv),
+        "dimensions": lambda: layer(q[0], kv, kv),
+        "key": lambda: layer(q, kv[:, :4], kv),
+        "value": lambda: layer(q, kv, kv[:, :4]),
+        "kv_heads": lambda: layer(q, *[torch.zeros(1, 6, 3, 8)] * 2),
+        "heads": lambda: layer(*[torch.zeros(1, 6, 1, 8)] * 3),
+        "seq_len": lambda: layer(q, kv, kv, seq_len=13),
+        "must_do": lambda: layer(q, kv, kv, must_do_list=[0, 13]),
+        "must_skip": lambda: layer(q, kv, kv, must_skip_list="0"),
+        "balance": lambda: layer.balance_heads(),
+        "dtypes": lambda: layer(q, kv.half(), kv.half()),
+        "no token": lambda: layer(q[:, :0], kv[:, :0], kv[:, :0]),
+        "kv tokens": lambda: layer(q, *[torch.zeros(1, 4, 2, 8)] * 2),
+        "kv_lens": lambda: layer(q, kv, kv, kv_lens=torch.tensor([5])),
+        "seq_len type": lambda: layer(q, kv, kv, seq_len=True),
+        "skip_fraction_out": lambda: layer(q, kv, kv, skip_fraction_out=0.0),
+        "threshold of other heads": lambda: DistributedLiteAttention(mesh, threshold=[-1.0] * 6)(q, kv, kv),
+        "split": lambda: layer.keep_map(1),
+        "gather": lambda: gather_sequence(q, sequence_mesh(mesh, "test"), 13),
+    }
+    odd = Case(query_len=256, kv_len=256, heads=5, kv_heads=5, head_dim=8)
+    unequal = DistributedLiteAttention(mesh)
+    unequal(*_shards(_passes(odd, "cpu", 1)[0], sequence_mesh(mesh, "test")))
+    balanced = DistributedLiteAttention(mesh, threshold=[-30.0, -20.0, -1.0, -1.0])
+    for inputs in _passes(CASE, "cpu", 3):
+        balanced(*_shards(inputs, sequence_mesh(mesh, "test")))
+    balanced.balance_heads()
+    calls |= {
+        "balance unequal heads": lambda: unequal.balance_heads(),
+        "map of other heads": lambda: balanced.set_keep_map(torch.ones(1, 7, 4, 2, dtype=torch.bool)),
+        "threshold after balancing": lambda: balanced.set_threshold([-1.0] * 6),
+        "heads after balancing": lambda: balanced(q, kv, kv),
+    }
+    lines = []
+    for name, call in calls.items():
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as error:
+            lines.append(f"{name} -> {type(error).__name__}: {error}")
+    return "\n".join(lines)
+
+
+def test_errors() -> None:
+    text, same = run_on_ranks(2, "cpu", _errors)
+    assert text == same
+    assert_expected_inline(
+        text,
+        """\
+mesh -> TypeError: DistributedLiteAttention: mesh has type str, expected a DeviceMesh
+head_chunks type -> TypeError: DistributedLiteAttention: head_chunks has type bool, expected an int
+head_chunks -> ValueError: DistributedLiteAttention: head_chunks is 0, expected at least 1
+threshold -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+thresholds -> ValueError: DistributedLiteAttention: threshold has 1 values, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
+query -> TypeError: DistributedLiteAttention: query has type str, expected a tensor
+dimensions -> ValueError: DistributedLiteAttention: query has 3 dimensions, expected 4: [batch, length, heads, head_dim]
+key -> ValueError: DistributedLiteAttention: value has shape [1, 6, 2, 8], expected key's shape, [1, 4, 2, 8]
+value -> ValueError: DistributedLiteAttention: value has shape [1, 4, 2, 8], expected key's shape, [1, 6, 2, 8]
+kv_heads -> ValueError: DistributedLiteAttention: key has 3 heads, expected a divisor of query's 4
+heads -> ValueError: DistributedLiteAttention: query has 1 heads, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
+seq_len -> ValueError: DistributedLiteAttention: seq_len is 13, expected 1 to 12, the tokens of all shards
+must_do -> ValueError: DistributedLiteAttention: must_do_list[1] is 13, expected at most the number of keys, 12
+must_skip -> TypeError: DistributedLiteAttention: must_skip_list has type str, expected a list of ints or an integer tensor
+balance -> RuntimeError: DistributedLiteAttention: balance_heads without maps on every rank, expected a skipping pass before
+dtypes -> TypeError: DistributedLiteAttention: key has dtype torch.float16, expected torch.float32, query's
+no token -> ValueError: DistributedLiteAttention: query has shape [1, 0, 4, 8], expected no size of 0
+kv tokens -> ValueError: DistributedLiteAttention: key has 4 tokens, expected 6 like query
+kv_lens -> TypeError: DistributedLiteAttention: kv_lens has dtype torch.int64, expected torch.int32
+seq_len type -> TypeError: DistributedLiteAttention: seq_len has type bool, expected an int
+skip_fraction_out -> TypeError: DistributedLiteAttention: skip_fraction_out has type float, expected a tensor
+threshold of other heads -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head of query
+split -> ValueError: DistributedLiteAttention: split_idx is 1, expected 0 to 0
+gather -> ValueError: gather_sequence: seq_len is 13, expected 0 to 12, the tokens of all shards
+balance unequal heads -> ValueError: DistributedLiteAttention: balance_heads with 5 heads, expected a multiple of 2, so that every rank keeps as many
+map of other heads -> ValueError: set_keep_map: keep_map has shape [1, 7, 4, 2], expected [batch, 2, query_tiles, kv_tiles] or sizes of 1
+threshold after balancing -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head as when balance_heads() was called
+heads after balancing -> ValueError: DistributedLiteAttention: heads of query, and of those for each key head that is sent, are (4, 2), expected (4, 1) as when balance_heads() was called""",
+    )
+
+
+def _one_rank_fails(rank_of_failure: int, seconds: float) -> tuple[str, float]:
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ulysses",))
+    layer = DistributedLiteAttention(mesh)
+    inputs = _shards(_passes(CASE, "cpu", 1)[0], sequence_mesh(mesh, "test"))
+    start = time.monotonic()
+    try:
+        layer(*inputs, must_do_list=[0] if dist.get_rank() == rank_of_failure else None)
+    except (RuntimeError, ValueError) as error:
+        return type(error).__name__, time.monotonic() - start
+    return "no error", time.monotonic() - start
+
+
+def test_a_rank_that_raises_ends_the_others_by_their_timeout() -> None:
+    waiting, failed = run_on_ranks(2, "cpu", _one_rank_fails, 1, 3.0)
+    assert failed[0] == "ValueError"
+    assert waiting[0] == "RuntimeError"
+    assert 2.0 < waiting[1] < 30.0

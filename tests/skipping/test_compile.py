@@ -1,0 +1,251 @@
+"""torch.compile: one graph over a whole model, nothing recompiled from step to step, the same results as eager."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from lite_attention import LiteAttention, SeqParallelLiteAttention, skip_branch
+from lite_attention.skipping.module import MAP_SLOTS
+from support.models import HEAD_DIM, HEADS, Model, noise, same_state
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def twelve_steps(model: Model, compiled: Callable[..., Tensor], eager: Model, branches: int) -> None:
+    """A threshold change, a reset and branch switches in between; every step compared with eager."""
+    skipped = 0.0
+    for step in range(12):
+        if step == 5:
+            for layer in (*model.layers(), *eager.layers()):
+                layer.set_threshold(-0.1)
+        if step == 8:
+            skipped = max(float(layer.skip_fraction()) for layer in model.layers())
+            for layer in (*model.layers(), *eager.layers()):
+                layer.reset_skip_state()
+        for branch in range(branches):
+            with skip_branch(branch):
+                torch.testing.assert_close(compiled(noise(step)), eager(noise(step)), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager, range(branches))
+    assert skipped > 0.02, "the model is meant to skip something"
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_one_graph_for_all_layers_and_twelve_steps(branches: int) -> None:
+    counter = CompileCounter()
+    model = Model()
+    eager = copy.deepcopy(model)
+    twelve_steps(model, torch.compile(model, fullgraph=True, backend=counter), eager, branches)
+    assert counter.frame_count == branches, "one compile, one more for the second branch"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_gives_the_results_and_the_state_of_eager(mode: str) -> None:
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    torch._dynamo.utils.counters.clear()
+    twelve_steps(model, compiled, eager, branches=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_one_compile_covers_all_blocks_compiled_one_by_one() -> None:
+    counter = CompileCounter()
+    model = Model(12)
+    eager = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    for step in range(3):
+        torch.testing.assert_close(model(noise(step)), eager(noise(step)), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+    with skip_branch(1):
+        model(noise(3))
+    assert counter.frame_count == 2
+    model(noise(3, length=700))
+    assert counter.frame_count == 3, "another shape: one more compile for all the blocks"
+
+
+def test_warm_state_is_not_lost_by_compiling() -> None:
+    model = Model(2)
+    for step in range(2):
+        model(noise(step))
+    eager = copy.deepcopy(model)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(noise(2))
+    eager(noise(2))
+    assert same_state(model, eager)
+    assert float(next(model.layers()).skip_fraction()) > 0
+
+
+def test_alternating_shapes_are_compiled_once_each_and_never_stale() -> None:
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(12):
+        # Two passes of a shape, then two of the next: the second continues the first, the third starts anew.
+        x = noise(step, length=(520, 521, 700)[step // 2 % 3])
+        torch.testing.assert_close(compiled(x), eager(x), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager)
+    assert counter.frame_count == 3
+
+
+def test_a_graph_whose_slot_was_given_away_starts_from_the_full_map() -> None:
+    layer = LiteAttention(threshold=-0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+
+    def inputs(step: int, length: int = 520) -> list[Tensor]:
+        return [2 * noise(step, length).unflatten(-1, (HEADS, HEAD_DIM))] * 3
+
+    first = compiled(*inputs(0))
+    for length in range(521, 520 + MAP_SLOTS):
+        layer(*inputs(1, length))  # as many tiles, so the guards of the graph do not see who has the slot
+    assert torch.equal(compiled(*inputs(0)), first)
+    assert float(layer.skip_fraction()) > 0
+    layer(*inputs(2), branch=1)  # takes the oldest slot, the graph's
+    assert torch.equal(compiled(*inputs(0)), first)
+    # The other way round: what the graph has written is not the newcomer's map.
+    fresh = LiteAttention(threshold=-0.5)
+    assert torch.equal(layer(*inputs(3), branch=1), fresh(*inputs(3)))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_dynamic_shapes_cost_one_compile_a_shape(dynamic: bool) -> None:
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
+    for step, (length, batch) in enumerate(((520, 1), (300, 1), (300, 2), (520, 1), (300, 2))):
+        x = noise(step, length, batch)
+        torch.testing.assert_close(compiled(x), eager(x), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager)
+    assert counter.frame_count == 3
+
+
+def test_ranges_as_tensors_never_recompile() -> None:
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(5):
+        must_do = torch.tensor([[100 * step, 100 * step + 50], [0, 0]])
+        must_skip = torch.tensor([[500, 100 * step]])
+        out = compiled(noise(step), must_do, must_skip)
+        torch.testing.assert_close(out, eager(noise(step), must_do, must_skip), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager)
+    assert counter.frame_count == 1
+
+
+def test_ranges_as_changing_lists_recompile_once() -> None:
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(5):
+        lists = [50 + step, 10 + step], [128 + step, 400]
+        torch.testing.assert_close(compiled(noise(step), *lists), eager(noise(step), *lists), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager)
+    assert counter.frame_count <= 2
+
+
+def test_both_branches_and_two_shapes_inside_one_graph() -> None:
+    def step(model: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        conditional = model(x)
+        with skip_branch(1):
+            unconditional = model(x + 1)
+        return conditional, unconditional, model(x[:, :200])
+
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for index in range(4):
+        results = compiled(model, noise(index)), step(eager, noise(index))
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager, range(2))
+    assert counter.frame_count == 1
+
+
+def test_switching_skipping_off_and_on_costs_one_compile() -> None:
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(6):
+        for layer in (*model.layers(), *eager.layers()):
+            layer.enable_skip_optimization(step % 2 == 0)
+        torch.testing.assert_close(compiled(noise(step)), eager(noise(step)), atol=1e-5, rtol=1e-5)
+        assert same_state(model, eager)
+    assert counter.frame_count == 2
+
+
+def test_settings_may_be_changed_inside_the_graph() -> None:
+    def video(layer: LiteAttention, q: Tensor) -> tuple[Tensor, Tensor]:
+        layer.reset_skip_state()
+        layer.set_threshold(-0.1)
+        first = layer(q, q, q)
+        return first, layer(q, q, q)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(video, fullgraph=True, backend=counter)
+    layer = LiteAttention()
+    eager = copy.deepcopy(layer)
+    for step in range(3):
+        q = noise(step).unflatten(-1, (HEADS, HEAD_DIM))
+        torch.testing.assert_close(compiled(layer, q), video(eager, q), atol=1e-5, rtol=1e-5)
+        assert torch.equal(layer.keep_map(), eager.keep_map())
+    assert counter.frame_count == 1
+    assert layer.threshold == pytest.approx(-0.1)
+
+
+def test_sequence_parallel_costs_one_compile_a_split() -> None:
+    counter = CompileCounter()
+    ring = SeqParallelLiteAttention(2, threshold=-0.5)
+    eager = copy.deepcopy(ring)
+    compiled = torch.compile(ring, fullgraph=True, backend=counter)
+    for step in range(6):
+        q = noise(step).unflatten(-1, (HEADS, HEAD_DIM)) * 2
+        split = step % 2
+        torch.testing.assert_close(compiled(q, q, q, split), eager(q, q, q, split), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 2
+    assert torch.equal(ring.skip_fraction(), eager.skip_fraction())
+    assert float(ring.skip_fraction()) > 0
+
+
+def test_inference_mode_and_no_grad_share_one_state() -> None:
+    model = Model(1)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
+            torch.testing.assert_close(compiled(noise(step)), eager(noise(step)), atol=1e-5, rtol=1e-5)
+    assert same_state(model, eager)
+
+
+def test_asking_for_a_gradient_is_an_error_when_compiling() -> None:
+    model = Model(1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.enable_grad(), pytest.raises(Exception, match="skip_attention: has no gradient"):
+        compiled(noise(0))
+
+
+def test_making_room_in_sister_layers_does_not_touch_what_they_remember() -> None:
+    sister, stranger = Model(1), Model(1)
+    sister(noise(0))
+    stranger(noise(0, 300))
+    before = [next(warm.layers()).keep_map() for warm in (sister, stranger)]
+    compiled = torch.compile(Model(2), fullgraph=True, backend="eager")
+    for length in (520, 600):
+        compiled(noise(0, length))
+    for warm, keep, room in zip((sister, stranger), before, (2, 1), strict=True):
+        layer = next(warm.layers())
+        assert torch.equal(layer.keep_map(), keep)
+        assert sum(slot.owner is not None for slot in layer._all_slots()) == room

@@ -1,0 +1,148 @@
+"""The clock: steps and generations told from timesteps alone."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch._dynamo.testing import CompileCounter
+
+from lite_attention import skip_branch
+from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.generation import GenerationClock
+from support.inputs import report
+
+
+def steps_of(clock: GenerationClock, timesteps: list[float]) -> list[int]:
+    steps = []
+    for timestep in timesteps:
+        clock.tick(torch.tensor([timestep]))
+        steps.append(int(clock.step()))
+    return steps
+
+
+@pytest.mark.parametrize(
+    "one",
+    [[999.0, 750.0, 500.0, 20.0], [0.0, 0.25, 0.5, 0.999], [14.6, 3.1, 0.03, 0.0]],
+    ids=["timesteps", "rising", "sigmas"],
+)
+def test_a_turn_of_the_timesteps_starts_a_generation(one: list[float]) -> None:
+    assert steps_of(GenerationClock(), [*one, *one, *one]) == [0, 1, 2, 3] * 3
+
+
+def test_calls_with_one_timestep_are_one_step() -> None:
+    heun = [999.0, 750.0, 750.0, 500.0, 500.0]
+    assert steps_of(GenerationClock(), heun + heun) == [0, 1, 1, 2, 2] * 2
+
+
+def test_neighbouring_sigmas_are_different_steps() -> None:
+    assert steps_of(GenerationClock(), [1.0, 0.99999, 0.99998]) == [0, 1, 2]
+
+
+def test_the_largest_timestep_counts() -> None:
+    clock = GenerationClock()
+    for step, timestep in enumerate((999, 800, 600)):
+        clock.tick(torch.tensor([[0, timestep], [timestep, timestep]]))
+        assert int(clock.step()) == step
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_timesteps_of_any_dtype(dtype: torch.dtype) -> None:
+    clock = GenerationClock()
+    for step, timestep in enumerate((992, 800, 600)):
+        clock.tick(torch.tensor(timestep, dtype=dtype))
+        assert int(clock.step()) == step
+
+
+@pytest.mark.parametrize(("skip_first_steps", "full"), [(0, 1), (1, 1), (3, 3)])
+def test_the_first_steps_start_full(skip_first_steps: int, full: int) -> None:
+    clock = GenerationClock(skip_first_steps)
+    assert clock.start_full, "before the first call"
+    for _ in range(2):
+        for step, timestep in enumerate((900, 900, 700, 500, 300)):
+            clock.tick(torch.tensor(timestep))
+            assert bool(clock.start_full) == (max(0, step - 1) < full)
+
+
+def test_a_reset_starts_a_generation_where_timesteps_do_not_tell() -> None:
+    clock = GenerationClock()
+    assert steps_of(clock, [999.0, 999.0, 500.0]) == [0, 0, 1]
+    clock.reset()
+    assert int(clock.step()) == -1
+    assert steps_of(clock, [500.0, 400.0]) == [0, 1]
+
+
+def test_branches_have_their_own_time() -> None:
+    clock = GenerationClock()
+    clock.tick(torch.tensor(900.0))
+    clock.tick(torch.tensor(800.0))
+    with skip_branch(1):
+        clock.tick(torch.tensor(900.0))
+        assert int(clock.step()) == 0
+        assert clock.start_full
+    clock.tick(torch.tensor(700.0))
+    assert int(clock.step()) == 2
+    assert not clock.start_full
+    clock.tick(torch.tensor(900.0), branch=1)
+    assert int(clock.step(1)) == 0, "the same timestep as before in this branch"
+    clock.tick(torch.tensor(700.0), branch=MAX_BRANCHES - 1)
+    assert clock.start_full
+    assert [int(clock.step(branch)) for branch in (0, 1, 2, MAX_BRANCHES - 1)] == [2, 0, -1, 0]
+
+
+def test_casts_leave_the_time_alone() -> None:
+    clock = GenerationClock()
+    steps_of(clock, [0.9991, 0.9990])
+    clock.to(torch.bfloat16)
+    assert steps_of(clock, [0.9990, 0.9989]) == [1, 2]
+
+
+def test_a_clock_made_on_meta_works_once_it_is_real() -> None:
+    with torch.device("meta"):
+        clock = GenerationClock(2)
+    clock.to_empty(device="cpu")
+    assert steps_of(clock, [900.0, 800.0, 700.0]) == [0, 1, 2]
+    assert not clock.start_full
+
+
+def test_one_graph_for_all_steps_and_generations() -> None:
+    counter = CompileCounter()
+    clock = GenerationClock(2)
+    eager = copy.deepcopy(clock)
+    compiled = torch.compile(clock.tick, fullgraph=True, backend=counter)
+    for timestep in (900.0, 700.0, 700.0, 500.0, 900.0, 700.0, 500.0):
+        compiled(torch.tensor([timestep]))
+        eager.tick(torch.tensor([timestep]))
+        assert int(clock.step()) == int(eager.step())
+        assert bool(clock.start_full) == bool(eager.start_full)
+    assert counter.frame_count == 1
+
+
+def test_made_in_inference_mode_it_can_be_used_outside() -> None:
+    with torch.inference_mode():
+        clock = GenerationClock()
+        clock.tick(torch.tensor(9.0))
+    assert steps_of(clock, [8.0, 7.0]) == [1, 2]
+
+
+def test_errors() -> None:
+    clock = GenerationClock()
+    calls: dict[str, Callable[[], object]] = {
+        "1.5 first steps": lambda: GenerationClock(1.5),  # type: ignore[arg-type]
+        "-1 first steps": lambda: GenerationClock(-1),
+        "a number": lambda: clock.tick(900.0),  # type: ignore[arg-type]
+        "no timesteps": lambda: clock.tick(torch.zeros(0)),
+        "a timestep elsewhere": lambda: clock.tick(torch.zeros(1, device="meta")),
+        "branch 8": lambda: clock.step(8),
+    }
+    assert_expected_inline(
+        report(calls),
+        """\
+1.5 first steps -> TypeError: skip_first_steps has type float, expected an int
+-1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+a number -> TypeError: GenerationClock: timestep has type float, expected a tensor
+no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
+a timestep elsewhere -> ValueError: GenerationClock: timestep is on meta, expected cpu, the clock's device
+branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
+    )

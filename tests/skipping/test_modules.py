@@ -1,0 +1,804 @@
+"""LiteAttention and SeqParallelLiteAttention: what they compute, what they remember and when they forget it."""
+
+import copy
+import gc
+import io
+import itertools
+import logging
+import math
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lite_attention import (
+    LiteAttention,
+    SeqParallelLiteAttention,
+    attention,
+    full_keep_map,
+    merge_attention,
+    pack_keep_map,
+    skip_attention,
+    skip_branch,
+    unpack_keep_map,
+)
+from lite_attention.skipping import branches
+from lite_attention.skipping import module as modules
+from lite_attention.skipping.branches import MAX_BRANCHES
+from support.inputs import DTYPES, Case, check_attention, correlated_passes, make_qkv
+
+CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
+THRESHOLD = -8.0
+
+
+def passes(case: Case = CASE, count: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return list(correlated_passes(case, torch.float32, count, seed))
+
+
+def by_hand(inputs: list[tuple[Tensor, Tensor, Tensor]], threshold: float = THRESHOLD) -> list[tuple[Tensor, ...]]:
+    """The same passes through the operator, the map carried along by hand: (out, lse, map after the pass)."""
+    (batch, query_len, heads, head_dim), kv_len = inputs[0][0].shape, inputs[0][1].shape[1]
+    keep = full_keep_map(batch, heads, query_len, kv_len, head_dim, inputs[0][0].dtype)
+    results = []
+    for q, k, v in inputs:
+        out, lse, keep = skip_attention(q, k, v, keep, threshold)
+        results.append((out, lse, keep))
+    return results
+
+
+def kept(layer: LiteAttention, branch: int | None = None) -> Tensor:
+    return pack_keep_map(layer.keep_map(branch))
+
+
+def dropped_something(keep: Tensor, kv_tiles: int) -> bool:
+    return not bool(unpack_keep_map(keep, kv_tiles).all())
+
+
+def test_passes_are_the_operator_with_the_map_carried_along() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    for (q, k, v), (out, lse, keep) in zip(passes(), by_hand(passes()), strict=True):
+        mine, my_lse = layer(q, k, v, return_softmax_lse=True)
+        assert torch.equal(mine, out)
+        assert torch.equal(my_lse, lse)
+        assert torch.equal(kept(layer), keep)
+    assert dropped_something(keep, 6)
+
+
+def test_first_pass_computes_everything() -> None:
+    q, k, v = passes(count=1)[0]
+    out, lse = LiteAttention(threshold=0.0)(q, k, v, return_softmax_lse=True)
+    check_attention(out, lse, q, k, v, None, None, CASE.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_has_the_shape_and_dtype_of_query(dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(CASE, dtype)
+    for enable in (True, False):
+        layer = LiteAttention(enable_skipping=enable)
+        assert layer(q, k, v).shape == q.shape
+        out, lse = layer(q, k, v, return_softmax_lse=True)
+        assert (out.shape, out.dtype) == (q.shape, dtype)
+        assert (lse.shape, lse.dtype) == ((2, 4, 400), torch.float32)
+
+
+def test_scale_is_the_fourth_argument() -> None:
+    q, k, v = passes(count=1)[0]
+    expected = attention(q, k, v, scale=0.3)[0]
+    dense = LiteAttention(enable_skipping=False)
+    assert torch.equal(dense(q, k, v, 0.3), expected)
+    assert torch.equal(dense(q, k, v, scale=0.3), expected)
+    assert not torch.equal(dense(q, k, v), expected)
+
+
+def test_disabled_is_the_dense_operator_and_leaves_the_state_alone() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = passes(count=3)
+    for q, k, v in inputs[:2]:
+        layer(q, k, v)
+    before = layer.keep_map()
+    layer.enable_skip_optimization(enable=False)
+    other = make_qkv(Case(batch=1, query_len=77, kv_len=99), torch.float32)
+    assert torch.equal(layer(*other), attention(*other)[0])
+    assert torch.equal(layer(*inputs[0]), attention(*inputs[0])[0])
+    assert torch.equal(layer.keep_map(), before)
+    layer.enable_skip_optimization()
+    assert torch.equal(layer(*inputs[2]), by_hand(inputs)[2][0])
+
+
+def test_kv_lens_mask_padded_batches() -> None:
+    q, k, v = passes(count=1)[0]
+    kv_lens = torch.tensor([700, 333], dtype=torch.int32)
+    for layer in (LiteAttention(), LiteAttention(enable_skipping=False)):
+        out, lse = layer(q, k, v, return_softmax_lse=True, kv_lens=kv_lens)
+        check_attention(out, lse, q, k, v, None, kv_lens, CASE.scale)
+
+
+# Thresholds
+
+
+def test_a_new_threshold_acts_from_the_next_pass_on() -> None:
+    inputs = passes(count=2)
+    layer = LiteAttention(threshold=-math.inf)
+    layer(*inputs[0])
+    assert layer.keep_map().all()
+    layer.set_threshold(threshold=THRESHOLD)
+    assert layer.threshold == THRESHOLD
+    layer(*inputs[1])
+    assert torch.equal(kept(layer), by_hand(inputs[1:])[0][2])
+
+
+def test_setting_the_threshold_writes_in_place() -> None:
+    layer = LiteAttention()
+    buffer = layer._threshold
+    layer.set_threshold(-2)
+    assert layer._threshold is buffer
+    assert float(buffer) == -2.0
+    layer.set_threshold([-1.0, -2.0])
+    per_head = layer._threshold
+    layer.set_threshold(torch.tensor([-3.0, -4.0], dtype=torch.float64))
+    assert layer._threshold is per_head
+    assert per_head.tolist() == [-3.0, -4.0]
+    assert layer.threshold == (-3.0, -4.0)
+
+
+def test_each_head_can_have_its_own_threshold() -> None:
+    inputs = passes(count=1)
+    per_head = [-math.inf, -10.0, -3.0, 0.0]
+    layer = LiteAttention(threshold=per_head)
+    layer(*inputs[0])
+    for head, threshold in enumerate(per_head):
+        assert torch.equal(kept(layer)[:, head], by_hand(inputs, threshold)[0][2][:, head])
+
+
+@pytest.mark.parametrize("value", ["1", "TRUE", "anything"])
+def test_debug_permits_thresholds_above_zero(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("LITE_ATTENTION_DEBUG", value)
+    layer = LiteAttention(threshold=5.0)
+    layer.set_threshold(math.inf)
+    layer(*passes(count=1)[0])
+    assert bool((layer.keep_map().sum(-1) == 1).all())
+    monkeypatch.setenv("LITE_ATTENTION_DEBUG", "FALSE")
+    layer.set_threshold(1.0)  # read at construction, not now
+    with pytest.raises(ValueError, match=r"threshold is 1\.0, expected at most 0"):
+        LiteAttention(threshold=1.0)
+
+
+@pytest.mark.parametrize("value", [None, "", "FALSE"])
+def test_thresholds_above_zero_need_debug(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    if value is None:
+        monkeypatch.delenv("LITE_ATTENTION_DEBUG", raising=False)
+    else:
+        monkeypatch.setenv("LITE_ATTENTION_DEBUG", value)
+    with pytest.raises(ValueError, match=r"threshold is 0\.1, expected at most 0"):
+        LiteAttention().set_threshold(0.1)
+    LiteAttention(threshold=0)
+
+
+# Memory: resets, shapes, branches
+
+
+def test_a_reset_forgets_and_keeps_the_memory() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    for q, k, v in inputs:
+        layer(q, k, v)
+    addresses = [buffer.data_ptr() for buffer in layer.buffers()]
+    assert float(layer.skip_fraction()) > 0
+    layer.reset_skip_state()
+    assert float(layer.skip_fraction()) == 0
+    assert layer.keep_map().all()
+    assert layer.keep_map().shape == (2, 4, 7, 6)
+    for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
+        assert torch.equal(layer(q, k, v), out)
+        assert torch.equal(kept(layer), keep)
+    assert [buffer.data_ptr() for buffer in layer.buffers()] == addresses
+
+
+OTHERS = {
+    "longer": CASE._replace(query_len=420, kv_len=720),
+    "another tile count": CASE._replace(kv_len=900),
+    "smaller batch": CASE._replace(batch=1),
+    "more heads": CASE._replace(heads=8),
+    "other key heads": CASE._replace(kv_heads=4),
+    "another head dim": CASE._replace(head_dim=128),
+    "same map size, another key count": CASE._replace(kv_len=699),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_change_of_shape_starts_from_the_full_map_both_ways(other: Case) -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    mine, theirs = passes(count=6), passes(other, count=6)
+    for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        for inputs in (mine[part], theirs[part]):
+            for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
+                assert torch.equal(layer(q, k, v), out)
+                assert torch.equal(kept(layer), keep)
+            assert dropped_something(keep, layer.keep_map().shape[-1])
+
+
+def test_a_change_of_dtype_starts_from_the_full_map() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = passes(count=2)
+    layer(*inputs[0])
+    half = tuple(x.half() for x in inputs[1])
+    layer(*half)
+    assert torch.equal(kept(layer), by_hand([half])[0][2])
+
+
+def test_more_shapes_and_branches_than_slots_stay_correct() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    sizes = [CASE._replace(batch=1, query_len=200 + 10 * i) for i in range(modules.MAP_SLOTS + 3)]
+    for _, (branch, case) in itertools.product(range(2), enumerate(sizes)):
+        inputs = passes(case, count=2)
+        for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
+            assert torch.equal(layer(q, k, v, branch=branch % 3), out)
+            assert torch.equal(kept(layer, branch % 3), keep)
+    slots = [slot.words for slot in layer._all_slots()]
+    assert len(slots) == modules.MAP_SLOTS
+
+
+def test_branches_do_not_see_each_other() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    streams = [passes(seed=0), passes(seed=1), passes(seed=2)]
+    expected = [by_hand(stream) for stream in streams]
+    for step in range(4):
+        outs = []
+        with skip_branch(1):
+            outs.append((1, layer(*streams[1][step])))
+            with skip_branch(2):
+                outs.append((2, layer(*streams[2][step])))
+            assert torch.equal(layer.keep_map(), layer.keep_map(1))
+        outs.append((0, layer(*streams[0][step])))
+        for branch, out in outs:
+            assert torch.equal(out, expected[branch][step][0])
+            assert torch.equal(kept(layer, branch), expected[branch][step][2])
+    assert len({float(layer.skip_fraction(branch)) for branch in range(3)}) > 1
+    layer.reset_skip_state(1)
+    assert float(layer.skip_fraction(1)) == 0
+    assert float(layer.skip_fraction(2)) > 0
+
+
+def test_branch_argument_wins_over_the_context() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    with skip_branch(3):
+        layer(*passes(count=1)[0], branch=5)
+    assert float(layer.skip_fraction(5)) > 0
+    assert float(layer.skip_fraction(3)) == 0
+
+
+def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
+    again = skip_branch(2)
+    with skip_branch(1):
+        with pytest.raises(KeyError), again:
+            raise KeyError
+        assert branches._current_branch == 1
+        with again, again:
+            assert branches._current_branch == 2
+        assert branches._current_branch == 1
+    assert branches._current_branch == 0
+
+
+def test_branches_that_interleave_are_noticed() -> None:
+    first, second = skip_branch(1), skip_branch(2)
+    first.__enter__()
+    second.__enter__()
+    for one in (first, second):
+        with pytest.raises(RuntimeError, match="another branch is current at its end"):
+            one.__exit__(None, None, None)
+    branches._current_branch = 0
+
+
+def test_threads_pass_the_branch_as_an_argument() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    streams = [passes(seed=seed) for seed in range(3)]
+    for branch in range(3):
+        layer(*streams[branch][0], branch=branch)  # make room from one thread
+
+    def run(branch: int) -> None:
+        for inputs in streams[branch][1:]:
+            layer(*inputs, branch=branch)
+
+    threads = [threading.Thread(target=run, args=(branch,)) for branch in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for branch in range(3):
+        assert torch.equal(kept(layer, branch), by_hand(streams[branch])[-1][2])
+
+
+def test_batched_guidance_just_works() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    for inputs in (both := passes()):
+        layer(*inputs)
+    for b in range(2):
+        alone = [tuple(x[b : b + 1] for x in inputs) for inputs in both]
+        assert torch.equal(kept(layer)[b : b + 1], by_hand(alone)[-1][2])
+
+
+def test_layers_do_not_share_state() -> None:
+    first, second = LiteAttention(threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    for inputs in passes():
+        first(*inputs)
+    second(*passes(count=1)[0])
+    assert torch.equal(kept(second), by_hand(passes(count=1))[0][2])
+    assert not torch.equal(kept(second), kept(first))
+
+
+def test_a_change_of_shape_is_logged_when_verbose(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LITE_ATTENTION_VERBOSE", "1")
+    logger = logging.getLogger("lite_attention")
+    monkeypatch.setattr(logger, "level", logger.level)
+    layer = LiteAttention()
+    layer(*make_qkv(CASE, torch.float32))
+    assert not caplog.records
+    layer(*make_qkv(CASE._replace(query_len=401), torch.float32))
+    assert [record.name for record in caplog.records] == ["lite_attention"]
+    assert "400 queries" in caplog.text
+    assert "401 queries" in caplog.text
+    monkeypatch.delenv("LITE_ATTENTION_VERBOSE")
+    caplog.clear()
+    quiet = LiteAttention()
+    for case in (CASE, CASE._replace(query_len=401)):
+        quiet(*make_qkv(case, torch.float32))
+    assert not caplog.records
+
+
+# Must-do and must-skip
+
+
+def test_must_do_tiles_are_computed_and_kept_again() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    for q, k, v in inputs[:3]:
+        layer(q, k, v)
+    before = layer.keep_map()
+    assert not before[..., 1:3].all()
+    # Keys 200 to 299 lie in the tiles 1 and 2.
+    out, lse = layer(*inputs[3], None, True, [300, 200])
+    must = torch.zeros_like(before)
+    must[..., 1:3] = True
+    check_attention(out, lse, *inputs[3], pack_keep_map(before | must), None, CASE.scale)
+    after = layer.keep_map()
+    assert after[..., 1:3].all()
+    assert not (after & ~(before | must)).any()
+
+
+def test_must_skip_tiles_are_left_out_of_this_call_only() -> None:
+    inputs = passes(count=3)
+    layer = LiteAttention(threshold=THRESHOLD)
+    layer(*inputs[0])
+    before = layer.keep_map()
+    # Of the keys 100 to 639, only the tiles 1 to 4 lie wholly inside; tile 5 is ragged and starts at 640.
+    out, lse = layer(*inputs[1], return_softmax_lse=True, must_skip_list=[100, 640])
+    visible = before.clone()
+    visible[..., 1:5] = False
+    check_attention(out, lse, *inputs[1], pack_keep_map(visible), None, CASE.scale)
+    after = layer.keep_map()
+    assert torch.equal(after[..., 1:5], before[..., 1:5]), "a skipped tile keeps its bit, set or not"
+    assert before[..., 1:5].any()
+    assert not before[..., 1:5].all()
+    out, lse = layer(*inputs[2], return_softmax_lse=True)
+    check_attention(out, lse, *inputs[2], pack_keep_map(after), None, CASE.scale)
+
+
+def test_must_do_wins_over_must_skip() -> None:
+    q, k, v = passes(count=1)[0]
+    layer = LiteAttention(threshold=THRESHOLD)
+    out, lse = layer(q, k, v, None, True, [0, 200], [0, 700])
+    only = torch.zeros(2, 4, 7, 6, dtype=torch.bool)
+    only[..., :2] = True
+    check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
+    assert layer.keep_map().all(), "must-do tiles stay kept, skipped ones keep their bit"
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_must_do_queries_compute_and_keep_every_tile(with_keys: bool, as_tensor: bool) -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    for q, k, v in inputs[:3]:
+        layer(q, k, v)
+    before = layer.keep_map()
+    # Rows 100 to 139 lie in the query tiles 1 and 2, row 399 in the ragged last one, 6. Keys 200 to 299: tiles 1, 2.
+    rows: object = torch.tensor([[100, 140], [399, 500]]) if as_tensor else [100, 140, 399, 400]
+    keys = [200, 300] if with_keys else None
+    out, lse = layer(*inputs[3], None, True, keys, None, must_do_queries=rows)
+    must = torch.zeros_like(before)
+    must[:, :, [1, 2, 6]] = True
+    if with_keys:
+        must[..., 1:3] = True
+    assert not before[must].all()
+    check_attention(out, lse, *inputs[3], pack_keep_map(before | must), None, CASE.scale)
+    after = layer.keep_map()
+    assert after[must].all()
+    assert not (after & ~(before | must)).any()
+
+
+def test_a_pass_that_starts_full_does_what_a_reset_does() -> None:
+    inputs = passes()
+    layer, other = LiteAttention(threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    for step, (q, k, v) in enumerate(inputs):
+        if step == 2:
+            other.reset_skip_state()
+        assert torch.equal(layer(q, k, v, start_full=torch.tensor(step == 2)), other(q, k, v))
+        assert torch.equal(layer.keep_map(), other.keep_map())
+    assert not layer.keep_map().all()
+
+
+def test_the_fraction_a_pass_skips_is_that_of_its_map_and_lists() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=THRESHOLD)
+    fraction = torch.full((), 7.0)
+    layer(*inputs[0], skip_fraction_out=fraction)
+    assert fraction == 0.0
+    before = layer.keep_map()
+    layer(*inputs[1], skip_fraction_out=fraction)
+    assert float(fraction) == pytest.approx(1 - float(before.float().mean()))
+    visited = layer.keep_map()
+    layer(*inputs[2], None, False, [0, 128], [256, 512], must_do_queries=[0, 64], skip_fraction_out=fraction)
+    visited[..., 2:4] = False
+    visited[..., 0] = True
+    visited[:, :, 0] = True
+    assert float(fraction) == pytest.approx(1 - float(visited.float().mean()))
+    layer.enable_skip_optimization(False)
+    layer(*inputs[3], skip_fraction_out=fraction)
+    assert fraction == 0.0
+
+
+def test_a_map_can_be_set_and_broadcast() -> None:
+    inputs = passes()
+    layer = LiteAttention(threshold=-math.inf)
+    layer(*inputs[0])
+    chosen = torch.rand(2, 4, 7, 6) < 0.5
+    layer.set_keep_map(chosen)
+    assert torch.equal(layer.keep_map(), chosen)
+    for q, k, v in inputs[:2]:
+        out, lse = layer(q, k, v, return_softmax_lse=True)
+        check_attention(out, lse, q, k, v, pack_keep_map(chosen), None, CASE.scale)
+    assert torch.equal(layer.keep_map(), chosen), "at -inf nothing more is dropped"
+    layer.reset_skip_state()
+    layer.set_keep_map(chosen[:1, :, :1])
+    assert torch.equal(layer.keep_map(), chosen[:1, :, :1].expand(2, 4, 7, 6)), "it counts after a reset too"
+    layer.set_keep_map(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    assert layer.keep_map().all()
+
+
+def test_the_layout_version_tells_when_a_captured_graph_is_out_of_date() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+
+    def grows(change: Callable[[], object]) -> bool:
+        before = layer.layout_version
+        change()
+        return layer.layout_version > before
+
+    q, k, v = passes(count=1)[0]
+    for branch in range(MAX_BRANCHES):
+        assert not grows(lambda branch=branch: layer(q, k, v, branch=branch)), "free room is taken"
+    assert grows(lambda: layer(q[:, 1:], k, v)), "room in use is given away"
+    assert not grows(layer.reset_skip_state)
+    assert not grows(lambda: layer.set_threshold(-3.0))
+    assert not grows(lambda: layer.set_keep_map(layer.keep_map()))
+    assert grows(lambda: layer.set_threshold([-3.0] * 4)), "another shape"
+    assert not grows(lambda: layer.set_threshold([-4.0] * 4))
+    assert not grows(lambda: layer.enable_skip_optimization(True))
+    assert grows(lambda: layer.enable_skip_optimization(False))
+    assert grows(lambda: layer.to("meta"))
+
+
+def test_skipping_every_key_gives_zero_and_minus_infinity() -> None:
+    q, k, v = passes(count=1)[0]
+    layer = LiteAttention(threshold=THRESHOLD)
+    out, lse = layer(q, k, v, None, True, None, [0, 700])
+    assert not out.any()
+    assert bool((lse == -math.inf).all())
+    assert layer.keep_map().all()
+
+
+@pytest.mark.parametrize("ranges", [[80, 60, 45, 40, 12, 2], [2, 12, 40, 45, 60, 80], (12, 2, 40, 45, 80, 60)])
+def test_lists_and_tensors_say_the_same(ranges: list[int]) -> None:
+    inputs = passes(CASE._replace(head_dim=256, kv_heads=4), count=3)
+    as_tensor = torch.tensor(ranges).view(-1, 2)
+    layers = [LiteAttention(threshold=0.0) for _ in range(2)]
+    for q, k, v in inputs:
+        outs = [
+            layer(q, k, v, must_do_list=form, must_skip_list=other)
+            for layer, form, other in zip(
+                layers, (ranges, as_tensor), ([65, 400], torch.tensor([[400, 65], [0, 0]])), strict=True
+            )
+        ]
+        assert torch.equal(*outs)
+    assert torch.equal(layers[0].keep_map(), layers[1].keep_map())
+    assert not torch.equal(layers[0].keep_map(), unpack_keep_map(by_hand(inputs, 0.0)[-1][2], 11))
+
+
+def test_empty_lists_ask_for_nothing() -> None:
+    q, k, v = passes(count=1)[0]
+    assert torch.equal(LiteAttention()(q, k, v, None, False, [], []), LiteAttention()(q, k, v))
+
+
+def test_must_skip_and_kv_lens_together() -> None:
+    q, k, v = passes(count=1)[0]
+    kv_lens = torch.tensor([700, 300], dtype=torch.int32)
+    layer = LiteAttention(threshold=-math.inf)
+    out, lse = layer(q, k, v, None, True, None, [0, 128], kv_lens=kv_lens)
+    visible = torch.ones(2, 4, 7, 6, dtype=torch.bool)
+    visible[..., 0] = False
+    check_attention(out, lse, q, k, v, pack_keep_map(visible), kv_lens, CASE.scale)
+    assert layer.keep_map().all()
+
+
+# An nn.Module among others
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.attn = LiteAttention(threshold=THRESHOLD)
+        self.ring = SeqParallelLiteAttention(2, threshold=[-1.0, -2.0])
+
+
+def test_state_dict_is_untouched() -> None:
+    model = Model()
+    model.attn(*passes(count=1)[0])
+    assert set(model.state_dict()) == {"linear.weight", "linear.bias"}
+    Model().load_state_dict(model.state_dict(), strict=True)
+    assert [name for name, _ in model.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
+def test_the_threshold_stays_fp32() -> None:
+    model = Model()
+    for change in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float64), nn.Module.float):
+        change(model)
+        assert model.attn._threshold.dtype == torch.float32
+        assert float(model.attn._threshold) == THRESHOLD
+        assert all(split._threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
+
+
+def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = passes(count=2)
+    layer(*inputs[0])
+    before = kept(layer)
+    layer.half()
+    layer.to("cpu")
+    assert torch.equal(kept(layer), before)
+    layer.to("meta")
+    assert layer._threshold.device.type == "meta"
+    layer.to_empty(device="cpu")
+    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.skip_fraction()) == 0
+    assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
+
+
+def test_a_module_made_on_meta_works_once_it_is_real() -> None:
+    with torch.device("meta"):
+        layer = LiteAttention(threshold=THRESHOLD)
+    layer.to_empty(device="cpu")
+    inputs = passes(count=2)
+    for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
+        assert torch.equal(layer(q, k, v), out)
+        assert torch.equal(kept(layer), keep)
+
+
+def test_state_follows_the_inputs_to_another_device() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = passes(count=2)
+    layer(*inputs[0])
+    out = layer(*(x.to("meta") for x in inputs[1]))
+    assert out.device.type == "meta"
+    assert layer._threshold.device.type == "meta"
+    assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
+    assert float(layer._threshold) == THRESHOLD
+
+
+def through_pickle(layer: LiteAttention) -> LiteAttention:
+    result: LiteAttention = pickle.loads(pickle.dumps(layer))
+    return result
+
+
+def through_save(layer: LiteAttention) -> LiteAttention:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    result: LiteAttention = torch.load(file, weights_only=False)
+    return result
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_save])
+def test_copies_carry_the_state_and_then_go_their_own_way(duplicate: object) -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = passes()
+    layer(*inputs[0])
+    twin: LiteAttention = duplicate(layer)  # type: ignore[operator]
+    assert torch.equal(kept(twin), kept(layer))
+    for q, k, v in inputs[1:]:
+        twin(q, k, v)
+    assert torch.equal(kept(twin), by_hand(inputs)[-1][2])
+    assert torch.equal(kept(layer), by_hand(inputs[:1])[0][2])
+    twin.set_threshold(-1.0)
+    assert float(layer._threshold) == THRESHOLD
+    own = {buffer.data_ptr() for buffer in layer.buffers() if buffer.numel()}
+    assert own.isdisjoint(buffer.data_ptr() for buffer in twin.buffers() if buffer.numel())
+
+
+def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
+    inputs = passes()
+    with torch.inference_mode():
+        layer = LiteAttention(threshold=THRESHOLD)
+        layer(*inputs[0])
+    layer.set_threshold(THRESHOLD)
+    with torch.no_grad():
+        layer(*inputs[1])
+    layer.reset_skip_state()
+    layer(*inputs[0])
+    with torch.inference_mode():
+        layer(*inputs[1])
+    assert torch.equal(kept(layer), by_hand(inputs[:2])[1][2])
+
+
+def test_dead_layers_are_forgotten() -> None:
+    gc.collect()
+    before = len(modules._instances)
+    layers = [LiteAttention() for _ in range(3)]
+    assert len(modules._instances) == before + 3
+    del layers
+    gc.collect()
+    assert len(modules._instances) == before
+
+
+def test_repr_tells_the_settings() -> None:
+    layer = LiteAttention(enable_skipping=False, threshold=-6.0)
+    assert repr(layer) == "LiteAttention(enable_skipping=False, threshold=-6.0, max_batch_size=4)"
+
+
+# Introspection
+
+
+def test_skip_fraction_counts_dropped_tiles() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    assert float(layer.skip_fraction()) == 0
+    for inputs in passes():
+        layer(*inputs)
+    fraction = layer.skip_fraction()
+    assert (fraction.dtype, fraction.shape) == (torch.float32, ())
+    assert float(fraction) == pytest.approx(1 - float(layer.keep_map().float().mean()))
+    assert 0 < float(fraction) < 1
+
+
+@pytest.mark.parametrize(("head_dim", "shape"), [(64, (64, 128)), (256, (64, 64))])
+def test_tile_shape_is_that_of_the_last_pass(head_dim: int, shape: tuple[int, int]) -> None:
+    layer = LiteAttention()
+    layer(*make_qkv(Case(head_dim=head_dim), torch.bfloat16))
+    assert layer.tile_shape() == shape
+    assert layer.keep_map().shape == (1, 2, -(-300 // shape[0]), -(-300 // shape[1]))
+
+
+# What a CUDA graph may capture
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator that runs and the devices of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, set[str]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        self.calls.append((str(func), {x.device.type for x in tensors}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranges", ["none", "lists", "tensors"])
+def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: str) -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    inputs = [x.to("meta") for x in passes(count=1)[0]]
+    must = {
+        "none": (None, None),
+        "lists": ([0, 100, 300, 400], [128, 512]),
+        "tensors": (torch.zeros(2, 2, dtype=torch.int64, device="meta"),) * 2,
+    }[ranges]
+    layer(*inputs)  # makes room
+    with Recorder() as recorder:
+        for _ in range(2):
+            layer(*inputs, None, True, *must)
+        layer.set_threshold(-1.0)
+        layer.reset_skip_state()
+        layer.skip_fraction()
+    names = [name for name, _ in recorder.calls]
+    assert names.count("lite_attention.skip_attention.default") == 2
+    assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
+    assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
+
+
+# Sequence parallel
+
+
+def test_splits_have_their_own_state_and_merge_to_the_whole() -> None:
+    case = Case(query_len=256, kv_len=1024, heads=2)
+    inputs = passes(case)
+    ring = SeqParallelLiteAttention(num_nodes=4, threshold=-math.inf)
+    q, k, v = inputs[0]
+    parts = [
+        ring(q, key, value, split, return_softmax_lse=True)
+        for split, (key, value) in enumerate(zip(k.chunk(4, 1), v.chunk(4, 1), strict=True))
+    ]
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    whole = attention(q, k, v)
+    torch.testing.assert_close((out, lse), whole, atol=1e-5, rtol=0)
+
+    ring.set_threshold(-1.0)
+    for split, (q, k, v) in itertools.product((3, 1), inputs):
+        ring(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split], split, case.scale)
+    for split in range(4):
+        expected = by_hand([(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split]) for q, k, v in inputs], -1.0)[-1][2]
+        if split in (1, 3):
+            assert torch.equal(pack_keep_map(ring.keep_map(split)), expected)
+        elif split == 0:
+            assert ring.keep_map(split).all()
+    assert float(ring.skip_fraction()) > 0
+    ring.reset_skip_state()
+    assert float(ring.skip_fraction()) == 0
+    ring.enable_skip_optimization(False)
+    assert torch.equal(ring(q, k, v, 2), attention(q, k, v)[0])
+
+
+def test_sequence_parallel_takes_ranges_by_keyword() -> None:
+    q, k, v = passes(count=1)[0]
+    ring = SeqParallelLiteAttention(2)
+    out, lse = ring(q, k, v, 1, CASE.scale, return_softmax_lse=True, must_do_list=[128, 0], must_skip_list=[0, 700])
+    only = torch.zeros(2, 4, 7, 6, dtype=torch.bool)
+    only[..., 0] = True
+    check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
+
+
+def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:
+    layer = LiteAttention(threshold=0.0)
+    small, large = torch.randn(1, 300, 1, 8), torch.randn(1, 600, 1, 8)
+    keys = torch.cat((small[:, :128], 0.01 * small[:, 128:]), dim=1)  # only the first tile matters
+    for branch in range(MAX_BRANCHES):
+        layer(small, keys, small, branch=branch)
+    before = [float(layer.skip_fraction(branch)) for branch in range(MAX_BRANCHES)]
+    layer(large, large, large, branch=3)
+    after = [float(layer.skip_fraction(branch)) for branch in range(MAX_BRANCHES)]
+    assert min(before) > 0, "the inputs are meant to drop something"
+    assert [after[b] for b in range(MAX_BRANCHES) if b != 3] == [before[b] for b in range(MAX_BRANCHES) if b != 3]
+    assert layer.keep_map(3).shape == (1, 1, 10, 5)
+
+
+def test_a_copy_made_in_inference_mode_works_outside_of_it() -> None:
+    layer = LiteAttention()
+    x = torch.randn(1, 300, 1, 8)
+    layer(x, x, x)
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x, x, x), layer(x, x, x))
+
+
+def test_thresholds_beyond_fp32_are_infinite_and_a_refused_one_changes_nothing() -> None:
+    layer = LiteAttention(threshold=-1e39)
+    assert layer.threshold == -math.inf
+    layer.set_threshold(-3.0)
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        layer.set_threshold(math.nan)
+    assert layer.threshold == -3.0
+
+
+def test_tile_shape_follows_compiled_passes() -> None:
+    layer = LiteAttention()
+    narrow, wide = torch.randn(1, 70, 1, 64), torch.randn(1, 70, 1, 256)
+    step = torch.compile(layer, backend="eager")
+    for x, expected in ((narrow, (64, 128)), (wide, (64, 64)), (narrow, (64, 128))):
+        step(x, x, x)
+        assert layer.tile_shape() == expected
