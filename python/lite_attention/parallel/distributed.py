@@ -36,6 +36,7 @@ from lite_attention.parallel.collectives import (
     start_shift,
 )
 from lite_attention.parallel.head_balance import assign_heads, imbalance
+from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
@@ -48,7 +49,7 @@ from lite_attention.skipping.arguments import (
     checked_threshold,
 )
 from lite_attention.skipping.branches import resolved_branch
-from lite_attention.skipping.module import LiteAttention, SeqParallelLiteAttention
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = ["DistributedLiteAttention", "HeadBalance"]
 
