@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lite_attention import unpack_keep_map
 from lite_attention.families.sliding_tile import sliding_tile_map
-from lite_attention.parallel.collectives import even_spans
+from lite_attention.parallel.exchange import even_spans
 
 ROOT = Path(__file__).parents[2]
 
