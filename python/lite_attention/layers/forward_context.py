@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lite_attention.layers.abstract import AttentionMetadata
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 
 __all__ = ["ForwardContext", "current_metadata", "get_forward_context", "set_forward_context"]
 

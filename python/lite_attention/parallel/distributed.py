@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
-from lite_attention.ops.functional import merge_attention
+from lite_attention.ops import merge_attention
 from lite_attention.parallel.collectives import (
     HeadExchange,
     Spans,
