@@ -48,8 +48,9 @@ from attention import Shape
 from attention_record import ATTENTION, FA3, SCATTERED, Loop, Row
 from checks import WrongResultError, check
 from lite_attention import LiteAttention, merge_attention, ops
-from lite_attention.parallel.collectives import sequence_mesh, shard_sequence
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.shards import shard_sequence
 from run import DTYPE, Run, parser_of_run, reason
 from sequence_parallel_record import (
     BALANCE,
