@@ -186,8 +186,8 @@ def test_what_cannot_be_registered_is_named() -> None:
 a name twice -> ValueError: register: backend has the name 'cpu', which is taken, expected another
 before nobody -> ValueError: register: before is 'triton', expected one of sm90, cpu
 another device -> ValueError: register: backend has device_type 'tpu', expected one of cpu, cuda, xpu, mps
-no functions -> ValueError: register: backend has functions for nothing, expected some of attention, skip_attention, merge_attention, top_k_map
-an unknown operator -> ValueError: register: backend has functions for atention, expected some of attention, skip_attention, merge_attention, top_k_map
+no functions -> ValueError: register: backend has functions for nothing, expected some of attention, merge_attention, skip_attention, top_k_map
+an unknown operator -> ValueError: register: backend has functions for atention, expected some of attention, merge_attention, skip_attention, top_k_map
 taken out unregistered -> ValueError: unregister: name is 'new', expected a registered backend's (there is none)
 a compiled one taken out -> ValueError: unregister: name is 'cpu', expected a registered backend's (there is none)""",
     )

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from expecttest import assert_expected_inline
 
 import lite_attention
 from lite_attention import info
-from lite_attention.ops._library import OPERATOR_INTERFACE, host
+from lite_attention.ops.load import OPERATOR_INTERFACE, host
 
 PACKAGE = Path(lite_attention.__file__).parent
 
@@ -146,7 +145,7 @@ def test_info_command_prints_what_the_build_holds() -> None:
     backends = {backend["name"]: backend for backend in facts["backends"]}
     assert backends["cpu"]["available"]
     assert host.selected_cpu_variant() in backends["cpu"]["reason"]
-    assert backends["sm_90a"]["reason"]
+    assert backends["sm90"]["reason"]
 
 
 def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,37 +160,10 @@ def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
         assert backend["reason"] in text
 
 
-def a_device(name: str, major: int, minor: int) -> SimpleNamespace:
-    return SimpleNamespace(name=name, major=major, minor=minor)
-
-
-H200, L4 = a_device("NVIDIA H200", 9, 0), a_device("NVIDIA L4", 8, 9)
-
-
-@pytest.mark.parametrize(
-    ("why_not", "devices", "available", "reason"),
-    [
-        ("this build holds no CUDA kernels", [H200], False, "this build holds no CUDA kernels"),
-        ("", [], False, "torch sees no CUDA device"),
-        ("", [L4], False, "expected a device of compute capability 9.0, found NVIDIA L4 of 8.9"),
-        ("", [L4, H200], True, "NVIDIA H200"),
-    ],
-    ids=["no kernels", "no device", "no Hopper", "a Hopper among others"],
-)
-def test_info_says_why_the_hopper_kernels_can_run_or_not(
-    monkeypatch: pytest.MonkeyPatch, why_not: str, devices: list[SimpleNamespace], available: bool, reason: str
-) -> None:
-    monkeypatch.setattr(info, "why_no_cuda_kernels", why_not)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
-    assert info.backends()[0] == info.Backend("sm_90a", available, reason)
-
-
 VARIANT_CHECK = """
 import torch
 from lite_attention import reference, skip_attention, pack_keep_map
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 torch.manual_seed(0)
 for head_dim in (40, 128, 256):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

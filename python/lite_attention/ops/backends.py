@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lite_attention.ops.load import NAMESPACE, WHY_NO_CUDA_KERNELS, host
+from lite_attention.ops.load import WHY_NO_CUDA_KERNELS, host
 
 __all__ = ["Backend", "Problem", "backends", "choose", "reasons", "register", "registered", "supported_dtypes"]
 
+NAMESPACE = "lite_attention"  # of the operators, in torch.library
 HOPPER = (9, 0)
 # Kinds of device that a call may come from; the rest of torch's have words of their own for what they lack.
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
@@ -186,7 +187,7 @@ def register(backend: Backend, before: str | None = None) -> None:
     if not backend.functions or unknown:
         raise ValueError(
             f"register: backend has functions for {', '.join(unknown) or 'nothing'}, expected some of "
-            f"{', '.join(_operators)}"
+            f"{', '.join(sorted(_operators))}"
         )
     _table.insert(len(names) if before is None else names.index(before), backend)
     _route(backend.device_type)
