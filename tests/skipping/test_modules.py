@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from lite_attention import (
     skip_branch,
     unpack_keep_map,
 )
-from lite_attention.skipping import branches
 from lite_attention.skipping import module as modules
 from lite_attention.skipping.branches import MAX_BRANCHES
 from support.inputs import DTYPES, Case, check_attention, make_qkv
@@ -243,47 +241,6 @@ def test_branch_argument_wins_over_the_context() -> None:
         layer(*passes(count=1)[0], branch=5)
     assert float(layer.skip_fraction(5)) > 0
     assert float(layer.skip_fraction(3)) == 0
-
-
-def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
-    again = skip_branch(2)
-    with skip_branch(1):
-        with pytest.raises(KeyError), again:
-            raise KeyError
-        assert branches._current_branch == 1
-        with again, again:
-            assert branches._current_branch == 2
-        assert branches._current_branch == 1
-    assert branches._current_branch == 0
-
-
-def test_branches_that_interleave_are_noticed() -> None:
-    first, second = skip_branch(1), skip_branch(2)
-    first.__enter__()
-    second.__enter__()
-    for one in (first, second):
-        with pytest.raises(RuntimeError, match="another branch is current at its end"):
-            one.__exit__(None, None, None)
-    branches._current_branch = 0
-
-
-def test_threads_pass_the_branch_as_an_argument() -> None:
-    layer = LiteAttention(threshold=THRESHOLD)
-    streams = [passes(seed=seed) for seed in range(3)]
-    for branch in range(3):
-        layer(*streams[branch][0], branch=branch)  # make room from one thread
-
-    def run(branch: int) -> None:
-        for inputs in streams[branch][1:]:
-            layer(*inputs, branch=branch)
-
-    threads = [threading.Thread(target=run, args=(branch,)) for branch in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for branch in range(3):
-        assert torch.equal(kept(layer, branch), by_hand(streams[branch])[-1][2])
 
 
 def test_batched_guidance_just_works() -> None:
