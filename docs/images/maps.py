@@ -168,7 +168,14 @@ def draw_many_gpus() -> str:
 
 
 # Floors of the house, from the roof down: a room may import from the rooms below it, and not from those beside it.
-FLOORS = (("integrations",), ("layers", "compat"), ("parallel",), ("skipping", "families", "triton"), ("maps",), ("ops",))
+FLOORS = (
+    ("integrations",),
+    ("layers", "compat"),
+    ("parallel",),
+    ("skipping", "families", "triton"),
+    ("maps",),
+    ("ops",),
+)
 BESIDE = "reference"  # imports maps alone, and is imported by tests
 
 
@@ -183,7 +190,9 @@ def draw_house() -> str:
 
     def room(name: str, folder: Path, purpose: str, x: float, y: float, across: float, height: float) -> list[str]:
         inside = [label(name, x + 12, y + 21, "name"), label(purpose, x + 24 + 7.6 * len(name), y + 21)]
-        inside += [label(text, x + 12, y + 42 + line * row) for row, text in enumerate(lines(folder, int(across / 6.4)))]
+        inside += [
+            label(text, x + 12, y + 42 + line * row) for row, text in enumerate(lines(folder, int(across / 6.4)))
+        ]
         return [f'<rect class="area" x="{x:g}" y="{y:g}" width="{across:g}" height="{height:g}" rx="6"/>', *inside]
 
     parts, y = [label("Imports go down: what lies on a floor knows the floors below it alone", 24, 30, "name")], 46.0
@@ -205,7 +214,9 @@ def draw_house() -> str:
         height = 34 + line * len(lines(ROOT / "cpp" / name, int((width - 48) / 6.4))) + 4
         parts += room(f"cpp/{name}", ROOT / "cpp" / name, purpose, 24, y, width - 48, height)
         y += height + 10
-    return picture("The rooms of the package and of what is compiled, in the order of their imports", width, int(y + 14), parts)
+    return picture(
+        "The rooms of the package and of what is compiled, in the order of their imports", width, int(y + 14), parts
+    )
 
 
 CPP = {

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 
 
 class _TileShape(NamedTuple):
