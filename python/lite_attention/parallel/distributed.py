@@ -286,7 +286,7 @@ class DistributedLiteAttention(nn.Module):
 
         As :meth:`lite_attention.LiteAttention.set_threshold`.
         """
-        values = checked_threshold(threshold, self._state(0, 0).allows_positive_threshold)
+        values = checked_threshold(f"{_NAME}: threshold", threshold, self._state(0, 0).allows_positive_threshold)
         if isinstance(values, tuple):
             self._check_heads("threshold", len(values))
             if self._ordered is not None and len(values) != self._ordered[0]:
