@@ -16,7 +16,7 @@ from lite_attention import (
     skip_attention,
     unpack_keep_map,
 )
-from lite_attention.maps.keep_map import tiles_inside, tiles_touched
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from support.inputs import DTYPES, Case, check_attention, check_decisions, make_qkv, random_map
 
 seeds = st.integers(0, 2**16)

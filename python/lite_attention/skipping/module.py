@@ -34,10 +34,9 @@ from lite_attention.maps.keep_map import (
     keep_map_shape,
     pack_keep_map,
     tile_counts,
-    tiles_inside,
-    tiles_touched,
     unpack_keep_map,
 )
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.ops import functional
 from lite_attention.skipping.arguments import (
     CheckedRanges,
