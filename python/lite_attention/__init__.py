@@ -11,8 +11,9 @@ from lite_attention.maps.tiles import tile_shape, visit_rows
 from lite_attention.ops._library import __version__
 from lite_attention.ops.functional import attention, merge_attention, skip_attention, top_k_map
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.branches import skip_branch
-from lite_attention.skipping.module import LiteAttention, SeqParallelLiteAttention
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = [
     "DistributedLiteAttention",

@@ -14,7 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention import DistributedLiteAttention, LiteAttention, attention, full_keep_map, pack_keep_map, reference
-from lite_attention.parallel.collectives import SequenceMesh, all_gather, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention.parallel.collectives import all_gather
+from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.inputs import Case, check_attention, correlated_passes, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
@@ -312,7 +314,7 @@ def _balanced_for_nothing() -> None:
     balance = layer.balance_heads()
     assert balance.before == balance.after > 0.05, "a head each cannot be shared better"
     assert layer.local_heads(2) == [sequence_mesh(mesh, "test").shard]
-    assert layer._head_order is None
+    assert not layer.head_order.changed
 
 
 def test_heads_stay_where_moving_them_would_not_help() -> None:

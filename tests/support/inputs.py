@@ -123,11 +123,13 @@ MAPS = (
 )
 
 
-def make_map(kind: str, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def make_map(
+    kind: str, case: Case, seed: int = 0, device: torch.device | str = "cpu", tile_n: int | None = None
+) -> Tensor:
     """A packed map of the case's own sizes; ``kind`` is one of ``MAPS``."""
-    tile_m, tile_n = tile_shape(case.head_dim, torch.bfloat16)
+    tile_m, default_tile_n = tile_shape(case.head_dim, torch.bfloat16)
     group = visit_rows(case.head_dim, torch.bfloat16) // tile_m
-    query_tiles, kv_tiles = case.tiles()
+    query_tiles, kv_tiles = case.tiles(tile_n=tile_n)
     shape = (case.batch, case.heads, query_tiles, kv_tiles)
     random = torch.Generator(device).manual_seed(seed)
     row = torch.arange(query_tiles, device=device).unsqueeze(-1)
@@ -153,7 +155,7 @@ def make_map(kind: str, case: Case, seed: int = 0, device: torch.device | str = 
         case "one tile a row":
             keep = tile == (noise(*shape[:3], 1) * kv_tiles).long()
         case "contiguous":
-            keep = (tile * tile_n * case.query_len - row * tile_m * case.kv_len).abs() <= (
+            keep = (tile * (tile_n or default_tile_n) * case.query_len - row * tile_m * case.kv_len).abs() <= (
                 0.2 * case.query_len * case.kv_len
             )
         case "checkerboard":

@@ -11,8 +11,9 @@ from lite_attention.layers.backends.lite_attn import LiteAttentionBackend
 from lite_attention.layers.backends.sliding_tile_attn import SlidingTileAttentionBackend
 from lite_attention.layers.backends.torch_sdpa import TorchSDPABackend
 from lite_attention.layers.backends.video_sparse_attn import VideoSparseAttentionBackend
+from lite_attention.layers.distributed import DistributedAttention, DistributedAttention_VSA
 from lite_attention.layers.forward_context import ForwardContext, get_forward_context, set_forward_context
-from lite_attention.layers.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
+from lite_attention.layers.layer import LocalAttention
 from lite_attention.layers.registry import AttentionBackendEnum, add_builtin_backend, register_attention_backend
 from lite_attention.layers.selector import (
     STR_BACKEND_ENV_VAR,

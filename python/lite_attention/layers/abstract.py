@@ -84,8 +84,9 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         extra_impl_args: what the layer was given besides.
     """
 
-    takes_gate: ClassVar[bool] = False
-    """Whether forward is called with ``gate_compress`` before the metadata, by DistributedAttention_VSA."""
+    travels_beside: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors of q's shape, or None, that forward gets between value and the metadata. Its layer is one
+    that takes them: DistributedAttention_VSA for ``("gate_compress",)``."""
 
     @abstractmethod
     def __init__(
@@ -103,9 +104,9 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         """Called once by a layer on several ranks: forward gets ``count`` query heads from number ``first`` on."""
 
     def preprocess_qkv(self, qkv: Tensor, attn_metadata: MetadataT) -> Tensor:
-        """The video tokens of q, of k, of v, and of the gate if there is one, in a call each, before forward.
+        """The video tokens of q, of k, of v, and of what travels beside them, in a call each, before forward.
 
-        May change their number and order, the same for all four.
+        May change their number and order, the same for all.
         """
         return qkv
 

@@ -1,4 +1,4 @@
-"""The grain of the keep map by head dim: one table, written once in C++ (cpp/tile_shape.h)."""
+"""The grain of the keep map by head dim: one table, written once in C++ (cpp/rules/tile_shape.h)."""
 
 from typing import NamedTuple
 

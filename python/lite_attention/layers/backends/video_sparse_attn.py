@@ -100,7 +100,7 @@ def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     """:func:`lite_attention.families.video_sparse.attention` on tokens in raster order."""
 
-    takes_gate = True
+    travels_beside = ("gate_compress",)
 
     def __init__(
         self,
