@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import parse_ranges
+from lite_attention.maps.ranges import parse_ranges
 from lite_attention.ops.call import in_fp32_range
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lite_attention import ops
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts, tiles_inside, tiles_touched
+from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import (
     CheckedRanges,
