@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.layers.forward_context import current_metadata
-from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name
+from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name, own_arguments
 from lite_attention.layers.selector import get_attn_backend
 from lite_attention.parallel.collectives import HeadExchange, all_gather, even_spans, gather_heads
 from lite_attention.parallel.mesh import get_sequence_parallel_mesh, ulysses_group
@@ -75,7 +75,7 @@ class _AttentionLayer(nn.Module):
             causal=causal,
             num_kv_heads=self.num_kv_heads,
             prefix=f"{prefix}.impl" if prefix else "",
-            **extra_impl_args,
+            **own_arguments(impl_class, extra_impl_args, type(self).__name__),
         )
 
     def _check_qkv(self, q: Tensor, k: Tensor, v: Tensor, prefix: str = "") -> None:
@@ -132,7 +132,7 @@ class LocalAttention(_AttentionLayer):
             for any, TORCH_SDPA unless another is asked for.
         prefix: name of the layer in the model, ``"blocks.3.attn1"``.
         dtype: of q, k and v; torch's default dtype if None.
-        extra_impl_args: for the backend.
+        extra_impl_args: for the backend; those of other backends are for those.
 
     Raises:
         NotImplementedError, TypeError, ValueError: an argument does not fit; the text names it.
@@ -198,7 +198,7 @@ class DistributedAttention(_AttentionLayer):
             :class:`LocalAttention`.
         mesh: of the ranks, with a dimension named "ulysses" whose size divides num_heads and num_kv_heads. None for the
             one of :func:`set_sequence_parallel_mesh`, or, if that is None too, this rank alone.
-        extra_impl_args: for the backend.
+        extra_impl_args: for the backend; those of other backends are for those.
 
     Raises:
         NotImplementedError, TypeError, ValueError: an argument does not fit; the text names it.
