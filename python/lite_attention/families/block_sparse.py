@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import GRAIN, block_tile_lens, check_sizes, check_volume
-from lite_attention import ops
 
 __all__ = ["attention"]
 

@@ -10,6 +10,7 @@ import math
 
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import (
     GRAIN,
@@ -22,7 +23,6 @@ from lite_attention.maps.blocks import (
     expand_blocks,
 )
 from lite_attention.maps.keep_map import unpack_keep_map
-from lite_attention import ops
 
 __all__ = ["attention"]
 
