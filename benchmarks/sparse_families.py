@@ -7,6 +7,8 @@ that knows the mask by its rule (mask_rules.py) before it is timed. Times are me
 (sustained.py), FlashAttention-3 and our dense call before and after the others of a block. About two minutes.
 
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
+
+Over 400 lines: the blocks of one run share its candidates, references and loops.
 """
 
 import contextlib

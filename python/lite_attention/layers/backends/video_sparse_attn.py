@@ -13,8 +13,9 @@ from lite_attention.families import video_sparse
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
 from lite_attention.maps.blocks import topk_of_sparsity
-from lite_attention.maps.tiles import HEAD_DIMS, dtypes_of
+from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import VideoTiles, keep_tensor
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
     "BACKEND",
@@ -160,6 +161,6 @@ BACKEND = Backend(
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
     head_sizes=HEAD_DIMS,
-    dtypes=dtypes_of,
+    dtypes=supported_dtypes,
 )
 VideoSparseAttentionBackend = BACKEND.face
