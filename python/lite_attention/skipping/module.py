@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lite_attention import ops
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts, tiles_inside, tiles_touched
-from lite_attention.ops import functional
+from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import (
     CheckedRanges,
@@ -131,7 +132,7 @@ class LiteAttention(nn.Module):
         check_scalar("LiteAttention", "start_full", start_full, torch.bool, query)
         check_scalar("LiteAttention", "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
-            out, lse = functional.attention(query, key, value, kv_lens=kv_lens, scale=scale)
+            out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
             if skip_fraction_out is not None:
                 skip_fraction_out.zero_()
         else:
@@ -191,7 +192,7 @@ class LiteAttention(nn.Module):
         visible = keep
         if must_skip is not None:
             visible = keep & ~must_skip  # must-do tiles among them are computed all the same: must_keep wins
-        out, lse, next_keep = functional.skip_attention(
+        out, lse, next_keep = ops.skip_attention(
             query, key, value, visible, threshold, must_keep=must_do, kv_lens=kv_lens, scale=scale
         )
         if must_skip is not None:
