@@ -324,7 +324,7 @@ def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
     for state in layer.states.splits:
         if not isinstance(state, LiteAttention):
             raise TypeError(f"expected the states to be LiteAttention, not {type(state).__name__}")
-        shape = state._last_map(0, "attention_alone")[1]
+        shape = state.state.last_shape(0, "attention_alone")
         if shape not in inputs:
             sizes = [(shape.query_len, shape.heads)] + [(shape.kv_len, shape.kv_heads)] * 2
             inputs[shape] = [

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import get_process_group_ranks, get_rank
 
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
-from lite_attention.maps.keep_map import parse_ranges
+from lite_attention.maps.ranges import parse_ranges
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.parallel.mesh import sequence_mesh
 from lite_attention.skipping.arguments import Ranges, Threshold

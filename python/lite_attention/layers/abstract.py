@@ -87,13 +87,13 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         extra_impl_args: those of ``arguments`` that the layer was given.
     """
 
-    arguments: ClassVar[frozenset[str]] = frozenset()
-    """Keywords that a layer hands on to it. A class that does not say takes those that its ``__init__`` names besides
-    the ones above, and, with a ``**`` parameter, those of its base."""
-
     travels_beside: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors of q's shape, or None, that forward gets between value and the metadata. Its layer is one
     that takes them: DistributedAttention_VSA for ``("gate_compress",)``."""
+
+    arguments: ClassVar[frozenset[str]] = frozenset()
+    """Keywords that a layer hands on to it. A class that does not say takes those that its ``__init__`` names besides
+    the ones above, and, with a ``**`` parameter, those of its base."""
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
