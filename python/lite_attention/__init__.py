@@ -14,11 +14,13 @@ from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.branches import skip_branch
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 __all__ = [
     "DistributedLiteAttention",
     "LiteAttention",
     "SeqParallelLiteAttention",
+    "SkipPolicy",
     "__version__",
     "attention",
     "block_sparse",

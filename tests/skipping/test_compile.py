@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, skip_branch
+from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, skip_branch
 from lite_attention.skipping.state import MAP_SLOTS, share_room
 from support.models import HEAD_DIM, HEADS, Model, noise, same_state
 
@@ -236,6 +236,24 @@ def test_asking_for_a_gradient_is_an_error_when_compiling() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.enable_grad(), pytest.raises(Exception, match="skip_attention: has no gradient"):
         compiled(noise(0))
+
+
+def test_counting_dense_steps_recompiles_nothing() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = LiteAttention(policy=SkipPolicy(threshold=-0.5, dense_steps=3))
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    skipped = []
+    for step in range(10):
+        if step == 6:
+            layer.reset_skip_state()
+            eager.reset_skip_state()
+        q = 2 * noise(0).unflatten(-1, (HEADS, HEAD_DIM))
+        torch.testing.assert_close(compiled(q, q, q), eager(q, q, q), atol=1e-5, rtol=1e-5)
+        assert torch.equal(layer.keep_map(), eager.keep_map())
+        skipped.append(bool(layer.skip_fraction() > 0))
+    assert skipped == [False, False, *[True] * 4, False, False, True, True]
+    assert counter.frame_count == 1
 
 
 def room(model: Model) -> list[int]:

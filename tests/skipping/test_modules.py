@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lite_attention import (
     LiteAttention,
     SeqParallelLiteAttention,
+    SkipPolicy,
     attention,
     pack_keep_map,
     skip_branch,
@@ -638,6 +639,36 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert names.count("lite_attention.skip_attention.default") == 2
     assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
+
+
+def test_only_passes_that_are_counted_cost_more_kernels() -> None:
+    def kernels(dense_steps: int, **arguments: Tensor) -> str:
+        layer = LiteAttention(policy=SkipPolicy(dense_steps=dense_steps))
+        inputs = passes(count=1)[0]
+        layer(*inputs)  # makes room
+        with Recorder() as recorder:
+            layer(*inputs, **arguments)
+        return " ".join(name.split(".")[1] for name, _ in recorder.calls)
+
+    plain = "select eq eq bitwise_and scalar_tensor where skip_attention copy_ fill_ fill_"
+    assert kernels(0) == kernels(1) == plain
+    assert kernels(2) == (
+        "select eq eq bitwise_and select ge bitwise_and scalar_tensor where skip_attention "
+        "select add scalar_tensor where copy_ copy_ fill_ fill_"
+    )
+    by_a_clock = kernels(0, start_full=torch.tensor(False))
+    assert kernels(2, start_full=torch.tensor(False)) == by_a_clock
+
+
+def test_the_first_dense_steps_compute_everything_and_drop_for_later() -> None:
+    layer = LiteAttention(policy=SkipPolicy(threshold=THRESHOLD, dense_steps=2))
+    inputs = passes()
+    expected = [by_hand(inputs[:1])[0], *by_hand(inputs[1:])]  # the second pass starts from the full map, too
+    for (q, k, v), (out, _, _) in zip(inputs, expected, strict=True):
+        assert torch.equal(layer(q, k, v), out)
+    assert torch.equal(kept(layer), expected[-1][2])
+    layer.reset_skip_state()
+    assert [torch.equal(layer(*inputs[0]), expected[0][0]) for _ in range(3)] == [True, True, False]
 
 
 def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:

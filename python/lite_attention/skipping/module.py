@@ -27,7 +27,7 @@ from lite_attention.skipping.arguments import (
 )
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.policy import SkipPolicy, environment_flag
-from lite_attention.skipping.state import MapSlot, SkipState
+from lite_attention.skipping.state import SkipState
 
 __all__ = ["LiteAttention"]
 
@@ -161,7 +161,7 @@ class LiteAttention(nn.Module):
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
         state = self.state
-        index, stamp = state.room_for(
+        room = state.room_for(
             operator.index(branch),
             batch,
             query_len,
@@ -178,8 +178,8 @@ class LiteAttention(nn.Module):
             raise ValueError(
                 f"LiteAttention: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
             )
-        slot: MapSlot = state.slots[index]
-        keep = state.recall(slot, stamp, branch, start_full)
+        recalled = state.recall(room, branch, start_full)
+        keep = recalled.keep
         # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
         must_skip = _row_of_words(must_skip_ranges, tiles_inside, query, key)
@@ -197,7 +197,7 @@ class LiteAttention(nn.Module):
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)
-        state.remember(slot, stamp, branch, next_keep, start_full)
+        state.remember(recalled, branch, next_keep, start_full)
         return out, lse, visible if must_do is None else visible | must_do
 
     @property

@@ -113,6 +113,18 @@ class MapSlot(nn.Module):
         self.stamp = torch.zeros((), dtype=torch.int64, device=device)
 
 
+class Recalled(NamedTuple):
+    """A pass that has begun: its map, and where the next one goes."""
+
+    keep: Tensor
+    """Packed, int32; its bits past the last tile are undefined."""
+    follows: Tensor
+    """Whether the slot holds the map of the pass before: bool, 0-d."""
+    slot: MapSlot
+    live: Tensor
+    stamp: int
+
+
 class SkipState(nn.Module):
     """The maps of one attention layer, one for each (branch, shape), with its threshold and its count of passes.
 
@@ -143,8 +155,8 @@ class SkipState(nn.Module):
         self._counts_passes = policy.dense_steps > 1  # the first pass starts from the full map by itself
         self._verbose = verbose
         self._last_shapes: dict[int, PassShape] = {}  # kept for the log alone
-        # Which slot is whose, the oldest first.
-        self._rooms: dict[Owner, int] = {}
+        # The slot and the stamp of each pair that has room, the oldest first.
+        self._rooms: dict[Owner, tuple[int, int]] = {}
         self._shared_room: _SharedRoom | None = None
         with ordinary_tensors():
             for name in ("threshold", "live", "passes"):
@@ -186,7 +198,8 @@ class SkipState(nn.Module):
             self._log_change(branch, shape)
         if self.live.is_inference() and not torch.is_inference_mode_enabled():
             self.start_over(self.device)  # a copy made in inference mode: it could not be written here
-        if owner not in self._rooms:
+        room = self._rooms.get(owner)
+        if room is None:
             if torch.compiler.is_exporting():
                 raise RuntimeError(
                     f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once "
@@ -195,33 +208,34 @@ class SkipState(nn.Module):
             with _making_room, ordinary_tensors():
                 for state in self._states_without_room() if compiling else [self]:
                     state._make_room(owner)
-        return self._rooms[owner], _stamp(owner)
+            room = self._rooms[owner]
+        return room
 
-    def recall(self, slot: MapSlot, stamp: int, branch: int, start_full: Tensor | None) -> Tensor:
-        """The packed map that this pass starts from, its bits past the last tile undefined.
+    def recall(self, room: tuple[int, int], branch: int, start_full: Tensor | None) -> Recalled:
+        """The map that this pass starts from.
 
         Args:
+            room: of this pass, from :meth:`room_for`.
             start_full: bool, 0-d; where True, the full map. None where the state itself counts its dense passes.
         """
-        current = self._follows(slot, stamp, branch)
+        index, stamp = room
+        slot, live = self._slot(index), self.live[branch]
+        follows = current = _follows(slot, live, stamp)
         if start_full is not None:
             current = current & ~start_full
         elif self._counts_passes:
             current = current & (self.passes[branch] >= self.dense_steps)
-        return torch.where(current, slot.words, -1)
+        return Recalled(torch.where(current, slot.words, -1), follows, slot, live, stamp)
 
-    def remember(self, slot: MapSlot, stamp: int, branch: int, next_keep: Tensor, start_full: Tensor | None) -> None:
-        """Note the map of the branch's next pass; ``start_full`` as :meth:`recall` had it."""
+    def remember(self, recalled: Recalled, branch: int, next_keep: Tensor, start_full: Tensor | None) -> None:
+        """Note the map of the branch's next pass; ``branch`` and ``start_full`` as :meth:`recall` had them."""
+        _, follows, slot, live, stamp = recalled
         if self._counts_passes and start_full is None:
             passes = self.passes[branch]
-            passes.copy_(torch.where(self._follows(slot, stamp, branch), passes + 1, 1))
+            passes.copy_(torch.where(follows, passes + 1, 1))
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
-        self.live[branch].fill_(stamp)
-
-    def _follows(self, slot: MapSlot, stamp: int, branch: int) -> Tensor:
-        """Whether the slot's map is of the pass before, in this branch and shape: bool, 0-d."""
-        return (self.live[branch] == stamp) & (slot.stamp == stamp)
+        live.fill_(stamp)
 
     # Room
 
@@ -245,13 +259,13 @@ class SkipState(nn.Module):
         if self.device != shape.device:
             self.start_over(shape.device)
         given_away = self._owner_to_give_way(branch) if len(self._rooms) == MAP_SLOTS else None
-        index = len(self._rooms) if given_away is None else self._rooms[given_away]
+        index = len(self._rooms) if given_away is None else self._rooms[given_away][0]
         self._slot(index).fit(shape)
         # Noted only now: a slot that could not be allocated is nobody's.
         if given_away is not None:
             del self._rooms[given_away]
             self.outdate_captured_graphs()
-        self._rooms[owner] = index
+        self._rooms[owner] = index, _stamp(owner)
 
     def _owner_to_give_way(self, branch: int) -> Owner:
         """The oldest of the same branch, whose map of another shape is out of date; else the oldest of all."""
@@ -335,11 +349,11 @@ class SkipState(nn.Module):
         Both are 0 before the first pass and after a reset.
         """
         counts = torch.zeros(2, device=self.device)
-        for slot, shape in self._maps_of(branch):
+        for slot, shape, stamp in self._maps_of(branch):
             all_tiles = math.prod(shape.map_shape()[:-1]) * shape.kv_tiles()
             skipped = (1.0 - density(slot.words, shape.kv_tiles())) * all_tiles
             both = torch.stack([skipped, torch.full_like(skipped, all_tiles)])
-            counts = torch.where(self._counts_next(slot, branch, shape), both, counts)
+            counts = torch.where(self._counts_next(slot, branch, stamp), both, counts)
         return counts
 
     def keep_map(self, branch: int, caller: str) -> Tensor:
@@ -350,8 +364,8 @@ class SkipState(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet, so its shape is unknown; the text begins with ``caller``.
         """
-        slot, shape = self._last_map(branch, caller)
-        if bool(self._counts_next(slot, branch, shape)):
+        slot, shape, stamp = self._last_map(branch, caller)
+        if bool(self._counts_next(slot, branch, stamp)):
             return unpack_keep_map(slot.words, shape.kv_tiles())
         return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
 
@@ -362,13 +376,12 @@ class SkipState(nn.Module):
             RuntimeError: the branch has not run yet, so its shape is unknown.
             TypeError, ValueError: ``keep_map`` is not bool or does not broadcast to the branch's map.
         """
-        slot, shape = self._last_map(branch, caller)
+        slot, shape, stamp = self._last_map(branch, caller)
         expected = (*shape.map_shape()[:-1], shape.kv_tiles())
         sizes = list(keep_map.shape)
         if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, expected, strict=True)):
             raise ValueError(f"{caller}: keep_map has shape {sizes}, expected {list(expected)} or sizes of 1")
         slot.words.copy_(pack_keep_map(keep_map.expand(expected).to(shape.device)))
-        stamp = _stamp((branch, shape))
         slot.stamp.fill_(stamp)
         self.live[branch].fill_(stamp)
         self.passes[branch].fill_(self.dense_steps)  # a map that was chosen is used
@@ -390,24 +403,33 @@ class SkipState(nn.Module):
         """Branches that have had a skipping pass."""
         return [branch for branch, live in enumerate(self.live.tolist()) if live != 0]
 
-    def _last_map(self, branch: int, caller: str) -> tuple[MapSlot, PassShape]:
-        """The slot and shape of the branch's latest pass, whether its map still counts or was reset."""
+    def _last_map(self, branch: int, caller: str) -> tuple[MapSlot, PassShape, int]:
+        """Slot, shape and stamp of the branch's latest pass, whether its map still counts or was reset."""
         live = abs(int(self.live[branch]))
-        for slot, shape in self._maps_of(branch):
-            if live == _stamp((branch, shape)):
-                return slot, shape
+        for slot, shape, stamp in self._maps_of(branch):
+            if live == stamp:
+                return slot, shape, stamp
         raise RuntimeError(f"{caller}: branch {branch} has no keep map yet, expected a skipping pass before")
 
-    def _maps_of(self, branch: int) -> list[tuple[MapSlot, PassShape]]:
-        return [(self._slot(index), shape) for (of_branch, shape), index in self._rooms.items() if of_branch == branch]
+    def _maps_of(self, branch: int) -> list[tuple[MapSlot, PassShape, int]]:
+        return [
+            (self._slot(index), shape, stamp)
+            for (of_branch, shape), (index, stamp) in self._rooms.items()
+            if of_branch == branch
+        ]
 
-    def _counts_next(self, slot: MapSlot, branch: int, shape: PassShape) -> Tensor:
+    def _counts_next(self, slot: MapSlot, branch: int, stamp: int) -> Tensor:
         """Whether the branch's next pass will start from the slot's map: bool, 0-d."""
-        counts = self._follows(slot, _stamp((branch, shape)), branch)
+        counts = _follows(slot, self.live[branch], stamp)
         if self._counts_passes:
             passes = self.passes[branch]
             counts = counts & ((passes == 0) | (passes >= self.dense_steps))
         return counts
+
+
+def _follows(slot: MapSlot, live: Tensor, stamp: int) -> Tensor:
+    """Whether the slot's map is of the pass before, in this branch and shape: bool, 0-d."""
+    return (live == stamp) & (slot.stamp == stamp)
 
 
 class _SharedRoom:
