@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,7 +199,7 @@ def test_info_command_prints_what_the_build_holds() -> None:
     backends = {backend["name"]: backend for backend in facts["backends"]}
     assert backends["cpu"]["available"]
     assert host.selected_cpu_variant() in backends["cpu"]["reason"]
-    assert backends["sm_90a"]["reason"]
+    assert backends["sm90"]["reason"]
 
 
 def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,33 +212,6 @@ def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
             assert value in text
     for backend in facts["backends"]:
         assert backend["reason"] in text
-
-
-def a_device(name: str, major: int, minor: int) -> SimpleNamespace:
-    return SimpleNamespace(name=name, major=major, minor=minor)
-
-
-H200, L4 = a_device("NVIDIA H200", 9, 0), a_device("NVIDIA L4", 8, 9)
-
-
-@pytest.mark.parametrize(
-    ("why_not", "devices", "available", "reason"),
-    [
-        ("this build holds no CUDA kernels", [H200], False, "this build holds no CUDA kernels"),
-        ("", [], False, "torch sees no CUDA device"),
-        ("", [L4], False, "expected a device of compute capability 9.0, found NVIDIA L4 of 8.9"),
-        ("", [L4, H200], True, "NVIDIA H200"),
-    ],
-    ids=["no kernels", "no device", "no Hopper", "a Hopper among others"],
-)
-def test_info_says_why_the_hopper_kernels_can_run_or_not(
-    monkeypatch: pytest.MonkeyPatch, why_not: str, devices: list[SimpleNamespace], available: bool, reason: str
-) -> None:
-    monkeypatch.setattr(info, "WHY_NO_CUDA_KERNELS", why_not)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
-    assert info.backends()[0] == info.Backend("sm_90a", available, reason)
 
 
 VARIANT_CHECK = """

@@ -6,18 +6,17 @@ are kernels for them. Every operator is functional: none writes its inputs.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from lite_attention.ops.load import WHY_NO_CUDA_KERNELS
+from lite_attention.ops import backends
 
-__all__ = ["NAMESPACE", "check_fake_inputs", "define", "fake_out_and_lse"]
+__all__ = ["check_fake_inputs", "define", "fake_out_and_lse"]
 
-NAMESPACE = "lite_attention"
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(backends.NAMESPACE, "DEF")
 
 
 def define(
@@ -39,28 +38,11 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    operator: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _register_missing_kernels(name)
+    torch.library.register_fake(f"{backends.NAMESPACE}::{name}", fake, lib=_library)
+    operator: OpOverload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
+    backends.serve(name)
     _register_autograd(operator, _Gradient(name, backward, setup_context))
     return operator
-
-
-def _register_missing_kernels(name: str) -> None:
-    """A sentence instead of the dispatcher's dump for devices without a kernel."""
-    devices = "'cpu'" if WHY_NO_CUDA_KERNELS else "'cpu' and 'cuda'"
-    missing = dict.fromkeys(("XPU", "MPS"), f" in this build; it has one for {devices}")
-    if WHY_NO_CUDA_KERNELS:
-        missing["CUDA"] = f": {WHY_NO_CUDA_KERNELS}"
-    for key, reason in missing.items():
-
-        def no_kernel(*_: object, device_type: str = key.lower(), reason: str = reason, **__: object) -> NoReturn:
-            raise NotImplementedError(
-                f"{name}: no kernel for device type '{device_type}'{reason}. "
-                "`python -m lite_attention.info` tells what this build can run"
-            )
-
-        _library.impl(name, no_kernel, key)
 
 
 class _Gradient(NamedTuple):
