@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
+from lite_attention.ops.autocast import autocast_dtype
 from lite_attention.ops.backends import Problem, choose, supported_dtypes
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
@@ -336,10 +337,10 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    dtypes = supported_dtypes(query.device)
+    dtypes, dtype = supported_dtypes(query.device), autocast_dtype(query.dtype, query.device)
     if not dtypes:
-        choose(Problem("skip_attention", query.device, query.dtype, head_dim))  # says why nothing runs on this device
-    return query.dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
+        choose(Problem("skip_attention", query.device, dtype, head_dim))  # says why nothing runs on this device
+    return dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
 
 
 def _text_ranges(options: dict[str, Any], tokens: int) -> list[int] | None:

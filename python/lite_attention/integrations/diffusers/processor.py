@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
@@ -117,7 +117,6 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         enable_gqa: bool = False,
     ) -> Tensor:
         calls.append(text_len)
-        query, key, value = as_autocast(query, key, value)
         refused = reason_to_refuse(query, key, dropout_p, is_causal)
         if refused is not None:
             raise ValueError(f"{self.name}: {refused}")
