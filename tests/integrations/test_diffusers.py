@@ -482,8 +482,8 @@ a number as timestep -> TypeError: GenerationClock: timestep has type float, exp
 layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all
-threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
--1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+threshold above 0 -> ValueError: enable_lite_attention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+-1 first steps -> ValueError: enable_lite_attention: skip_first_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
