@@ -47,10 +47,10 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, FA3, SCATTERED, Loop, Row
 from checks import WrongResultError, check
-from lite_attention import LiteAttention, merge_attention
-from lite_attention.ops import functional
-from lite_attention.parallel.collectives import sequence_mesh, shard_sequence
+from lite_attention import LiteAttention, merge_attention, ops
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.shards import shard_sequence
 from run import DTYPE, Run, parser_of_run, reason
 from sequence_parallel_record import (
     BALANCE,
@@ -313,7 +313,7 @@ def without_attention() -> Iterator[None]:
     def skipping(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         return *dense(q), keep
 
-    with mock.patch.multiple(functional, attention=dense, skip_attention=skipping):
+    with mock.patch.multiple(ops, attention=dense, skip_attention=skipping):
         yield
 
 

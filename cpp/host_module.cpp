@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/cpu/variants.h"
-#include "tile_shape.h"
+#include "kernels/cpu/common/variants.h"
+#include "rules/tile_shape.h"
 
 namespace py = pybind11;
 

@@ -7,11 +7,12 @@ from lite_attention.families.streaming import streaming_attention, streaming_spa
 from lite_attention.families.video_sparse import block_sparse_attention, video_sparse_attn
 from lite_attention.maps.keep_map import full_keep_map, pack_keep_map, unpack_keep_map
 from lite_attention.maps.tiles import tile_shape, visit_rows
-from lite_attention.ops._library import __version__
-from lite_attention.ops.functional import attention, merge_attention, skip_attention, top_k_map
+from lite_attention.ops import attention, merge_attention, skip_attention, top_k_map
+from lite_attention.ops.load import __version__
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.branches import skip_branch
-from lite_attention.skipping.module import LiteAttention, SeqParallelLiteAttention
+from lite_attention.skipping.module import LiteAttention
 
 __all__ = [
     "DistributedLiteAttention",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lite_attention.maps.tiles import SUPPORTED_DTYPES
-from lite_attention.ops._library import __version__, host, why_no_cuda_kernels
+from lite_attention.ops.load import WHY_NO_CUDA_KERNELS, __version__, host
 
 HOPPER = (9, 0)
 
@@ -34,8 +34,8 @@ def _cpu_backend() -> Backend:
 
 
 def _sm90_backend() -> Backend:
-    if why_no_cuda_kernels:
-        return Backend("sm_90a", False, why_no_cuda_kernels)
+    if WHY_NO_CUDA_KERNELS:
+        return Backend("sm_90a", False, WHY_NO_CUDA_KERNELS)
     if not torch.cuda.is_available():
         return Backend("sm_90a", False, "torch sees no CUDA device")
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -351,6 +351,8 @@ def test_errors_of_the_layers_name_the_argument() -> None:
         "text with fewer queries": lambda: whole(q, k, v, None, text[0][:, 1:], *text[1:]),
         "text of another dtype": lambda: whole(q, k, v, None, *(x.half() for x in text)),
         "text beside VSA": lambda: sparse(q, k, v, 60, *text),
+        "VSA's q of other heads": lambda: sparse(q[:, :, :2], k, v, 60),
+        "VSA's k of another dtype": lambda: sparse(q, k.half(), v, 60),
         "a gate of another shape": lambda: sparse(q, k, v, 60, gate_compress=q[:, :50]),
         "a gate of other heads": lambda: sparse(q, k, v, 60, gate_compress=q[:, :, :2]),
         "metadata of another type": with_metadata(7, local, q, k, v),
@@ -391,14 +393,16 @@ q of another dtype -> TypeError: LocalAttention: q has dtype torch.bfloat16, exp
 an embedding of other tokens -> ValueError: LocalAttention: cos of freqs_cis has shape [60, 16], expected [50, 16], one row a token
 an embedding of whole heads -> ValueError: LocalAttention: cos of freqs_cis has shape [60, 32], expected [60, 16], one row a token
 more keys than queries -> ValueError: DistributedAttention: k has 60 tokens, expected 50 like q: self-attention
-more tokens than there are -> ValueError: DistributedAttention: original_seq_len is 61, expected 1 to 60, the tokens of 1 ranks
-no token -> ValueError: DistributedAttention: original_seq_len is 0, expected 1 to 60, the tokens of 1 ranks
+more tokens than there are -> ValueError: DistributedAttention: original_seq_len is 61, expected 1 to 60, the tokens of all shards
+no token -> ValueError: DistributedAttention: original_seq_len is 0, expected 1 to 60, the tokens of all shards
 an embedding of the padding -> ValueError: DistributedAttention: cos of freqs_cis has shape [60, 16], expected [50, 16], one row a token
 text without keys -> ValueError: DistributedAttention: replicated_k and replicated_v is None, expected all of replicated_q, replicated_k and replicated_v, or none
 text of another batch -> ValueError: DistributedAttention: replicated_q has batch size 2, expected 1 like q
 text with fewer queries -> ValueError: DistributedAttention: replicated_q has 19 tokens, expected 20 like replicated_k
 text of another dtype -> TypeError: DistributedAttention: replicated_q has dtype torch.float16, expected torch.float32
 text beside VSA -> ValueError: DistributedAttention_VSA: replicated_q has shape [1, 20, 4, 32], expected None: there is no text beside the video
+VSA's q of other heads -> ValueError: DistributedAttention_VSA: q has shape [1, 60, 2, 32], expected [B, S, 4, 32]
+VSA's k of another dtype -> TypeError: DistributedAttention_VSA: k has dtype torch.float16, expected torch.float32
 a gate of another shape -> ValueError: DistributedAttention_VSA: gate_compress has shape [1, 50, 4, 32], expected [1, 60, 4, 32] like q
 a gate of other heads -> ValueError: DistributedAttention_VSA: gate_compress has shape [1, 60, 2, 32], expected [B, S, 4, 32]
 metadata of another type -> TypeError: set_forward_context: attn_metadata is of type int, expected AttentionMetadata or None

@@ -25,7 +25,7 @@ from lite_attention import (
     top_k_map,
     visit_rows,
 )
-from lite_attention.ops._library import why_no_cuda_kernels
+from lite_attention.ops.load import WHY_NO_CUDA_KERNELS
 from support.inputs import report
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 100, 2400, 4, 2, 16
@@ -290,8 +290,8 @@ def test_a_device_without_a_kernel_is_named(operator: str) -> None:
         "merge_attention": ([OUT], [LSE]),
     }[operator]
     reasons = {"XPU": " in this build; it has one for 'cpu'"}
-    if why_no_cuda_kernels:
-        reasons["CUDA"] = f": {why_no_cuda_kernels}"
+    if WHY_NO_CUDA_KERNELS:
+        reasons["CUDA"] = f": {WHY_NO_CUDA_KERNELS}"
     for key, reason in reasons.items():
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         expected = re.escape(f"{operator}: no kernel for device type '{key.lower()}'{reason}")

@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 
 import lite_attention
 from lite_attention import info
-from lite_attention.ops._library import OPERATOR_INTERFACE, host
+from lite_attention.ops.load import OPERATOR_INTERFACE, host
 
 PACKAGE = Path(lite_attention.__file__).parent
 
@@ -181,7 +181,7 @@ H200, L4 = a_device("NVIDIA H200", 9, 0), a_device("NVIDIA L4", 8, 9)
 def test_info_says_why_the_hopper_kernels_can_run_or_not(
     monkeypatch: pytest.MonkeyPatch, why_not: str, devices: list[SimpleNamespace], available: bool, reason: str
 ) -> None:
-    monkeypatch.setattr(info, "why_no_cuda_kernels", why_not)
+    monkeypatch.setattr(info, "WHY_NO_CUDA_KERNELS", why_not)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
     monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
@@ -191,7 +191,7 @@ def test_info_says_why_the_hopper_kernels_can_run_or_not(
 VARIANT_CHECK = """
 import torch
 from lite_attention import reference, skip_attention, pack_keep_map
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 torch.manual_seed(0)
 for head_dim in (40, 128, 256):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

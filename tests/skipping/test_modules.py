@@ -1,4 +1,4 @@
-"""LiteAttention and SeqParallelLiteAttention: what they compute, what they remember and when they forget it."""
+"""LiteAttention: what it computes, what it remembers and when it forgets it."""
 
 import copy
 import gc
@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,43 +20,14 @@ from lite_attention import (
     LiteAttention,
     SeqParallelLiteAttention,
     attention,
-    full_keep_map,
-    merge_attention,
     pack_keep_map,
-    skip_attention,
     skip_branch,
     unpack_keep_map,
 )
-from lite_attention.skipping import branches
 from lite_attention.skipping import module as modules
 from lite_attention.skipping.branches import MAX_BRANCHES
-from support.inputs import DTYPES, Case, check_attention, correlated_passes, make_qkv
-
-CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
-THRESHOLD = -8.0
-
-
-def passes(case: Case = CASE, count: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return list(correlated_passes(case, torch.float32, count, seed))
-
-
-def by_hand(inputs: list[tuple[Tensor, Tensor, Tensor]], threshold: float = THRESHOLD) -> list[tuple[Tensor, ...]]:
-    """The same passes through the operator, the map carried along by hand: (out, lse, map after the pass)."""
-    (batch, query_len, heads, head_dim), kv_len = inputs[0][0].shape, inputs[0][1].shape[1]
-    keep = full_keep_map(batch, heads, query_len, kv_len, head_dim, inputs[0][0].dtype)
-    results = []
-    for q, k, v in inputs:
-        out, lse, keep = skip_attention(q, k, v, keep, threshold)
-        results.append((out, lse, keep))
-    return results
-
-
-def kept(layer: LiteAttention, branch: int | None = None) -> Tensor:
-    return pack_keep_map(layer.keep_map(branch))
-
-
-def dropped_something(keep: Tensor, kv_tiles: int) -> bool:
-    return not bool(unpack_keep_map(keep, kv_tiles).all())
+from support.inputs import DTYPES, Case, check_attention, make_qkv
+from support.passes import CASE, THRESHOLD, by_hand, dropped_something, kept, passes
 
 
 def test_passes_are_the_operator_with_the_map_carried_along() -> None:
@@ -271,47 +241,6 @@ def test_branch_argument_wins_over_the_context() -> None:
         layer(*passes(count=1)[0], branch=5)
     assert float(layer.skip_fraction(5)) > 0
     assert float(layer.skip_fraction(3)) == 0
-
-
-def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
-    again = skip_branch(2)
-    with skip_branch(1):
-        with pytest.raises(KeyError), again:
-            raise KeyError
-        assert branches._current_branch == 1
-        with again, again:
-            assert branches._current_branch == 2
-        assert branches._current_branch == 1
-    assert branches._current_branch == 0
-
-
-def test_branches_that_interleave_are_noticed() -> None:
-    first, second = skip_branch(1), skip_branch(2)
-    first.__enter__()
-    second.__enter__()
-    for one in (first, second):
-        with pytest.raises(RuntimeError, match="another branch is current at its end"):
-            one.__exit__(None, None, None)
-    branches._current_branch = 0
-
-
-def test_threads_pass_the_branch_as_an_argument() -> None:
-    layer = LiteAttention(threshold=THRESHOLD)
-    streams = [passes(seed=seed) for seed in range(3)]
-    for branch in range(3):
-        layer(*streams[branch][0], branch=branch)  # make room from one thread
-
-    def run(branch: int) -> None:
-        for inputs in streams[branch][1:]:
-            layer(*inputs, branch=branch)
-
-    threads = [threading.Thread(target=run, args=(branch,)) for branch in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for branch in range(3):
-        assert torch.equal(kept(layer, branch), by_hand(streams[branch])[-1][2])
 
 
 def test_batched_guidance_just_works() -> None:
@@ -720,47 +649,6 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert names.count("lite_attention.skip_attention.default") == 2
     assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
-
-
-# Sequence parallel
-
-
-def test_splits_have_their_own_state_and_merge_to_the_whole() -> None:
-    case = Case(query_len=256, kv_len=1024, heads=2)
-    inputs = passes(case)
-    ring = SeqParallelLiteAttention(num_nodes=4, threshold=-math.inf)
-    q, k, v = inputs[0]
-    parts = [
-        ring(q, key, value, split, return_softmax_lse=True)
-        for split, (key, value) in enumerate(zip(k.chunk(4, 1), v.chunk(4, 1), strict=True))
-    ]
-    out, lse = merge_attention(*zip(*parts, strict=True))
-    whole = attention(q, k, v)
-    torch.testing.assert_close((out, lse), whole, atol=1e-5, rtol=0)
-
-    ring.set_threshold(-1.0)
-    for split, (q, k, v) in itertools.product((3, 1), inputs):
-        ring(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split], split, case.scale)
-    for split in range(4):
-        expected = by_hand([(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split]) for q, k, v in inputs], -1.0)[-1][2]
-        if split in (1, 3):
-            assert torch.equal(pack_keep_map(ring.keep_map(split)), expected)
-        elif split == 0:
-            assert ring.keep_map(split).all()
-    assert float(ring.skip_fraction()) > 0
-    ring.reset_skip_state()
-    assert float(ring.skip_fraction()) == 0
-    ring.enable_skip_optimization(False)
-    assert torch.equal(ring(q, k, v, 2), attention(q, k, v)[0])
-
-
-def test_sequence_parallel_takes_ranges_by_keyword() -> None:
-    q, k, v = passes(count=1)[0]
-    ring = SeqParallelLiteAttention(2)
-    out, lse = ring(q, k, v, 1, CASE.scale, return_softmax_lse=True, must_do_list=[128, 0], must_skip_list=[0, 700])
-    only = torch.zeros(2, 4, 7, 6, dtype=torch.bool)
-    only[..., 0] = True
-    check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
 
 
 def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lite_attention.maps.keep_map import WORD_BITS, ceil_div, pack_keep_map, unpack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N
 from lite_attention.maps.video_tiles import VideoTiles
-from lite_attention.ops.functional import attention, top_k_map
+from lite_attention.ops import attention, top_k_map
 
 __all__ = ["VSAMetadata", "block_sparse_attention", "build_vsa_metadata", "topk_of_sparsity", "video_sparse_attn"]
 

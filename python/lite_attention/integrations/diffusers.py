@@ -29,8 +29,8 @@ from torch.distributed import get_process_group_ranks, get_rank
 
 from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
 from lite_attention.maps.keep_map import parse_ranges
-from lite_attention.parallel.collectives import sequence_mesh
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.mesh import sequence_mesh
 from lite_attention.skipping.arguments import Ranges, Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch, skip_branch
 from lite_attention.skipping.generation import GenerationClock

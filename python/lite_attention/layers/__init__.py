@@ -9,8 +9,9 @@ from lite_attention.layers.abstract import (
     PlainMetadataBuilder,
 )
 from lite_attention.layers.backends import BUILTIN
+from lite_attention.layers.distributed import DistributedAttention, DistributedAttention_VSA
 from lite_attention.layers.forward_context import ForwardContext, get_forward_context, set_forward_context
-from lite_attention.layers.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
+from lite_attention.layers.layer import LocalAttention
 from lite_attention.layers.registry import AttentionBackendEnum, add_builtin_backend, register_attention_backend
 from lite_attention.layers.selector import (
     STR_BACKEND_ENV_VAR,

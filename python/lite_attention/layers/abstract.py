@@ -91,8 +91,9 @@ class AttentionImpl(ABC, Generic[MetadataT]):
     """Keywords that a layer hands on to it. A class that does not say takes those that its ``__init__`` names besides
     the ones above, and, with a ``**`` parameter, those of its base."""
 
-    takes_gate: ClassVar[bool] = False
-    """Whether forward is called with ``gate_compress`` before the metadata, by DistributedAttention_VSA."""
+    travels_beside: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors of q's shape, or None, that forward gets between value and the metadata. Its layer is one
+    that takes them: DistributedAttention_VSA for ``("gate_compress",)``."""
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -118,9 +119,9 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         """Called once by a layer on several ranks: forward gets ``count`` query heads from number ``first`` on."""
 
     def preprocess_qkv(self, qkv: Tensor, attn_metadata: MetadataT) -> Tensor:
-        """The video tokens of q, of k, of v, and of the gate if there is one, in a call each, before forward.
+        """The video tokens of q, of k, of v, and of what travels beside them, in a call each, before forward.
 
-        May change their number and order, the same for all four.
+        May change their number and order, the same for all.
         """
         return qkv
 

@@ -1,10 +1,10 @@
-"""The grain of the keep map by head dim: one table, written once in C++ (cpp/tile_shape.h)."""
+"""The grain of the keep map by head dim: one table, written once in C++ (cpp/rules/tile_shape.h)."""
 
 from typing import NamedTuple
 
 import torch
 
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 
 
 class _TileShape(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import parse_ranges
-from lite_attention.ops import functional
+from lite_attention.ops.call import in_fp32_range
 
 __all__ = [
     "CheckedRanges",
@@ -47,7 +47,7 @@ def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tup
                 f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
                 "set LITE_ATTENTION_DEBUG"
             )
-        values.append(functional.in_fp32_range(float(entry)))
+        values.append(in_fp32_range(float(entry)))
     if not values:
         raise ValueError("threshold is empty, expected one number, or one per query head")
     return tuple(values) if many else values[0]

@@ -98,7 +98,7 @@ def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     """:func:`lite_attention.video_sparse_attn` on tokens in raster order."""
 
-    takes_gate = True
+    travels_beside = ("gate_compress",)
 
     def __init__(
         self,
