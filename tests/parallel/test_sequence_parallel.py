@@ -27,7 +27,7 @@ from lite_attention import (
 from lite_attention.parallel.collectives import all_gather
 from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
-from support.inputs import Case, check_attention, correlated_passes, score_rounding
+from support.inputs import Case, check_attention, correlated_passes, report, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -374,8 +374,9 @@ def _errors() -> str:
         "mesh": lambda: DistributedLiteAttention("cpu"),  # type: ignore[arg-type]
         "head_chunks type": lambda: DistributedLiteAttention(mesh, head_chunks=True),
         "head_chunks": lambda: DistributedLiteAttention(mesh, head_chunks=0),
-        "threshold": lambda: DistributedLiteAttention(mesh, threshold=1.0),
         "max_batch_size": lambda: DistributedLiteAttention(mesh, max_batch_size=0),
+        "enable_skipping": lambda: DistributedLiteAttention(mesh, 1),  # type: ignore[arg-type]
+        "threshold": lambda: DistributedLiteAttention(mesh, threshold=1.0),
         "policy and threshold": lambda: DistributedLiteAttention(mesh, threshold=-1.0, policy=SkipPolicy()),
         "thresholds": lambda: DistributedLiteAttention(mesh, threshold=[-1.0]),
         "query": lambda: layer("q", kv, kv),
@@ -411,13 +412,7 @@ def _errors() -> str:
         "threshold after balancing": lambda: balanced.set_threshold([-1.0] * 6),
         "heads after balancing": lambda: balanced(q, kv, kv),
     }
-    lines = []
-    for name, call in calls.items():
-        try:
-            call()
-        except (TypeError, ValueError, RuntimeError) as error:
-            lines.append(f"{name} -> {type(error).__name__}: {error}")
-    return "\n".join(lines)
+    return report(calls)
 
 
 def test_errors() -> None:
@@ -429,8 +424,9 @@ def test_errors() -> None:
 mesh -> TypeError: DistributedLiteAttention: mesh has type str, expected a DeviceMesh
 head_chunks type -> TypeError: DistributedLiteAttention: head_chunks has type bool, expected an int
 head_chunks -> ValueError: DistributedLiteAttention: head_chunks is 0, expected at least 1
-threshold -> ValueError: DistributedLiteAttention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
 max_batch_size -> ValueError: DistributedLiteAttention: max_batch_size is 0, expected at least 1
+enable_skipping -> TypeError: DistributedLiteAttention: enable_skipping has type int, expected a bool
+threshold -> ValueError: DistributedLiteAttention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
 policy and threshold -> ValueError: DistributedLiteAttention: policy and threshold are given, expected one or the other
 thresholds -> ValueError: DistributedLiteAttention: threshold has 1 values, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
 query -> TypeError: DistributedLiteAttention: query has type str, expected a tensor

@@ -47,6 +47,8 @@ class SeqParallelLiteAttention(nn.Module):
         self.splits = nn.ModuleList(
             LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in range(num_nodes)
         )
+        for split in self._all():
+            split.caller = _NAME
 
     def forward(
         self,
