@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
 from lite_attention.layers.backends._checks import refuse_causal
-from lite_attention.maps.tiles import HEAD_DIMS, dtypes_of
+from lite_attention.maps.tiles import HEAD_DIMS
+from lite_attention.ops.backends import supported_dtypes
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.module import LiteAttention
 
@@ -78,5 +79,5 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         return out
 
 
-BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=dtypes_of)
+BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=supported_dtypes)
 LiteAttentionBackend = BACKEND.face

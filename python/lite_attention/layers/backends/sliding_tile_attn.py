@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
-from lite_attention.maps.tiles import HEAD_DIMS, dtypes_of
+from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
     "BACKEND",
@@ -265,6 +266,6 @@ BACKEND = Backend(
     SlidingTileAttentionMetadata,
     SlidingTileAttentionMetadataBuilder,
     head_sizes=HEAD_DIMS,
-    dtypes=dtypes_of,
+    dtypes=supported_dtypes,
 )
 SlidingTileAttentionBackend = BACKEND.face

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lite_attention.families.video_sparse import topk_of_sparsity, video_sparse_attn
+from lite_attention.families import video_sparse
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
-from lite_attention.maps.tiles import HEAD_DIMS, dtypes_of
+from lite_attention.maps.blocks import topk_of_sparsity
+from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import VideoTiles, keep_tensor
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
     "BACKEND",
@@ -96,7 +99,7 @@ def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
 
 
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
-    """:func:`lite_attention.video_sparse_attn` on tokens in raster order."""
+    """:func:`lite_attention.families.video_sparse.attention` on tokens in raster order."""
 
     travels_beside = ("gate_compress",)
 
@@ -139,17 +142,17 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     ) -> Tensor:
         """Attention between slots, ``[B, slots, heads, D]``."""
         metadata = expect_metadata(_NAME, attn_metadata, VideoSparseAttentionMetadata)
-        out = video_sparse_attn(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+        out, _ = video_sparse.attention(
+            query,
+            key,
+            value,
             metadata.variable_block_sizes,
             metadata.topk,
-            VSA_TILE_SIZE,
-            None if gate_compress is None else gate_compress.transpose(1, 2),
+            volume=math.prod(VSA_TILE_SIZE),
+            gate=gate_compress,
             scale=self.softmax_scale,
         )
-        return out.transpose(1, 2)
+        return out
 
 
 BACKEND = Backend(
@@ -158,6 +161,6 @@ BACKEND = Backend(
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
     head_sizes=HEAD_DIMS,
-    dtypes=dtypes_of,
+    dtypes=supported_dtypes,
 )
 VideoSparseAttentionBackend = BACKEND.face
