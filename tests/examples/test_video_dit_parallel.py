@@ -19,8 +19,8 @@ sys.path.insert(0, str(EXAMPLE))
 
 import parallel  # noqa: E402
 from lite_attention import LiteAttention  # noqa: E402
-from lite_attention.parallel.collectives import sequence_mesh  # noqa: E402
 from lite_attention.parallel.distributed import DistributedLiteAttention  # noqa: E402
+from lite_attention.parallel.mesh import sequence_mesh  # noqa: E402
 from model import VideoDiT, VideoDiTConfig  # noqa: E402
 from records import psnr  # noqa: E402
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from lite_attention import attention
 from lite_attention.families.streaming import head_windows, streaming_attention, streaming_sparse_attn_func
 from lite_attention.maps.tiles import UNLIMITED
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 from support.inputs import Case, assert_as_good_as_naive, make_qkv, report
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

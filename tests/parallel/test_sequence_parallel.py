@@ -13,8 +13,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention import DistributedLiteAttention, LiteAttention, attention, full_keep_map, pack_keep_map, reference
-from lite_attention.parallel.collectives import SequenceMesh, all_gather, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention import (
+    DistributedLiteAttention,
+    LiteAttention,
+    attention,
+    full_keep_map,
+    pack_keep_map,
+    reference,
+    unpack_keep_map,
+)
+from lite_attention.parallel.collectives import all_gather
+from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.inputs import Case, check_attention, correlated_passes, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
@@ -112,7 +122,7 @@ def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
             maps[split] = pack_keep_map(layer.keep_map(split))
             unsure = (margins - RING_THRESHOLD).abs() <= score_rounding(q, k, case.scale)
             assert unsure.sum() <= max(1.0, 0.01 * float((margins > -torch.inf).sum()))
-            differs = reference.unpack_keep_map(maps[split] ^ expected, margins.shape[-1])
+            differs = unpack_keep_map(maps[split] ^ expected, margins.shape[-1])
             assert not (differs & ~unsure).any()
             visited = pack_keep_map(margins > -torch.inf)
             part = reference.attention(q, k, v, visited, None, case.scale)
@@ -312,7 +322,7 @@ def _balanced_for_nothing() -> None:
     balance = layer.balance_heads()
     assert balance.before == balance.after > 0.05, "a head each cannot be shared better"
     assert layer.local_heads(2) == [sequence_mesh(mesh, "test").shard]
-    assert layer._head_order is None
+    assert not layer.head_order.changed
 
 
 def test_heads_stay_where_moving_them_would_not_help() -> None:

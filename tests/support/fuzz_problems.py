@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 from support.inputs import DTYPES, GPU_DTYPES, KINDS, MAPS, Case
 from support.masks import ALIGNMENTS
 from support.scores import KINDS as SCORE_KINDS

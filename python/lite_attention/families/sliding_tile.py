@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
-from lite_attention.ops import functional
 
 __all__ = ["SlidingTileMap", "sliding_tile_attention", "sliding_tile_map"]
 
@@ -64,7 +64,7 @@ class SlidingTileMap(NamedTuple):
         """
         self._check_inputs(q, k, v)
         query, key, value = (self._into_slots(x.transpose(1, 2)) for x in (q, k, v))
-        out, _ = functional.attention(
+        out, _ = ops.attention(
             query,
             key,
             value,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps.tiles import UNLIMITED
-from lite_attention.ops.functional import CausalAlignment, attention
+from lite_attention.ops import CausalAlignment, attention
 
 __all__ = ["head_windows", "streaming_attention", "streaming_sparse_attn_func"]
 

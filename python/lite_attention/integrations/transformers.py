@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function
 from lite_attention.families.duo import HEAD_ORDER, HEAD_WINDOWS, HeadTable, attention_layers, head_table
 from lite_attention.families.streaming import head_windows
 from lite_attention.integrations._routing import as_autocast
-from lite_attention.ops.functional import attention
+from lite_attention.ops import attention
 
 __all__ = ["DuoAttentionHandle", "enable_duo_attention"]
 
