@@ -29,8 +29,7 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
-from lite_attention.families import block_sparse, video_sparse
-from lite_attention.families.sliding_tile import sliding_tile_map
+from lite_attention.families import block_sparse, sliding_tile, video_sparse
 from lite_attention.families.streaming import streaming_attention
 from lite_attention.maps.blocks import block_means, block_scores, choose_blocks, topk_of_sparsity
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
@@ -277,19 +276,17 @@ class Benchmark(Run):
         return sliding_tiles_row(shape.facts(), facts, loops, absent)
 
     def window(self, window: Size, qkv: Inputs) -> Candidate:
-        """sliding_tile_attention with one window for all heads and its map made before."""
+        """sliding_tile.attention with one window for all heads and its map made before."""
         shape = SLIDING_TILES_SHAPE
-        sliding = sliding_tile_map(
+        sliding = sliding_tile.sliding_tile_map(
             window, CANVAS, head_dim=shape.head_dim, dtype=DTYPE, tile=TILE, device=torch.device(DEVICE)
         )
-        queries, keys, values = (x.transpose(1, 2) for x in qkv)
         rule = mask_rules.SlidingTiles(CANVAS, TILE, window, shape.heads)
         return Candidate(
             SLIDING_TILE_ATTENTION,
             str(window),
-            lambda: sliding.attend(queries, keys, values).transpose(1, 2),
+            lambda: sliding_tile.attention(*qkv, sliding),
             rule,
-            out_alone,
         )
 
     def video_sparse(self) -> Row:

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lite_attention.families import sliding_tile
 from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
+from lite_attention.maps.kept import KeptTensors, current_place
 from lite_attention.maps.tiles import HEAD_DIMS
-from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
+from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
@@ -64,10 +66,12 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
     def __init__(self) -> None:
         """A builder for one model."""
         self._table: _Table | None = None
+        self._text_lengths = KeptTensors()
 
     def prepare(self) -> None:
         """Forget the maps that were made."""
         self._table = None
+        self._text_lengths = KeptTensors()
 
     def build(  # type: ignore[override]
         self,
@@ -100,7 +104,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
             TypeError, ValueError: an argument does not fit; the text names it.
         """
         device = torch.empty(0, device=device).device  # with its index
-        arguments = (canvas, head_size, dtype, tile, text_tokens, device)
+        arguments = (canvas, head_size, dtype, tile, text_tokens, device, current_place(device))
         table = self._table
         if table is None or table.source is not STA_param or table.arguments != arguments:
             table = self._table = _make_table(STA_param, arguments)
@@ -112,7 +116,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         if isinstance(text_length, int):
             if not 0 <= text_length <= text_tokens:
                 raise ValueError(f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the text_tokens")
-            text_length = keep_tensor(_text_length, device, text_length)
+            length = text_length
+            text_length = self._text_lengths.get(length, device, lambda: _text_length(length, device))
         return SlidingTileAttentionMetadata(
             current_timestep=current_timestep,
             window_of_head=table.window_of_head[current_timestep],
@@ -123,7 +128,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
 
 
 def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
-    canvas, head_size, dtype, tile, text_tokens, device = arguments
+    canvas, head_size, dtype, tile, text_tokens, device, _ = arguments
     tiles = VideoTiles(check_size(f"{_NAME}: canvas", canvas), check_size(f"{_NAME}: tile", tile))
     numbers: dict[Size, int] = {}
     window_of_head = [
@@ -178,7 +183,7 @@ def _window(window: Sequence[int], where: tuple[int, int, int]) -> Size:
 
 
 class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMetadata]):
-    """:func:`lite_attention.sliding_tile_attention` on tokens in raster order, text after them.
+    """:func:`lite_attention.families.sliding_tile.attention` on tokens in raster order, text after them.
 
     Args:
         layer_index: number of the layer in STA_param; by default n of ``"blocks.<n>."`` in the prefix.
@@ -250,14 +255,15 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
         text_length = metadata.text_length
-        out = sliding.attend(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+        out, _ = sliding_tile.attention_in_slots(
+            query,
+            key,
+            value,
+            sliding,
             None if text_length is None else text_length.expand(query.shape[0]),
             scale=self.softmax_scale,
         )
-        return out.transpose(1, 2)
+        return sliding.into_tokens(out)
 
 
 BACKEND = Backend(
