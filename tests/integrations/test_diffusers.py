@@ -42,6 +42,10 @@ TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
 THRESHOLD = -2.0
 
 every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_model_compiled = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[] if name == "wan" else [pytest.mark.slow]) for name, case in CASES.items()],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -529,7 +533,7 @@ def everything_that_may_change(
     assert handle.skip_fraction().shape == (len(layers), 2)
 
 
-@every_model
+@every_model_compiled
 def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
     counter = CompileCounter()
     transformer = make_transformer(case)
@@ -563,6 +567,7 @@ def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
     transformer = make_transformer(WAN)

@@ -225,6 +225,7 @@ def test_a_layer_keeps_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(attend.attn_impl.attention.skip_fraction()) == 0
 
 
+@pytest.mark.slow
 def test_the_environment_variable_is_read_when_a_layer_is_made() -> None:
     code = (
         "import os, lite_attention.layers as layers\n"

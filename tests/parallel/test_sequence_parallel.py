@@ -30,6 +30,8 @@ from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.inputs import Case, check_attention, correlated_passes, report, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 THRESHOLD = -8.0
