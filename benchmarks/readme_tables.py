@@ -1,4 +1,7 @@
-"""Writes the tables of README.md from the committed results, so that no figure there is typed by hand."""
+"""Writes the tables of README.md and docs/ from the committed results, so that no figure in them is typed by hand.
+
+Over 400 lines: a table for every record, one after the other, which share how figures are written.
+"""
 
 import argparse
 import json
@@ -22,6 +25,8 @@ from attention_record import (
     point,
     rate,
 )
+from doc_tables import PAGES as DOC_PAGES
+from doc_tables import Place
 from sequence_parallel_record import (
     BALANCE,
     LAYER,
@@ -493,30 +498,36 @@ TABLES = {
     "whole_model_h200": whole_model_table,
     "sequence_parallel_h200": sequence_parallel_table,
 }
+README = "README.md"
+PAGES: dict[str, dict[str, Place]] = {
+    README: {name: Place(make, (name,)) for name, make in TABLES.items()},
+    **DOC_PAGES,
+}
 # A record that is not there yet leaves a word in its place.
 NOT_MEASURED = "Not measured yet."
 
 
-def table(name: str) -> str:
+def table(page: str, name: str) -> str:
     """The text of one place."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
+    make, records = PAGES[page][name]
+    paths = [RESULTS / f"{record}.json" for record in records]
+    if not all(path.exists() for path in paths):
         return NOT_MEASURED
-    text = TABLES[name](json.loads(path.read_text()))
-    for plot in sorted(RESULTS.glob(f"{name}*.png")):
+    text = make(*(json.loads(path.read_text()) for path in paths))
+    for plot in sorted(RESULTS.glob(f"{name}*.png")) if page == README else []:
         text += f"\n\n![{PLOTS[plot.stem.removeprefix(name)]}]({plot.relative_to(ROOT)})"
     return text
 
 
-def with_tables(text: str) -> str:
-    """The text with every marked table made anew from its record."""
-    for name in TABLES:
+def with_tables(text: str, page: str = README) -> str:
+    """The text of a page with every marked table made anew from its records."""
+    for name in PAGES[page]:
         marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise ValueError(
-                f"README.md has no place for the table {name}: expected <!-- table {name} --> ... <!-- end -->"
+                f"{page} has no place for the table {name}: expected <!-- table {name} --> ... <!-- end -->"
             )
-        made = table(name)
+        made = table(page, name)
         text = marked.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
@@ -524,16 +535,16 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = with_tables(before)
-    if arguments.check:
-        if before != after:
-            sys.exit("README.md is out of date: run python benchmarks/readme_tables.py")
-    else:
-        readme.write_text(after)
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text()
+        after = with_tables(before, page)
+        if not arguments.check:
+            path.write_text(after)
+        elif before != after:
+            sys.exit(f"{page} is out of date: run python benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ import readme_tables
 import sequence_parallel as benchmark
 from attention_record import ATTENTION, FA3, SKIP_ATTENTION
 from checks import WrongResultError
-from lite_attention import LiteAttention, merge_attention
-from lite_attention.ops import functional
+from lite_attention import LiteAttention, merge_attention, ops
 from sequence_parallel_record import (
     BALANCE,
     LAYER,
@@ -272,14 +271,14 @@ def test_a_state_or_a_result_that_differs_is_an_error() -> None:
 def test_a_call_without_attention_calls_no_operator_and_keeps_its_map() -> None:
     layer = LiteAttention(threshold=0.0)
     layer(*qkv())
-    before, attention = layer.keep_map(), functional.attention
+    before, attention = layer.keep_map(), ops.attention
     with benchmark.without_attention(), no_operators():
         out, lse = layer(*qkv(), return_softmax_lse=True)
         layer.enable_skip_optimization(False)
         layer(*qkv())
     assert (out.shape, lse.shape, lse.dtype) == (qkv()[0].shape, (1, 8, 600), torch.float32)
     assert torch.equal(layer.keep_map(), before)
-    assert functional.attention is attention
+    assert ops.attention is attention
 
 
 @contextlib.contextmanager

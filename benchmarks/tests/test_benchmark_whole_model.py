@@ -198,13 +198,13 @@ def test_a_map_that_changed_while_timed_fails_the_run(tmp_path: Path, monkeypatc
 def test_a_kernel_that_leaves_keys_out_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    right = getattr(lite_attention.ops.functional, what)
+    right = getattr(lite_attention.ops, what)
 
     def without_last_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> Any:
         options["kv_lens"] = torch.tensor([k.shape[1] * 3 // 4], dtype=torch.int32)
         return right(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(lite_attention.ops.functional, what, without_last_keys)
+    monkeypatch.setattr(lite_attention.ops, what, without_last_keys)
     record = run_steps(tmp_path)
     (failure,) = record["failures"]
     assert failure["error"].startswith("WrongResultError: out error 0.")

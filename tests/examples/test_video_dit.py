@@ -679,12 +679,12 @@ def test_demo_says_plainly_when_a_kernel_is_missing(
 ) -> None:
     class Missing(LiteAttention):
         def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-            raise NotImplementedError("skip_attention: no kernel for device type 'cuda' in this build")
+            raise NotImplementedError("skip_attention: no backend runs float16, head_dim 64, on cuda:0")
 
     monkeypatch.setattr(demo, "LiteAttention", Missing)
     assert demo.main(["--weights", str(tiny_weights), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert "no kernel for device type 'cuda'" in error
+    assert "no backend runs float16, head_dim 64, on cuda:0" in error
     assert "--device cpu" in error
 
 

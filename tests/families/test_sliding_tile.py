@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from lite_attention import attention, tile_shape, unpack_keep_map
+from lite_attention import attention, ops, tile_shape, unpack_keep_map
 from lite_attention.families import sliding_tile
 from lite_attention.families.sliding_tile import SlidingTileMap, sliding_tile_map
-from lite_attention.ops import functional
 from support.inputs import GPU, assert_as_good_as_naive, poisoned_memory, report
 
 Size = tuple[int, int, int]
@@ -297,7 +296,7 @@ def test_tiles_that_fill_their_slots_are_attended_in_place(video: Video, monkeyp
         assert arguments["tile_n"] == (64 if video.head_dim > 128 or math.prod(video.tile) % 128 else 128)
         return attention(*qkv, **arguments)
 
-    monkeypatch.setattr(functional, "attention", recorded)
+    monkeypatch.setattr(ops, "attention", recorded)
     q, k, v = video.make_qkv("cpu", torch.float32)
     video.attend(q, k, v)
     assert [x.data_ptr() for x in given] == [x.data_ptr() for x in (q, k, v)]

@@ -34,7 +34,7 @@ from lite_attention import (
 )
 from lite_attention.maps.keep_map import WORD_BITS
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import scores as made_up_scores

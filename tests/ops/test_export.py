@@ -52,7 +52,7 @@ def test_exported_model_steps_like_eager(strict: bool) -> None:
             torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
     mutated = set(program.run_decompositions().graph_signature.buffers_to_mutate.values())
     for block in range(2):
-        names = ("_live", "_slots.0.words", "_slots.0.stamp")
+        names = ("state.live", "state.slots.0.words", "state.slots.0.stamp")
         assert {f"blocks.{block}.attn.{name}" for name in names} <= mutated
     assert same_state(model, prepared_from(model)), "exporting does not advance the model's own state"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lite_attention import attention, pack_keep_map, reference, tile_shape
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 from support.inputs import KINDS, Case, check_attention, check_dense_or_mapped, make_qkv, random_map
 from support.masks import ALIGNMENTS, tile_lens, windows_of
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention import DistributedLiteAttention, LiteAttention, attention, full_keep_map, pack_keep_map, reference
+from lite_attention import (
+    DistributedLiteAttention,
+    LiteAttention,
+    attention,
+    full_keep_map,
+    pack_keep_map,
+    reference,
+    unpack_keep_map,
+)
 from lite_attention.parallel.collectives import all_gather
 from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
@@ -114,7 +122,7 @@ def _like_the_oracle(device: str, ring: int, ulysses: int, case: Case) -> float:
             maps[split] = pack_keep_map(layer.keep_map(split))
             unsure = (margins - RING_THRESHOLD).abs() <= score_rounding(q, k, case.scale)
             assert unsure.sum() <= max(1.0, 0.01 * float((margins > -torch.inf).sum()))
-            differs = reference.unpack_keep_map(maps[split] ^ expected, margins.shape[-1])
+            differs = unpack_keep_map(maps[split] ^ expected, margins.shape[-1])
             assert not (differs & ~unsure).any()
             visited = pack_keep_map(margins > -torch.inf)
             part = reference.attention(q, k, v, visited, None, case.scale)

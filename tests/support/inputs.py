@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention import attention, reference, skip_attention
-from lite_attention.maps.keep_map import ceil_div, pack_keep_map, tile_counts
+from lite_attention.maps.keep_map import ceil_div, pack_keep_map, tile_counts, unpack_keep_map
 from lite_attention.maps.tiles import tile_shape, visit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -241,7 +241,7 @@ def check_attention(
 def score_rounding(q: Tensor, k: Tensor, scale: float) -> float:
     """Margins, in powers of two, that fp32 accumulation of q.k may move: a bound on its rounding."""
     largest = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
-    return 4 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * largest * scale * reference.LOG2_E
+    return 4 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * largest * scale * math.log2(math.e)
 
 
 def check_decisions(
@@ -266,7 +266,7 @@ def check_decisions(
     distance = (margins - threshold.double().reshape(-1, 1, 1)).abs()
     unsure = visited & (distance <= score_rounding(q, k, scale))
     assert unsure.sum() <= max(1.0, most_unsure * float(visited.sum()))
-    tiles_same = reference.unpack_keep_map(next_keep ^ expected, margins.shape[-1]).logical_not()
+    tiles_same = unpack_keep_map(next_keep ^ expected, margins.shape[-1]).logical_not()
     assert bool((tiles_same | unsure).all()), "a decision differs where rounding cannot explain it"
     # Compared as words too: bits past the last tile must be 0.
     assert torch.equal(next_keep & ~pack_keep_map(unsure), expected & ~pack_keep_map(unsure))

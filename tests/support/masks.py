@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lite_attention import tile_shape
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 from support.inputs import Case
 
 ALIGNMENTS: tuple[CausalAlignment, ...] = ("top-left", "bottom-right")

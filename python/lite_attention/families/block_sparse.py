@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import GRAIN, block_tile_lens, check_sizes, check_volume
-from lite_attention.ops import functional
 
 __all__ = ["attention"]
 
@@ -51,4 +51,4 @@ def attention(
     """
     check_qkv(_NAME, q, k, v)
     tile_lens = block_tile_lens(block_sizes, volume_of_blocks(k, block_sizes))
-    return functional.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
+    return ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)

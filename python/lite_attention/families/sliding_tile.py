@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
-from lite_attention.ops import functional
 
 __all__ = ["SlidingTileMap", "attention", "attention_in_slots", "sliding_tile_map"]
 
@@ -117,7 +117,7 @@ def attention_in_slots(
     """
     _check_inputs(q, k, v, windows)
     query, key, value = (windows.into_slots(x) for x in (q, k, v))
-    return functional.attention(
+    return ops.attention(
         query,
         key,
         value,

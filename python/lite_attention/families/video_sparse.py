@@ -10,6 +10,7 @@ import math
 
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import (
     GRAIN,
@@ -22,7 +23,6 @@ from lite_attention.maps.blocks import (
     expand_blocks,
 )
 from lite_attention.maps.keep_map import unpack_keep_map
-from lite_attention.ops import functional
 
 __all__ = ["attention"]
 
@@ -90,9 +90,9 @@ def attention(
     keep = choose_blocks(q_means, k_means, topk, scale, prefix_blocks=prefix_blocks)
     if volume > GRAIN:
         keep = expand_blocks(unpack_keep_map(keep, block_sizes.numel()), volume)
-    coarse, _ = functional.attention(q_means, k_means, v_means, scale=scale)
+    coarse, _ = ops.attention(q_means, k_means, v_means, scale=scale)
     tile_lens = block_tile_lens(block_sizes, volume)
-    out, lse = functional.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
+    out, lse = ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
 
     # One pass over out, in place: neither the repeated coarse result nor its product with the gate is written out.
     blocks = out.unflatten(1, (-1, volume))

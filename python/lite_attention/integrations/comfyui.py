@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
+from lite_attention.ops.backends import Problem, choose, supported_dtypes
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.generation import GenerationClock
@@ -335,8 +336,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    # On the GPU there are kernels for two bytes a number only.
-    dtypes = tiles.SUPPORTED_DTYPES if query.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    dtypes = supported_dtypes(query.device)
+    if not dtypes:
+        choose(Problem("skip_attention", query.device, query.dtype, head_dim))  # says why nothing runs on this device
     return query.dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
 
 

@@ -132,7 +132,7 @@ class DistributedAttention(_DistributedLayer):
             :class:`LocalAttention`.
         mesh: of the ranks, with a dimension named "ulysses" whose size divides num_heads and num_kv_heads. None for the
             one of :func:`set_sequence_parallel_mesh`, or, if that is None too, this rank alone.
-        extra_impl_args: for the backend.
+        extra_impl_args: for the backend; those of other backends are for those.
 
     Raises:
         NotImplementedError, TypeError, ValueError: an argument does not fit; the text names it.

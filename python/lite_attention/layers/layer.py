@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.layers.forward_context import current_metadata
-from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name
+from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name, own_arguments
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
 from lite_attention.layers.selector import get_attn_backend
 
@@ -73,7 +73,7 @@ class AttentionLayer(nn.Module):
             causal=causal,
             num_kv_heads=self.num_kv_heads,
             prefix=f"{prefix}.impl" if prefix else "",
-            **extra_impl_args,
+            **own_arguments(impl_class, extra_impl_args, type(self).__name__),
         )
 
     def _check_qkv(self, q: Tensor, k: Tensor, v: Tensor, prefix: str = "") -> None:
@@ -130,7 +130,7 @@ class LocalAttention(AttentionLayer):
             for any, TORCH_SDPA unless another is asked for.
         prefix: name of the layer in the model, ``"blocks.3.attn1"``.
         dtype: of q, k and v; torch's default dtype if None.
-        extra_impl_args: for the backend.
+        extra_impl_args: for the backend; those of other backends are for those.
 
     Raises:
         NotImplementedError, TypeError, ValueError: an argument does not fit; the text names it.

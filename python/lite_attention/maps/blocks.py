@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lite_attention.maps.keep_map import pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N
-from lite_attention.ops.functional import top_k_map
+from lite_attention.ops import top_k_map
 
 __all__ = [
     "GRAIN",

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from lite_attention.ops._library import host
+from lite_attention.ops.load import host
 
 __all__ = ["Scoped"]
 

@@ -200,7 +200,7 @@ class DistributedLiteAttention(nn.Module):
 
         As :meth:`lite_attention.LiteAttention.set_threshold`.
         """
-        values = checked_threshold(threshold, self._state(0, 0).allows_positive_threshold)
+        values = checked_threshold(f"{_NAME}: threshold", threshold, self._state(0, 0).allows_positive_threshold)
         if isinstance(values, tuple):
             self._check_heads("threshold", len(values))
             ordered = self.head_order.meant_for

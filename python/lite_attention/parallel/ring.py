@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lite_attention.ops.functional import merge_attention
+from lite_attention.ops import merge_attention
 from lite_attention.parallel.collectives import start_shift
 from lite_attention.parallel.mesh import RankGroup
 

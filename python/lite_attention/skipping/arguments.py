@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lite_attention.maps import tiles
 from lite_attention.maps.ranges import parse_ranges
-from lite_attention.ops import functional
+from lite_attention.ops.call import in_fp32_range
 
 __all__ = [
     "CheckedRanges",
@@ -29,15 +29,16 @@ CheckedRanges = list[tuple[int, int]] | Tensor
 Threshold = float | Sequence[float] | Tensor
 
 
-def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+def checked_threshold(what: str, threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+    """A threshold as plain numbers within fp32; errors begin with ``what``."""
     if isinstance(threshold, Tensor):
         if threshold.dim() > 1:
-            raise ValueError(f"threshold has shape {list(threshold.shape)}, expected [] or [heads]")
+            raise ValueError(f"{what} has shape {list(threshold.shape)}, expected [] or [heads]")
         threshold = threshold.tolist()
     many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
     values: list[float] = []
     for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
-        name = f"threshold[{index}]" if many else "threshold"
+        name = f"{what}[{index}]" if many else what
         if isinstance(entry, bool) or not isinstance(entry, (int, float)):
             raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
         if math.isnan(entry):
@@ -47,9 +48,9 @@ def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tup
                 f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
                 "set LITE_ATTENTION_DEBUG"
             )
-        values.append(functional.in_fp32_range(float(entry)))
+        values.append(in_fp32_range(float(entry)))
     if not values:
-        raise ValueError("threshold is empty, expected one number, or one per query head")
+        raise ValueError(f"{what} is empty, expected one number, or one per query head")
     return tuple(values) if many else values[0]
 
 

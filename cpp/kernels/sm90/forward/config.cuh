@@ -1,9 +1,6 @@
 // What one instantiation of the forward is made of: tile sizes, roles, register budget, layouts, shared memory.
 #pragma once
 
-// Without it wgmma of 176 columns falls apart into small ones.
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
-
 #include <cutlass/numeric_types.h>
 
 #include <cute/algorithm/functional.hpp>
@@ -57,6 +54,8 @@ struct Config {
                                                      cute::GMMA::Major::K, cute::GMMA::Major::MN>());
   using QkMma = decltype(cute::make_tiled_mma(QkAtom{}));
   using PvMma = decltype(cute::make_tiled_mma(PvAtom{}));
+  static_assert(cute::tile_size<1>(QkMma{}) == kTileN && cute::tile_size<1>(PvMma{}) == kHeadDim,
+                "one wgmma a step, not several small ones");
 
   // Slabs of 64 columns, each rows x 128 bytes swizzled: what a TMA box of 64 columns writes.
   using QueryLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from lite_attention.families import sliding_tile
 from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
-from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
+from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
 from lite_attention.maps.kept import KeptTensors, current_place
+from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
+    "BACKEND",
     "SlidingTileAttentionBackend",
     "SlidingTileAttentionImpl",
     "SlidingTileAttentionMetadata",
@@ -199,10 +201,8 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         prefix: str = "",
         *,
         layer_index: int | None = None,
-        **extra_impl_args: Any,
     ) -> None:
         super().__init__()
-        check_extra_arguments(_NAME, extra_impl_args)
         refuse_causal(_NAME, causal)
         if layer_index is None:
             found = _LAYER_INDEX.search(prefix)
@@ -266,35 +266,12 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         return sliding.into_tokens(out)
 
 
-class SlidingTileAttentionBackend(AttentionBackend):
-    """Sliding Tile Attention."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return _NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[SlidingTileAttentionImpl]:
-        """The attention of a layer."""
-        return SlidingTileAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[SlidingTileAttentionMetadata]:
-        """The windows of a step."""
-        return SlidingTileAttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[SlidingTileAttentionMetadataBuilder]:
-        """Makes maps of windows."""
-        return SlidingTileAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_head_sizes() -> Collection[int]:
-        """Those of the kernels."""
-        return HEAD_SIZES
-
-    @staticmethod
-    def get_supported_dtypes() -> Collection[torch.dtype]:
-        """Those of the kernels."""
-        return KERNEL_DTYPES
+BACKEND = Backend(
+    _NAME,
+    SlidingTileAttentionImpl,
+    SlidingTileAttentionMetadata,
+    SlidingTileAttentionMetadataBuilder,
+    head_sizes=HEAD_DIMS,
+    dtypes=supported_dtypes,
+)
+SlidingTileAttentionBackend = BACKEND.face

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lite_attention.families import video_sparse
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
-from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
+from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
 from lite_attention.maps.blocks import topk_of_sparsity
+from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import VideoTiles
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
+    "BACKEND",
     "VSA_TILE_SIZE",
     "VideoSparseAttentionBackend",
     "VideoSparseAttentionImpl",
@@ -111,9 +112,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         causal: bool = False,
         num_kv_heads: int | None = None,
         prefix: str = "",
-        **extra_impl_args: Any,
     ) -> None:
-        check_extra_arguments(_NAME, extra_impl_args)
         refuse_causal(_NAME, causal)
         self.softmax_scale = softmax_scale
 
@@ -157,35 +156,12 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         return out
 
 
-class VideoSparseAttentionBackend(AttentionBackend):
-    """Video Sparse Attention."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return _NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[VideoSparseAttentionImpl]:
-        """The attention of a layer."""
-        return VideoSparseAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[VideoSparseAttentionMetadata]:
-        """The blocks of a video."""
-        return VideoSparseAttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[VideoSparseAttentionMetadataBuilder]:
-        """Cuts videos into blocks."""
-        return VideoSparseAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_head_sizes() -> Collection[int]:
-        """Those of the kernels."""
-        return HEAD_SIZES
-
-    @staticmethod
-    def get_supported_dtypes() -> Collection[torch.dtype]:
-        """Those of the kernels."""
-        return KERNEL_DTYPES
+BACKEND = Backend(
+    _NAME,
+    VideoSparseAttentionImpl,
+    VideoSparseAttentionMetadata,
+    VideoSparseAttentionMetadataBuilder,
+    head_sizes=HEAD_DIMS,
+    dtypes=supported_dtypes,
+)
+VideoSparseAttentionBackend = BACKEND.face
