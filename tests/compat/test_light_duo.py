@@ -148,7 +148,9 @@ def test_errors_name_the_argument() -> None:
             make_model(), MIXED[:1], 4, 31, HEADS, KV_HEADS, WIDTH
         ),
     }
-    assert_expected_inline(report(calls), """\
+    assert_expected_inline(
+        report(calls),
+        """\
 negative window -> ValueError: streaming_sparse_attn_func: window_size[0] is -1, expected 0 or more keys, or None
 position_ids -> ValueError: streaming_sparse_attn_func: position_ids is given, expected None: it is not supported here. streaming_attention places the queries at the last keys
 page_table -> ValueError: streaming_sparse_attn_func: page_table is given, expected None: it is not supported here
@@ -160,4 +162,5 @@ not causal -> ValueError: streaming_sparse_attn_func: causal is False, expected 
 not streaming -> ValueError: streaming_sparse_attn_func: enable_streaming is False, expected True: heads that see everything have window_size (None, None)
 keys to the right -> ValueError: streaming_sparse_attn_func: window_size[1] is 7, expected 0 or None: no row sees keys after its own
 all keys to the right -> ValueError: streaming_sparse_attn_func: window_size[1] is -1, expected 0 or None: no row sees keys after its own
-table of one layer -> ValueError: duo.reorder_weights: full_attention_heads has 1 rows, expected 2, one a layer""")
+table of one layer -> ValueError: duo.reorder_weights: full_attention_heads has 1 rows, expected 2, one a layer""",
+    )
