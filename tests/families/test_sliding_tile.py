@@ -371,6 +371,7 @@ def test_one_graph_whatever_the_tensors_hold(video: Video) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_inductor_gives_the_results_of_eager() -> None:
     q, k, v = RAGGED.make_qkv("cpu", torch.float32)
