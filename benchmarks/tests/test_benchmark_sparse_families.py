@@ -26,7 +26,7 @@ import sparse_families_record
 import sustained
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3
-from lite_attention.families.streaming import streaming_attention
+from lite_attention import streaming_attention
 from lite_attention.maps.video_tiles import VideoTiles
 from mask_rules import Blocks, Causal, Dense, Rule, SlidingTiles
 from sparse_families_record import (
