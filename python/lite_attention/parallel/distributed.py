@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
 from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.parallel.collectives import all_gather, all_reduce
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
@@ -287,7 +288,7 @@ class DistributedLiteAttention(nn.Module):
             raise ValueError(f"{_NAME}: split_idx is {split}, expected 0 to {self.ranks.ring.size - 1}")
         return [self._state(split, turn) for turn in range(self.head_chunks)]
 
-    @torch.inference_mode(False)  # an inference tensor could not be written outside that mode
+    @ordinary_tensors()
     def balance_heads(self) -> HeadBalance:
         """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
 
