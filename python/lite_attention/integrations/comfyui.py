@@ -18,6 +18,7 @@ from torch import Tensor
 from lite_attention.maps import tiles
 from lite_attention.ops.backends import Problem, choose, supported_dtypes
 from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.generation import GenerationClock
@@ -241,7 +242,7 @@ class LiteAttentionOverride:
         branch = self._branches[composition]
         sigmas: Tensor = options["sigmas"]
         if self.clock.start_full.device != sigmas.device:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            with ordinary_tensors():
                 self.clock.to(sigmas.device)
         self.clock.tick(sigmas, branch)
         return branch

@@ -14,6 +14,7 @@ from lite_attention.integrations._routing import as_autocast, reason_to_refuse, 
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Ranges
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -76,7 +77,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         vars(self)["generation"] = generation
         self.attention = attention
         self._masks_fit = model.prefix_mask and has_all_tokens
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
             self.register_buffer("_history", history, persistent=False)
 
