@@ -19,6 +19,8 @@ On a machine without GPUs, --device cpu with --sizes tiny tries the script itsel
 
 Needs nvidia-ml-py; for the model diffusers; for the peers the wheel fa3-fwd, and yunchang. What is missing is named in
 the record.
+
+Over 400 lines: the parts of one run share its processes, inputs, checks and clocks.
 """
 
 import argparse

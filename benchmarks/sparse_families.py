@@ -7,6 +7,8 @@ that knows the mask by its rule (mask_rules.py) before it is timed. Times are me
 (sustained.py), FlashAttention-3 and our dense call before and after the others of a block. About two minutes.
 
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
+
+Over 400 lines: the blocks of one run share its candidates, references and loops.
 """
 
 import contextlib
@@ -27,9 +29,7 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
-from lite_attention.families import block_sparse, video_sparse
-from lite_attention.families.sliding_tile import sliding_tile_map
-from lite_attention.families.streaming import streaming_attention
+from lite_attention.families import block_sparse, sliding_tile, streaming, video_sparse
 from lite_attention.maps.blocks import block_means, block_scores, choose_blocks, topk_of_sparsity
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
 from lite_attention.maps.video_tiles import Size, VideoTiles
@@ -275,19 +275,17 @@ class Benchmark(Run):
         return sliding_tiles_row(shape.facts(), facts, loops, absent)
 
     def window(self, window: Size, qkv: Inputs) -> Candidate:
-        """sliding_tile_attention with one window for all heads and its map made before."""
+        """sliding_tile.attention with one window for all heads and its map made before."""
         shape = SLIDING_TILES_SHAPE
-        sliding = sliding_tile_map(
+        sliding = sliding_tile.sliding_tile_map(
             window, CANVAS, head_dim=shape.head_dim, dtype=DTYPE, tile=TILE, device=torch.device(DEVICE)
         )
-        queries, keys, values = (x.transpose(1, 2) for x in qkv)
         rule = mask_rules.SlidingTiles(CANVAS, TILE, window, shape.heads)
         return Candidate(
             SLIDING_TILE_ATTENTION,
             str(window),
-            lambda: sliding.attend(queries, keys, values).transpose(1, 2),
+            lambda: sliding_tile.attention(*qkv, sliding),
             rule,
-            out_alone,
         )
 
     def video_sparse(self) -> Row:
@@ -387,7 +385,7 @@ class Benchmark(Run):
             )
 
         peer, causal = self.causal_candidates(shape, qkv)
-        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming_attention(*qkv, *window), rule)
+        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming.attention(*qkv, *window), rule)
         default_grain = lite_attention.tile_shape(shape.head_dim, DTYPE)[1]
         grains = [with_grain(tile_n) for tile_n in (default_grain, FINE_TILE_N)]
         loops, absent = self.measured(STREAMING, shape, qkv, peer, [causal, ours, *grains])

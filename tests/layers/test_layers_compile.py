@@ -91,6 +91,7 @@ def test_one_graph_for_all_blocks_compiled_one_by_one(backend: AttentionBackendE
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[2:], ids=lambda backend: backend.name)
 def test_inductor_gives_the_results_and_the_state_of_eager(backend: AttentionBackendEnum) -> None:
     model = DiT(backend, blocks=1)

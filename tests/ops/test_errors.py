@@ -518,7 +518,7 @@ def test_asking_for_a_gradient_is_a_clear_error() -> None:
     calls = {
         "attention": lambda: attention(q, k, v)[0].sum().backward(),
         "skip_attention": lambda: skip_attention(q, k, v, KEEP, -1.0)[0].sum().backward(),
-        "merge_attention": lambda: merge_attention([q, q], [LSE_OF_Q, LSE_OF_Q])[0].sum().backward(),
+        "attention, merged": lambda: merge_attention(*zip(attention(q, k, v), strict=True))[0].sum().backward(),
         "LiteAttention": lambda: LiteAttention()(q, k, v).sum().backward(),
         "through the lse": lambda: attention(q, k, v)[1].sum().backward(),
     }
@@ -527,14 +527,11 @@ def test_asking_for_a_gradient_is_a_clear_error() -> None:
         """\
 attention -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
 skip_attention -> NotImplementedError: skip_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
-merge_attention -> NotImplementedError: merge_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
+attention, merged -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
 LiteAttention -> NotImplementedError: skip_attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs
 through the lse -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs""",
     )
     assert q.grad is None
-
-
-LSE_OF_Q = torch.zeros(BATCH, HEADS, QUERIES)
 
 
 def test_schemas_are_as_promised() -> None:

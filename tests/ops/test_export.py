@@ -69,6 +69,7 @@ def test_exporting_before_any_call_says_what_to_do() -> None:
         torch.export.export(Model(1), (noise(0),))
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     model = prepared_model()
     expected = expected_outputs(model)
@@ -105,6 +106,7 @@ def wan_outputs(blocks: int) -> list[Tensor]:
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> None:
     with torch.no_grad():
@@ -116,6 +118,7 @@ def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> Non
     assert len(clocks) == 1, "AOTInductor refuses a buffer that is written under two names"
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_of_wan_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     """Of one block, as compiling takes its time."""
     with torch.no_grad():

@@ -56,6 +56,7 @@ except ImportError as error:
     return done.stdout.replace(str(package), "PACKAGE").replace(torch.__version__, "TORCH").strip()
 
 
+@pytest.mark.slow
 def test_import_without_the_compiled_part_lists_likely_causes(copied_package: Path) -> None:
     assert_expected_inline(
         import_error(copied_package),
@@ -74,6 +75,7 @@ def copy_compiled_part(package: Path) -> None:
         shutil.copy(library, package)
 
 
+@pytest.mark.slow
 def test_a_changed_schema_without_a_new_build_says_so(copied_package: Path) -> None:
     copy_compiled_part(copied_package)
     assert import_error(copied_package) == ""
@@ -92,6 +94,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_an_operator_library_of_another_build_says_so(copied_package: Path) -> None:
     copy_compiled_part(copied_package)
     library = copied_package / "_ops.so"
@@ -107,6 +110,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_a_library_from_before_interfaces_were_told_says_so(copied_package: Path) -> None:
     copy_compiled_part(copied_package)
     library = copied_package / "_ops.so"
@@ -134,6 +138,7 @@ def test_a_schema_that_is_computed_is_refused(tmp_path: Path) -> None:
         operator_interface(tmp_path)
 
 
+@pytest.mark.slow
 def test_import_with_a_damaged_operator_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
         f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nselected_cpu_variant = lambda: 'any'\n"
@@ -151,6 +156,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_import_with_a_damaged_cuda_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
         f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
@@ -174,6 +180,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     assert import_error(copied_package, before=f"{with_cuda}\n{first_try}") == message
 
 
+@pytest.mark.slow
 def test_import_under_an_old_torch_says_so(copied_package: Path) -> None:
     assert_expected_inline(
         import_error(copied_package, before="import torch; torch.__version__ = '2.9.1+cpu'"),
@@ -185,6 +192,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_info_command_prints_what_the_build_holds() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lite_attention.info", "--json"], capture_output=True, text=True, check=True
@@ -235,6 +243,7 @@ print(host.selected_cpu_variant())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", host.cpu_variants())
 def test_every_cpu_variant_agrees_with_the_oracle(variant: str) -> None:
     done = run_python(VARIANT_CHECK, LITE_ATTENTION_CPU_VARIANT=variant)
@@ -242,6 +251,7 @@ def test_every_cpu_variant_agrees_with_the_oracle(variant: str) -> None:
     assert done.stdout.strip() == variant
 
 
+@pytest.mark.slow
 def test_unknown_cpu_variant_names_the_choices() -> None:
     done = run_python("import lite_attention", LITE_ATTENTION_CPU_VARIANT="mmx")
     assert done.returncode != 0
@@ -249,6 +259,7 @@ def test_unknown_cpu_variant_names_the_choices() -> None:
     assert f"ImportError: lite_attention cannot start: {expected}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_import_after_a_failure_tells_the_same_story(copied_package: Path) -> None:
     first = "try:\n    import lite_attention\nexcept ImportError:\n    pass"
     assert import_error(copied_package, before=first) == import_error(copied_package)

@@ -48,6 +48,7 @@ def test_one_graph_for_all_layers_and_twelve_steps(branches: int) -> None:
     assert counter.frame_count == branches, "one compile, one more for the second branch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_gives_the_results_and_the_state_of_eager(mode: str) -> None:
     model = Model(2)

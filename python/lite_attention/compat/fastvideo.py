@@ -8,11 +8,18 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from lite_attention.families import block_sparse, video_sparse
+from lite_attention.families import block_sparse, sliding_tile, video_sparse
+from lite_attention.families.sliding_tile import SEQ_SHAPE, TILE, WindowSize
 from lite_attention.maps.blocks import expand_blocks
-from lite_attention.maps.video_tiles import VideoTiles
+from lite_attention.maps.video_tiles import Size, VideoTiles
 
-__all__ = ["VSAMetadata", "block_sparse_attention", "build_vsa_metadata", "video_sparse_attn"]
+__all__ = [
+    "VSAMetadata",
+    "block_sparse_attention",
+    "build_vsa_metadata",
+    "sliding_tile_attention",
+    "video_sparse_attn",
+]
 
 
 def _swapped(function: str, name: str, x: Tensor) -> Tensor:
@@ -20,6 +27,65 @@ def _swapped(function: str, name: str, x: Tensor) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f"{function}: {name} has {x.dim()} dimensions, expected 4, [B, H, S, D]")
     return x.transpose(1, 2)
+
+
+def sliding_tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: WindowSize,
+    text_length: int | Tensor,
+    has_text: bool = True,
+    seq_shape: str | Size = SEQ_SHAPE,
+    *,
+    tile: Size = TILE,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`lite_attention.families.sliding_tile.attention` by the call of ``st_attn``: out alone.
+
+    The map of the windows is made anew by each call, some forty small launches. A model makes it once, with
+    :func:`lite_attention.sliding_tile_map`, and calls the native function.
+
+    Args:
+        q: ``[B, H, S, D]``, fp32, bf16 or fp16, any strides whose last one is 1. First the tokens of the canvas, in
+            tile order (:func:`lite_attention.maps.video_tiles.tile_tokens`), then those of the text.
+        k, v: ``[B, Hkv, S, D]`` of q's dtype and device, ``H % Hkv == 0``.
+        window_size: (time, height, width) in tiles, one for all query heads or a list with one a query head. An even
+            size counts as the next odd one.
+        text_length: how many text tokens are keys, the first ones; an int, or int32 ``[B]`` on q's device.
+        has_text: False if no text follows the canvas; ``text_length`` is then ignored.
+        seq_shape: the canvas (time, height, width) in tokens, as a tuple or as text, ``"30x48x80"``.
+        tile: (time, height, width) in tokens; it need not divide the canvas. The original has this one alone.
+        scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None; the original has no other.
+
+    Returns:
+        out ``[B, H, S, D]`` of q's dtype, a transposed view of ``[B, S, H, D]``.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
+        NotImplementedError: the device has no kernel in this build.
+    """
+    function = "sliding_tile_attention"
+    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    canvas = sliding_tile.canvas_size(function, seq_shape)
+    image_tokens, tokens = math.prod(canvas), query.shape[1]
+    if tokens < image_tokens or (tokens > image_tokens and not has_text):
+        raise ValueError(
+            f"{function}: q has {tokens} tokens, expected {'at least ' if has_text else ''}{image_tokens}, "
+            f"the canvas {'x'.join(map(str, canvas))}{'' if has_text else ', as has_text is False'}"
+        )
+    windows = sliding_tile.sliding_tile_map(
+        window_size,
+        canvas,
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+        tile=tile,
+        text_tokens=tokens - image_tokens,
+        device=q.device,
+    )
+    length = text_length if has_text else None
+    out, _ = sliding_tile.attention_in_slots(query, key, value, windows, length, scale=scale)
+    return windows.into_tokens(out).transpose(1, 2)
 
 
 class VSAMetadata(TypedDict):

@@ -200,8 +200,8 @@ class Backend:
         metadata: what its forward is given of a step.
         builder: what makes that.
         head_sizes: those that it takes, None for any.
-        dtypes: of q, k and v that it takes, None for any. Where they depend on the kind of device, a function of "cpu"
-            or "cuda" that says them.
+        dtypes: of q, k and v that it takes, None for any. Where they depend on the device, a function of it that
+            says them.
     """
 
     name: str
@@ -209,7 +209,7 @@ class Backend:
     metadata: type[AttentionMetadata] = AttentionMetadata
     builder: type[AttentionMetadataBuilder[Any]] = PlainMetadataBuilder
     head_sizes: Collection[int] | None = None
-    dtypes: Collection[torch.dtype] | Callable[[str], Collection[torch.dtype]] | None = None
+    dtypes: Collection[torch.dtype] | Callable[[torch.device], Collection[torch.dtype]] | None = None
 
     @cached_property
     def face(self) -> type[AttentionBackend]:
@@ -247,4 +247,4 @@ class _Face(AttentionBackend):
     def get_supported_dtypes(cls) -> Collection[torch.dtype] | None:
         """On torch's default device: where the layer is made that asks."""
         dtypes = cls.backend.dtypes
-        return dtypes(torch.get_default_device().type) if callable(dtypes) else dtypes
+        return dtypes(torch.get_default_device()) if callable(dtypes) else dtypes

@@ -125,10 +125,9 @@ def get_attn_backend(
     if head_sizes is not None and head_size not in head_sizes:
         raise ValueError(f"{function}: head_size is {head_size}, expected {_listed(head_sizes)} for {_text(name)}")
     if dtypes is not None and dtype not in dtypes:
-        raise ValueError(
-            f"{function}: dtype is {dtype}, expected {_listed(dtypes)} for {_text(name)} on "
-            f"{torch.get_default_device().type}"
-        )
+        device = torch.get_default_device().type
+        expected = _listed(dtypes) or "none, as no backend runs there,"
+        raise ValueError(f"{function}: dtype is {dtype}, expected {expected} for {_text(name)} on {device}")
     return backend
 
 

@@ -24,11 +24,6 @@ UNLIMITED: int = torch.iinfo(torch.int32).max  # the recent_size of a head that 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def dtypes_of(device_type: str) -> tuple[torch.dtype, ...]:
-    """The dtypes of q, k and v that the kernels take on a kind of device, "cpu" or "cuda": fp32 not on GPUs."""
-    return tuple(dtype for dtype in SUPPORTED_DTYPES if device_type != "cuda" or dtype != torch.float32)
-
-
 def _look_up(head_dim: int, dtype: torch.dtype) -> _TileShape:
     if head_dim < 1 or head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE != 0:
         raise ValueError(f"head_dim is {head_dim}, expected a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}")

@@ -23,6 +23,7 @@ __all__ = ["Backend", "Problem", "backends", "choose", "reasons", "register", "r
 
 NAMESPACE = "lite_attention"  # of the operators, in torch.library
 HOPPER = (9, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Kinds of device that a call may come from; the rest of torch's have words of their own for what they lack.
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 MASKLESS_OPERATORS = ("merge_attention", "top_k_map")  # they take fp32 on every device
@@ -159,8 +160,10 @@ def choose(problem: Problem) -> Backend:
 
 
 def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """The dtypes of q, k and v that some backend takes on the device."""
-    problems = [Problem("attention", device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    """The dtypes of q, k and v that some backend takes on the device; all of them on "meta", which stands for any."""
+    if device.type == "meta":
+        return DTYPES
+    problems = [Problem("attention", device, dtype) for dtype in DTYPES]
     return tuple(problem.dtype for problem in problems if None in reasons(problem).values())
 
 

@@ -4,11 +4,9 @@ The kernels are the compiled libraries' (load.py); importing them first means th
 are kernels for them. Every operator is functional: none writes its inputs.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +32,8 @@ def define(
         schema: name, arguments and results, as torch writes them.
         fake: takes the operator's arguments, returns empty results of the right shapes, dtypes and devices.
         backward, setup_context: the gradient, as for :func:`torch.library.register_autograd`: what to remember of a
-            call (``setup_context(ctx, inputs, output)``), and the gradients of all arguments in their order, a list
-            for a list, None for what has none (``backward(ctx, *grads)``, where a result that plays no part has None).
+            call (``setup_context(ctx, inputs, output)``), and the gradients of all positional arguments in their order,
+            a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
     """
     name = schema.partition("(")[0]
@@ -47,15 +45,14 @@ def define(
     return operator
 
 
-@dataclass(frozen=True)
-class _Gradient:
+class _Gradient(NamedTuple):
     """How an operator is differentiated, or that it is not."""
 
     name: str
     backward: Callable[..., Sequence[Any]] | None
     setup_context: Callable[..., None] | None
 
-    def prepare(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if self.setup_context is not None:
             self.setup_context(ctx, inputs, output)
 
@@ -68,49 +65,29 @@ class _Gradient:
         return self.backward(ctx, *grads)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where each of a call's values stands: torch.autograd.Function sees only tensors that are given to it singly."""
-
-    list_sizes: tuple[int | None, ...]  # of each positional argument, None for what is no list
-    names: tuple[str, ...]
-
-    def unflatten(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        values = iter(flat)
-        arguments = [next(values) if size is None else list(islice(values, size)) for size in self.list_sizes]
-        return tuple(arguments), dict(zip(self.names, values, strict=True))
-
-    def flatten_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        flat: list[Any] = []
-        for size, gradient in zip(self.list_sizes, gradients, strict=True):
-            flat += [gradient] if size is None else size * [None] if gradient is None else gradient
-        return flat + len(self.names) * [None]
-
-
-def _flatten(arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
-    flat: list[Any] = []
-    for argument in arguments:
-        flat += argument if isinstance(argument, list) else [argument]
-    return flat + [*named.values()]
-
-
 class _Differentiated(torch.autograd.Function):
-    """A call some of whose tensors require a gradient."""
+    """A call some of whose tensors require a gradient. Autograd sees them in ``flat``, where lists are unrolled."""
 
     @staticmethod
-    def forward(run: Callable[..., Any], gradient: _Gradient, layout: _Layout, *flat: Any) -> Any:
-        arguments, named = layout.unflatten(flat)
-        return run(*arguments, **named)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.gradient, ctx.layout, *flat = inputs
+    def forward(ctx: Any, gradient: _Gradient, run: Callable[[], Any], inputs: tuple[Any, ...], *flat: Any) -> Any:
+        output = run()
+        ctx.gradient = gradient
+        ctx.list_sizes = [len(value) if isinstance(value, list) else None for value in inputs]
+        ctx.keywords = len(flat) - len(_flatten(inputs))
         ctx.set_materialize_grads(False)
-        ctx.gradient.prepare(ctx, ctx.layout.unflatten(flat)[0], output)
+        gradient.remember(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *ctx.layout.flatten_gradients(ctx.gradient.of_inputs(ctx, grads))
+        flat: list[Any] = []
+        for size, gradient in zip(ctx.list_sizes, ctx.gradient.of_inputs(ctx, grads), strict=True):
+            flat += [gradient] if size is None else size * [None] if gradient is None else gradient
+        return None, None, None, *flat, *(ctx.keywords * [None])
+
+
+def _flatten(values: Iterable[Any]) -> list[Any]:
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
@@ -119,13 +96,10 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
     def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any, **named: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled():
-            flat = _flatten(arguments, named)
+            flat = _flatten((*arguments, *named.values()))
             if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
-                sizes = tuple(len(argument) if isinstance(argument, list) else None for argument in arguments)
-                run = partial(operator.redispatch, below)
-                return _Differentiated.apply(  # type: ignore[no-untyped-call]
-                    run, gradient, _Layout(sizes, tuple(named)), *flat
-                )
+                run = partial(operator.redispatch, below, *arguments, **named)
+                return _Differentiated.apply(gradient, run, arguments, *flat)  # type: ignore[no-untyped-call]
         return operator.redispatch(below, *arguments, **named)
 
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)

@@ -11,6 +11,7 @@ maximum of its own, so that a decision depends on the split alone and not on the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -48,8 +49,8 @@ class DistributedLiteAttention(nn.Module):
     Args:
         mesh: the ranks that share a sequence; its dimensions are named "ring" and "ulysses", or one of the two. The
             rank at (r, u) holds shard ``r * ulysses + u``.
-        enable_skipping, threshold, max_batch_size: as for LiteAttention; a threshold for each head names the heads of
-            the whole model.
+        enable_skipping, threshold, max_batch_size, policy: as for LiteAttention; a threshold for each head names the
+            heads of the whole model.
         head_chunks: in how many turns a rank computes its heads. With more than one, the exchange of one turn's heads
             overlaps the attention of another's.
 
@@ -60,22 +61,27 @@ class DistributedLiteAttention(nn.Module):
     def __init__(
         self,
         mesh: DeviceMesh,
-        enable_skipping: bool = True,
-        threshold: Threshold = -10.0,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
         max_batch_size: int = 4,
         *,
         head_chunks: int = 1,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
         self.ranks = sequence_mesh(mesh, _NAME)
         self._device_type = mesh.device_type
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
         self.head_chunks = checked_int(f"{_NAME}: head_chunks", head_chunks, lowest=1)
         self.max_batch_size = checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
-        policy = SkipPolicy.resolve(_NAME, None, enable_skipping=enable_skipping, threshold=threshold)
         # One state for each split of the keys and each turn, in which a chunk of this rank's heads is computed.
+        # Their thresholds are of their heads, which are known once those of the whole model are dealt out.
         self.states = SeqParallelLiteAttention(
-            self.ranks.ring.size * head_chunks, policy.enabled, max_batch_size=max_batch_size
+            self.ranks.ring.size * head_chunks,
+            max_batch_size=max_batch_size,
+            policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
         )
+        self._policy = policy
         self.head_order = HeadOrder(mesh.device_type)
         self._turns = HeadTurns(self.ranks.ulysses, head_chunks)
         self.set_threshold(policy.threshold)
@@ -224,6 +230,11 @@ class DistributedLiteAttention(nn.Module):
     def threshold(self) -> float | tuple[float, ...]:
         """The threshold in powers of two: one number, or one for each query head of the whole model."""
         return self._threshold
+
+    @property
+    def policy(self) -> SkipPolicy:
+        """What the layer is told about skipping, as it is now."""
+        return dataclasses.replace(self._policy, threshold=self._threshold, enabled=self._state(0, 0).skipping)
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""

@@ -25,19 +25,25 @@ class SeqParallelLiteAttention(nn.Module):
 
     Args:
         num_nodes: number of KV splits.
-        enable_skipping, threshold, max_batch_size: as for :class:`LiteAttention`.
+        enable_skipping, threshold, max_batch_size, policy: as for :class:`LiteAttention`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
     """
 
     def __init__(
-        self, num_nodes: int, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4
+        self,
+        num_nodes: int,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
+        max_batch_size: int = 4,
+        *,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
         checked_int(f"{_NAME}: num_nodes", num_nodes, lowest=1)
         checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
-        policy = SkipPolicy.resolve(_NAME, None, enable_skipping=enable_skipping, threshold=threshold)
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
         self.splits = nn.ModuleList(
             LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in range(num_nodes)
         )

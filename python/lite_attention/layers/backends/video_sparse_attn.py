@@ -13,8 +13,9 @@ from lite_attention.families import video_sparse
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
 from lite_attention.maps.blocks import topk_of_sparsity
-from lite_attention.maps.tiles import HEAD_DIMS, dtypes_of
-from lite_attention.maps.video_tiles import VideoTiles, keep_tensor
+from lite_attention.maps.tiles import HEAD_DIMS
+from lite_attention.maps.video_tiles import VideoTiles
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
     "BACKEND",
@@ -49,10 +50,12 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
     """Cuts the video of a step into blocks of 4 x 4 x 4 tokens."""
 
     def __init__(self) -> None:
-        """There is nothing to set up."""
+        """A builder for one model."""
+        self._tiles: VideoTiles | None = None
 
     def prepare(self) -> None:
-        """Does nothing: what is made is kept for all videos of a shape."""
+        """Forget the tensors that were made."""
+        self._tiles = None
 
     def build(  # type: ignore[override]
         self,
@@ -82,19 +85,18 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
                 )
         time, height, width = (latents // patch for latents, patch in zip(raw_latent_shape, patch_size, strict=True))
         tiles = VideoTiles((time, height, width), VSA_TILE_SIZE)
+        if tiles == self._tiles:
+            tiles = self._tiles  # which keeps its tensors for the steps of a video
+        self._tiles = tiles
         device = torch.empty(0, device=device).device  # with its index
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             VSA_sparsity=VSA_sparsity,
             topk=topk_of_sparsity(VSA_sparsity, tiles.number),
             slots=tiles.number * tiles.volume,
-            slot_of_token=keep_tensor(_slot_of_token, device, tiles),
+            slot_of_token=tiles.raster_slots(tiles.volume, device),
             variable_block_sizes=tiles.sizes(device),
         )
-
-
-def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
-    return tiles.slots(tiles.volume, device)[tiles.positions(device)]
 
 
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
@@ -160,6 +162,6 @@ BACKEND = Backend(
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
     head_sizes=HEAD_DIMS,
-    dtypes=dtypes_of,
+    dtypes=supported_dtypes,
 )
 VideoSparseAttentionBackend = BACKEND.face
