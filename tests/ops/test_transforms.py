@@ -1,5 +1,7 @@
 """The operators under torch.vmap and function transforms, called as they are: what works, and what is said else."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -52,3 +54,29 @@ def test_what_vmap_cannot_split_is_named() -> None:
         report({"merge_attention": lambda: torch.vmap(lambda out, lse: merge_attention([out], [lse]))(out, lse)}),
         """merge_attention -> RuntimeError: Batching rule not implemented for lite_attention::merge_attention. We could not generate a fallback.""",
     )
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_tangents_are_refused_not_lost(gradients: bool) -> None:
+    q, k, v = make_qkv(CASE, torch.float32)
+    keep, lse = random_map(CASE, 0.5), torch.zeros(2, 4, 130)
+
+    def jvp(call: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.jvp(call, (q,), (torch.ones_like(q),))[1]
+
+    with torch.set_grad_enabled(gradients):
+        assert_expected_inline(
+            report(
+                {
+                    "attention": lambda: jvp(lambda q: attention(q, k, v)[0]),
+                    "skip_attention": lambda: jvp(lambda q: skip_attention(q, k, v, keep, -1.0)[0]),
+                    "merge_attention": lambda: jvp(lambda out: merge_attention([out], [lse])[0]),
+                }
+            ),
+            """\
+attention -> NotImplementedError: attention: has no forward-mode gradient (torch.func.jvp); detach its inputs
+skip_attention -> NotImplementedError: skip_attention: has no forward-mode gradient (torch.func.jvp); detach its inputs
+merge_attention -> NotImplementedError: merge_attention: has no forward-mode gradient (torch.func.jvp); detach its inputs""",
+        )
+        around = jvp(lambda q: q + attention(q.detach(), k, v)[0])
+    assert torch.equal(around, torch.ones_like(q))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from lite_attention.ops import backends
 from lite_attention.ops.autocast import autocast
@@ -96,11 +97,19 @@ def _flatten(values: Iterable[Any]) -> list[Any]:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
+def _refuse_tangents(name: str, flat: list[Any]) -> None:
+    """Forward-mode differentiation would go on with tangents of zero."""
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in flat):
+        raise NotImplementedError(f"{name}: has no forward-mode gradient (torch.func.jvp); detach its inputs")
+
+
 def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
     """Every call passes here, therefore by hand: torch.library.register_autograd costs 15 us a call, this 8."""
 
     def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any, **named: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(gradient.name, _flatten((*arguments, *named.values())))
         if torch.is_grad_enabled():
             flat = _flatten((*arguments, *named.values()))
             if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
