@@ -19,6 +19,8 @@ On a machine without GPUs, --device cpu with --sizes tiny tries the script itsel
 
 Needs nvidia-ml-py; for the model diffusers; for the peers the wheel fa3-fwd, and yunchang. What is missing is named in
 the record.
+
+Over 400 lines: the parts of one run share its processes, inputs, checks and clocks.
 """
 
 import argparse
@@ -47,10 +49,10 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, FA3, SCATTERED, Loop, Row
 from checks import WrongResultError, check
-from lite_attention import LiteAttention, merge_attention
-from lite_attention.ops import functional
-from lite_attention.parallel.collectives import sequence_mesh, shard_sequence
+from lite_attention import LiteAttention, merge_attention, ops
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.shards import shard_sequence
 from run import DTYPE, Run, parser_of_run, reason
 from sequence_parallel_record import (
     BALANCE,
@@ -313,7 +315,7 @@ def without_attention() -> Iterator[None]:
     def skipping(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         return *dense(q), keep
 
-    with mock.patch.multiple(functional, attention=dense, skip_attention=skipping):
+    with mock.patch.multiple(ops, attention=dense, skip_attention=skipping):
         yield
 
 
@@ -324,7 +326,7 @@ def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
     for state in layer.states.splits:
         if not isinstance(state, LiteAttention):
             raise TypeError(f"expected the states to be LiteAttention, not {type(state).__name__}")
-        shape = state._last_map(0, "attention_alone")[1]
+        shape = state.state.last_shape(0, "attention_alone")
         if shape not in inputs:
             sizes = [(shape.query_len, shape.heads)] + [(shape.kv_len, shape.kv_heads)] * 2
             inputs[shape] = [

@@ -7,8 +7,9 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/cpu/variants.h"
-#include "tile_shape.h"
+#include "kernels/cpu/common/variants.h"
+#include "operators/interface.h"
+#include "rules/tile_shape.h"
 
 namespace py = pybind11;
 
@@ -60,8 +61,7 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
       .def_property_readonly("current", &ContextValue::current, "Its value in the current context.")
       .def_property_readonly("variable", &ContextValue::variable, "The ContextVar, to set and reset it.");
 
-  // Must equal OPERATOR_INTERFACE in python/lite_attention/ops/_library.py.
-  module.attr("OPERATOR_INTERFACE") = 3;
+  module.attr("OPERATOR_INTERFACE") = lite_attention_operator_interface();
   module.attr("VERSION") = LITE_ATTENTION_VERSION;
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;

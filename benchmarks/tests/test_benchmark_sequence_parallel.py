@@ -23,8 +23,7 @@ import readme_tables
 import sequence_parallel as benchmark
 from attention_record import ATTENTION, FA3, SKIP_ATTENTION
 from checks import WrongResultError
-from lite_attention import LiteAttention, merge_attention
-from lite_attention.ops import functional
+from lite_attention import LiteAttention, merge_attention, ops
 from sequence_parallel_record import (
     BALANCE,
     LAYER,
@@ -76,6 +75,7 @@ class _SharedPool:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_checks_and_records_what_it_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +121,7 @@ def test_a_run_on_two_processes_checks_and_records_what_it_measures(
     assert summary(record) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_of_a_model_is_split_checked_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "RankPool", _SharedPool)
     setting = benchmark.Setting(device="cpu", seconds=0.001, **benchmark.SIZES["tiny"])
@@ -156,6 +157,7 @@ class _Pool:
         pass
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_fails_its_block_and_the_next_one_has_new_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,14 +274,14 @@ def test_a_state_or_a_result_that_differs_is_an_error() -> None:
 def test_a_call_without_attention_calls_no_operator_and_keeps_its_map() -> None:
     layer = LiteAttention(threshold=0.0)
     layer(*qkv())
-    before, attention = layer.keep_map(), functional.attention
+    before, attention = layer.keep_map(), ops.attention
     with benchmark.without_attention(), no_operators():
         out, lse = layer(*qkv(), return_softmax_lse=True)
         layer.enable_skip_optimization(False)
         layer(*qkv())
     assert (out.shape, lse.shape, lse.dtype) == (qkv()[0].shape, (1, 8, 600), torch.float32)
     assert torch.equal(layer.keep_map(), before)
-    assert functional.attention is attention
+    assert ops.attention is attention
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ Each picture is a function here; its map comes from the library, so that a pictu
 """
 
 import argparse
+import ast
 import itertools
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from lite_attention import unpack_keep_map
 from lite_attention.families.sliding_tile import sliding_tile_map
-from lite_attention.parallel.collectives import even_spans
+from lite_attention.parallel.exchange import even_spans
+
+ROOT = Path(__file__).parents[2]
 
 STYLE = """
     .page { fill: #ffffff }
@@ -27,6 +31,7 @@ STYLE = """
     text { fill: #1b1f24 }
     .name { font-weight: 600 }
     .heading { font-size: 12px; fill: #57606a }
+    .file { font-size: 12px }
     @media (prefers-color-scheme: dark) {
       .page { fill: #14181d }
       .area { fill: #1d232b; stroke: #3d4653 }
@@ -163,7 +168,64 @@ def draw_many_gpus() -> str:
     return picture("Who computes what on four ranks, by Ulysses, in a ring, and by both", 640, 384, parts)
 
 
-PICTURES = {"many-gpus.svg": draw_many_gpus, "sliding-tile.svg": draw_sliding_tile}
+# Floors of the house, from the roof down: a room may import from the rooms below it, and not from those beside it.
+FLOORS = (
+    ("integrations",),
+    ("layers", "compat"),
+    ("parallel",),
+    ("skipping", "families", "triton"),
+    ("maps",),
+    ("ops",),
+)
+BESIDE = "reference"  # imports maps alone, and is imported by tests
+
+
+def draw_house() -> str:
+    """The rooms of the package on their floors, each with its purpose and its files; below them what is compiled."""
+    package = ROOT / "python" / "lite_attention"
+    width, line = 980, 16
+
+    def lines(folder: Path, columns: int) -> list[str]:
+        names = sorted({path.stem + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("_")})
+        return textwrap.wrap(" · ".join(names), columns)
+
+    def room(name: str, folder: Path, purpose: str, x: float, y: float, across: float, height: float) -> list[str]:
+        inside = [label(name, x + 12, y + 21, "name"), label(purpose, x + 12, y + 39)]
+        files = lines(folder, int(across / 6.4))
+        inside += [label(text, x + 12, y + 60 + line * row, "file") for row, text in enumerate(files)]
+        return [f'<rect class="area" x="{x:g}" y="{y:g}" width="{across:g}" height="{height:g}" rx="6"/>', *inside]
+
+    parts, y = [label("Imports go down: what lies on a floor knows the floors below it alone", 24, 30, "name")], 46.0
+    beside = 200.0
+    for floor in FLOORS:
+        there = [name for name in floor if (package / name).is_dir()]
+        across = (width - 48 - beside - 12 - 12 * (len(there) - 1)) / len(there)
+        height = 52 + line * max(len(lines(package / name, int(across / 6.4))) for name in there) + 4
+        for place, name in enumerate(there):
+            purpose = ast.get_docstring(ast.parse((package / name / "__init__.py").read_text())) or ""
+            first = textwrap.shorten(purpose.partition("\n")[0], int(across / 6.9), placeholder=" …").replace("`", "")
+            parts += room(name, package / name, first, 24 + place * (across + 12), y, across, height)
+        y += height + 10
+    x, top = width - 24 - beside, 46.0
+    parts.append(f'<rect class="area" x="{x:g}" y="{top:g}" width="{beside:g}" height="{y - 10 - top:g}" rx="6"/>')
+    parts += [label(BESIDE, x + 12, top + 21, "name"), label("the oracle, in plain torch", x + 12, top + 42)]
+    parts += [label(f"{text}", x + 12, top + 66 + line * row) for row, text in enumerate(lines(package / BESIDE, 26))]
+    for name, purpose in CPP.items():
+        height = 52 + line * len(lines(ROOT / "cpp" / name, int((width - 48) / 6.4))) + 4
+        parts += room(f"cpp/{name}", ROOT / "cpp" / name, purpose, 24, y, width - 48, height)
+        y += height + 10
+    return picture(
+        "The rooms of the package and of what is compiled, in the order of their imports", width, int(y + 14), parts
+    )
+
+
+CPP = {
+    "operators": "arguments to params, and whose kernel runs; the one place that knows torch",
+    "params": "plain structs: what a kernel is told",
+    "rules": "every rule once, for host and device",
+    "kernels": "CPU and sm90; they know params and rules alone",
+}
+PICTURES = {"house.svg": draw_house, "many-gpus.svg": draw_many_gpus, "sliding-tile.svg": draw_sliding_tile}
 
 
 def main() -> None:

@@ -27,8 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lite_attention import LiteAttention
-from lite_attention.parallel.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
 from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from model import VideoDiT, load_weights
 from records import contact_sheet, psnr
 from sampling import denoise, initial_noise

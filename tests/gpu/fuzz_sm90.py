@@ -6,90 +6,49 @@
 The second line runs one case again: a case follows from the seed and its number alone, and a failure prints that line.
 Values are judged element by element, by what rounding the weights and the output to the inputs' dtype can cost.
 Decisions equal the oracle's, except where a margin is within rounding of the threshold; such tiles are counted.
-Exit status 1 if any case fails.
+Exit status 1 if any case fails. ``--device cpu`` puts the same questions to the CPU's kernels.
 """
 
 import argparse
 import json
 import math
-import random
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lite_attention import attention, merge_attention, pack_keep_map, reference, skip_attention, unpack_keep_map
+from lite_attention import (
+    attention,
+    merge_attention,
+    pack_keep_map,
+    reference,
+    skip_attention,
+    top_k_map,
+    unpack_keep_map,
+)
 from lite_attention.maps.keep_map import WORD_BITS
-from support.inputs import GPU, GPU_DTYPES, KINDS, MAPS, Case, make_map, make_qkv, poisoned_memory, score_rounding
 
-OPERATORS = ("attention", "attention with a map", "skip_attention", "merge_attention")
-LAYOUTS = ("BSHD", "BHSD", "fused", "wide rows", "expanded batch")
-THRESHOLDS = (-math.inf, -10.0, -3.0, -1.0, -0.3, 0.0, 1.0, math.inf)
-# Neighbours of the tile sizes and visit groups; others are drawn evenly.
-EDGE_LENGTHS = tuple(edge + step for edge in (64, 128, 192, 256, 384, 512, 640) for step in (-1, 0, 1))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.fuzz_problems import MASKED, Problem, random_problem
+from support.inputs import (
+    DTYPES,
+    GPU,
+    GPU_DTYPES,
+    make_map,
+    make_qkv,
+    poisoned_memory,
+    score_rounding,
+)
+from support.masks import tile_lens
+from support.scores import make_scores
+
 MOST_UNSURE = 0.01  # of all visited tiles
 REPORT_EVERY = 500
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call. Everything random in its tensors follows from ``seed``."""
-
-    seed: int
-    operator: str
-    case: Case
-    dtype: str
-    kind: str
-    layout: str
-    scale: float
-    keep: str
-    noisy_bits: bool
-    must_keep: tuple[int, int, int] | None
-    kv_lens: tuple[int, ...] | None
-    thresholds: tuple[float, ...]
-
-
-def random_length(choose: random.Random, most: int) -> int:
-    return choose.choice(EDGE_LENGTHS) if choose.random() < 0.4 else choose.randint(1, most)
-
-
-def random_problem(seed: int, number: int) -> Problem:
-    choose = random.Random(f"{seed}/{number}")
-    kv_heads, group = choose.choice(((1, 1), (1, 1), (2, 1), (1, 3), (2, 2), (3, 2), (1, 8)))
-    query_len, kv_len = random_length(choose, 700), random_length(choose, 900)
-    if choose.random() < 0.1:  # maps of several words
-        query_len, kv_len = choose.randint(1, 200), choose.randint(4000, 9000)
-    case = Case(
-        batch=choose.choice((1, 1, 2, 3)),
-        query_len=query_len,
-        kv_len=kv_len,
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_dim=choose.choice((64, 128, 256)) if choose.random() < 0.5 else 8 * choose.randint(1, 32),
-    )
-    query_tiles = case.tiles()[0]
-    sizes = [choose.choice((1, size)) for size in (case.batch, case.heads, query_tiles)]
-    lens = [
-        choose.choice((0, 1, kv_len, choose.randint(0, kv_len), choose.randint(0, kv_len))) for _ in range(case.batch)
-    ]
-    return Problem(
-        seed=choose.getrandbits(32),
-        operator=choose.choices(OPERATORS, (2, 2, 6, 1))[0],
-        case=case,
-        dtype=str(choose.choice(GPU_DTYPES)),
-        kind=choose.choice(KINDS),
-        layout=choose.choice(LAYOUTS),
-        scale=case.scale * choose.choice((1.0, 1.0, 0.1, 3.0)),
-        keep=choose.choice(MAPS),
-        noisy_bits=choose.random() < 0.2,
-        must_keep=(sizes[0], sizes[1], sizes[2]) if choose.random() < 0.3 else None,
-        kv_lens=tuple(lens) if choose.random() < 0.3 else None,
-        thresholds=tuple(choose.choice(THRESHOLDS) for _ in range(choose.choice((1, case.heads)))),
-    )
 
 
 def laid_out(layout: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,11 +85,13 @@ def judge_values(
     qkv: tuple[Tensor, Tensor, Tensor],
     keep: Tensor | None,
     kv_lens: Tensor | None,
+    masks: dict[str, Any] | None = None,
 ) -> None:
     out, lse = results
+    masks = masks or {}
     q, k, v = qkv
-    exact_out, exact_lse = reference.attention(q, k, v, keep, kv_lens, problem.scale)
-    weighted, _ = reference.attention(q, k, v.abs(), keep, kv_lens, problem.scale)  # sum of weight * |value|
+    exact_out, exact_lse = reference.attention(q, k, v, keep, kv_lens, problem.scale, **masks)
+    weighted, _ = reference.attention(q, k, v.abs(), keep, kv_lens, problem.scale, **masks)  # sum of weight * |value|
     eps = torch.finfo(out.dtype).eps
     score_error = score_rounding(q, k, problem.scale)
     # Half an eps for each weight, half for the output, and the scores' own error above and below the fraction line.
@@ -185,31 +146,62 @@ def judge_merge(judgement: Judgement, problem: Problem, q: Tensor) -> None:
     judgement.expect("merged lse", (lse == exact_lse) | ((lse - exact_lse).abs() <= 1e-5))
 
 
+def judge_top_k(judgement: Judgement, problem: Problem, device: torch.device) -> None:
+    drawn = problem.scores
+    dtype = next(dtype for dtype in DTYPES if str(dtype) == drawn.dtype)
+    sizes = (drawn.rows, drawn.columns)
+    scores = make_scores(drawn.kind, *sizes, dtype=dtype, seed=problem.seed).to(device)
+    with poisoned_memory(device):
+        chosen = top_k_map(scores, drawn.count)
+    judgement.expect("top_k_map", chosen == reference.top_k_map(scores, drawn.count))
+
+
+def mask_tensors(problem: Problem, device: torch.device) -> dict[str, Any]:
+    """The masks as attention and its oracle take them."""
+    drawn, case = problem.masks, problem.case
+    masks: dict[str, Any] = {"tile_n": drawn.tile_n, "causal": drawn.causal}
+    if drawn.kv_tile_lens is not None:
+        batch = None if drawn.kv_tile_lens == "shared" else case.batch
+        masks["kv_tile_lens"] = tile_lens(case, drawn.tile_n, device, batch, problem.seed)
+    if drawn.head_windows is not None:
+        masks["head_windows"] = torch.tensor(drawn.head_windows, dtype=torch.int32, device=device)
+    return masks
+
+
+def with_noise(keep: Tensor, kv_tiles: int) -> Tensor:
+    """The map with every bit set that lies past the last tile: they mean nothing."""
+    if kv_tiles % WORD_BITS:
+        keep = keep.clone()
+        keep[..., -1] |= -1 << kv_tiles % WORD_BITS
+    return keep
+
+
 def judge(problem: Problem, device: torch.device) -> Judgement:
     case, judgement = problem.case, Judgement()
+    if problem.operator == "top_k_map":
+        judge_top_k(judgement, problem, device)
+        return judgement
     dtype = next(dtype for dtype in GPU_DTYPES if str(dtype) == problem.dtype)
     q, k, v = laid_out(problem.layout, *make_qkv(case, dtype, problem.kind, problem.seed, device))
-    kv_lens = None if problem.kv_lens is None else torch.tensor(problem.kv_lens, dtype=torch.int32, device=device)
     if problem.operator == "merge_attention":
         judge_merge(judgement, problem, q)
         return judgement
-    if problem.operator == "attention":
+
+    kv_lens = None if problem.kv_lens is None else torch.tensor(problem.kv_lens, dtype=torch.int32, device=device)
+    tile_n = problem.masks.tile_n if problem.operator in MASKED else None
+    keep = given = None
+    if problem.operator != "attention":
+        keep = make_map(problem.keep, case, problem.seed, device, tile_n)
+        given = with_noise(keep, case.tiles(tile_n=tile_n)[1]) if problem.noisy_bits else keep
+    if problem.operator in MASKED:
+        masks = mask_tensors(problem, device)
         with poisoned_memory(device):
-            results = attention(q, k, v, kv_lens=kv_lens, scale=problem.scale)
-        judge_values(judgement, results, problem, (q, k, v), None, kv_lens)
+            results = attention(q, k, v, keep=given, kv_lens=kv_lens, scale=problem.scale, **masks)
+        judge_values(judgement, results, problem, (q, k, v), keep, kv_lens, masks)
         return judgement
 
-    keep = make_map(problem.keep, case, problem.seed, device)
-    given = keep
-    if problem.noisy_bits and case.tiles()[1] % WORD_BITS:
-        given = keep.clone()
-        given[..., -1] |= -1 << case.tiles()[1] % WORD_BITS  # bits past the last tile mean nothing
-    if problem.operator == "attention with a map":
-        with poisoned_memory(device):
-            results = attention(q, k, v, keep=given, kv_lens=kv_lens, scale=problem.scale)
-        judge_values(judgement, results, problem, (q, k, v), keep, kv_lens)
-        return judgement
-
+    assert keep is not None
+    assert given is not None
     must_keep = None
     if problem.must_keep is not None:
         whole = unpack_keep_map(make_map("random 10%", case, problem.seed + 1, device), case.tiles()[1])
@@ -239,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     began = time.monotonic()
-    failures, operators = [], Counter[str]()
+    failures, operators, named = [], Counter[str](), Counter[str]()
     visited = unsure = 0
     for number in range(arguments.first, arguments.first + arguments.cases):
         problem = random_problem(arguments.seed, number)
@@ -248,6 +240,7 @@ def main() -> int:
         except Exception as error:  # named like any other failure; a device error makes the rest of the run fail too
             judgement = Judgement([f"{type(error).__name__}: {error}"])
         operators[problem.operator] += 1
+        named.update(problem.arguments())
         visited, unsure = visited + judgement.visited, unsure + judgement.unsure
         if judgement.wrong:
             failures.append({"number": number, "wrong": judgement.wrong, "problem": str(problem)})
@@ -263,6 +256,7 @@ def main() -> int:
         "seed": arguments.seed,
         "first": arguments.first,
         "cases": dict(operators),
+        "with": dict(named),
         "seconds": round(time.monotonic() - began, 1),
         "visited_tiles": visited,
         "tiles_too_close_to_call": unsure,

@@ -14,6 +14,7 @@ to the host: it is told to look at kernels only.
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read by torch when it first allocates
@@ -31,6 +32,8 @@ from lite_attention import (
     top_k_map,
 )
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.inputs import GPU, GPU_DTYPES, Case, check_attention, check_decisions, make_map, make_qkv, random_map
 
 # Of each instantiation once its own head dim and once a smaller one, padded with zeros.

@@ -11,37 +11,17 @@ from torch._dynamo.utils import counters
 
 from lite_attention import LiteAttention, skip_branch
 from lite_attention.skipping.cuda_graphs import CapturedStep, capture_step
-from lite_attention.skipping.generation import GenerationClock
 from support.inputs import GPU
+from support.stack import HEADS, LENGTH, THRESHOLD, Stack, stack_latents, time
 
 pytestmark = pytest.mark.gpu
 
-HEADS, HEAD_DIM, LENGTH = 4, 64, 1000
 STEPS, GENERATIONS, BRANCHES = 20, 2, 2
-THRESHOLD, HIGHER_THRESHOLD = -6.0, -3.0
+HIGHER_THRESHOLD = -3.0
 MUST_DO_TILE, MUST_DO = 3, [384, 512]  # the tile that these keys fill
 ALLOCATION = 512  # bytes, to whose multiples torch rounds
 
 Pair = tuple[Tensor, Tensor]
-
-
-class Stack(nn.Module):
-    """Attention alone, with arithmetic that fusing cannot change: sums rounded once, and a power of two."""
-
-    must_do: Tensor
-
-    def __init__(self, layers: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(LiteAttention(threshold=THRESHOLD) for _ in range(layers))
-        self.clock = GenerationClock()
-        self.register_buffer("must_do", torch.zeros(1, 2, dtype=torch.int64))
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
-        self.clock.tick(timestep)
-        x = hidden_states
-        for layer in self.layers:
-            x = x + layer(2 * x, x, x, must_do_list=self.must_do, start_full=self.clock.start_full)
-        return x
 
 
 @dataclass
@@ -65,17 +45,6 @@ class Subject:
 
     def skipped(self) -> float:
         return max(float(layer.skip_fraction(branch)) for layer in self.layers for branch in range(BRANCHES))
-
-
-def time(generation: int, step: int) -> Tensor:
-    """Two generations that differ; the second is noticed by its first timestep."""
-    return torch.full((1,), 1000.0 - 40 * step - generation, device=GPU)
-
-
-def stack_latents(generation: int, step: int, length: int = LENGTH) -> Tensor:
-    random = torch.Generator().manual_seed(generation)
-    start, change = torch.randn(2, 1, length, HEADS, HEAD_DIM, generator=random).unbind()
-    return (start + 0.1 * step * change).to(GPU, torch.bfloat16)
 
 
 def stack() -> Subject:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu_cuda_graphs import Stack, stack_latents, time
 from torch.utils.cpp_extension import CUDA_HOME
 
 from support.inputs import GPU
 from support.packages import run_in_another_process
+from support.stack import Stack, stack_latents, time
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention import DistributedLiteAttention, LiteAttention
-from lite_attention.parallel.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from lite_attention.skipping.cuda_graphs import capture_step
 from support.inputs import Case, correlated_passes
 from support.ranks import RankError, RankPool, mesh_of, run_on_ranks

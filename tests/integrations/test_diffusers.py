@@ -43,6 +43,10 @@ TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
 THRESHOLD = -2.0
 
 every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_model_compiled = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[] if name == "wan" else [pytest.mark.slow]) for name, case in CASES.items()],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -472,8 +476,8 @@ a number as timestep -> TypeError: GenerationClock: timestep has type float, exp
 layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all
-threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
--1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+threshold above 0 -> ValueError: enable_lite_attention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+-1 first steps -> ValueError: enable_lite_attention: skip_first_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
@@ -519,7 +523,7 @@ def everything_that_may_change(
     assert handle.skip_fraction().shape == (len(layers), 2)
 
 
-@every_model
+@every_model_compiled
 def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
     counter = CompileCounter()
     transformer = make_transformer(case)
@@ -553,6 +557,7 @@ def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
     transformer = make_transformer(WAN)

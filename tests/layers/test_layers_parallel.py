@@ -21,7 +21,8 @@ from lite_attention.layers import (
     set_sequence_parallel_mesh,
 )
 from lite_attention.layers.registry import _backends
-from lite_attention.parallel.collectives import SequenceMesh, gather_sequence, sequence_mesh, shard_sequence
+from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.inputs import Case, correlated_passes, report
 from support.layer_models import (
     HEADS,
@@ -188,6 +189,7 @@ def same_video(one: list[Tensor], other: list[Tensor], device: str) -> bool:
     return float(differences.max()) <= 1e-4 if device == "cpu" else float(differences.mean()) <= 2e-2
 
 
+@pytest.mark.slow
 @on_devices
 @on_backends
 def test_a_model_on_ranks_gives_the_video_of_one_eager_and_compiled(device: str, backend: AttentionBackendEnum) -> None:
@@ -339,7 +341,7 @@ a ring that was set -> ValueError: set_sequence_parallel_mesh: mesh has 2 ranks 
 a mesh of other names -> ValueError: set_sequence_parallel_mesh: mesh has dimensions named 'dp', expected 'ring', 'ulysses' or both. Of a larger mesh, pass mesh['ring', 'ulysses']
 heads that do not divide -> ValueError: DistributedAttention: num_heads is 3, expected a multiple of the 2 ranks that share the heads
 KV heads that do not divide -> ValueError: DistributedAttention: num_kv_heads is 1, expected a multiple of the 2 ranks that share the heads
-more tokens than the ranks hold -> ValueError: DistributedAttention: original_seq_len is 21, expected 1 to 20, the tokens of 2 ranks""",
+more tokens than the ranks hold -> ValueError: DistributedAttention: original_seq_len is 21, expected 1 to 20, the tokens of all shards""",
     )
 
 
@@ -348,7 +350,7 @@ def meshes_in_turn() -> list[int]:
     mesh = mesh_of("cpu", 1, 2)
 
     def size(**arguments: Any) -> int:
-        return DistributedAttention(HEADS, HEAD_SIZE, **arguments)._group.size
+        return DistributedAttention(HEADS, HEAD_SIZE, **arguments)._turns.group.size
 
     sizes = [size(), size(mesh=mesh)]
     set_sequence_parallel_mesh(mesh)

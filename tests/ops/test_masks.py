@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lite_attention import attention, pack_keep_map, reference, tile_shape
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
-from lite_attention.ops.functional import CausalAlignment
+from lite_attention.ops import CausalAlignment
 from support.inputs import KINDS, Case, check_attention, check_dense_or_mapped, make_qkv, random_map
+from support.masks import ALIGNMENTS, tile_lens, windows_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ALIGNMENTS: tuple[CausalAlignment, ...] = ("top-left", "bottom-right")
 HEAD_DIMS = (64, 72, 128, 136, 256)
 CASES = [
     Case(query_len=1, kv_len=1),
@@ -34,22 +34,6 @@ tile_grains = pytest.mark.parametrize("tile_n", [None, FINE_TILE_N])
 
 def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16, torch.float16)
-
-
-def windows_of(heads: int, device: str, *windows: tuple[int, int]) -> Tensor:
-    """A table of so many heads, from these windows over and over."""
-    return torch.tensor([windows[head % len(windows)] for head in range(heads)], dtype=torch.int32, device=device)
-
-
-def tile_lens(case: Case, tile_n: int | None, device: str, batch: int | None = None, seed: int = 0) -> Tensor:
-    """Whole tiles, tiles without a key, and every length between."""
-    _, kv_tiles = case.tiles(tile_n=tile_n)
-    keys = tile_n or tile_shape(case.head_dim, torch.bfloat16)[1]
-    random = torch.Generator(device).manual_seed(seed)
-    size = (kv_tiles,) if batch is None else (batch, kv_tiles)
-    lens = torch.randint(0, keys + 1, size, generator=random, device=device)
-    kind = torch.randint(0, 3, size, generator=random, device=device)
-    return torch.where(kind == 0, lens, torch.where(kind == 1, 0, keys)).to(torch.int32)
 
 
 def test_the_oracle_sees_what_the_rule_says() -> None:

@@ -1,6 +1,7 @@
 """Claims that must hold for every shape and map, searched by hypothesis (the profile is in conftest.py)."""
 
 import math
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -16,13 +17,16 @@ from lite_attention import (
     skip_attention,
     unpack_keep_map,
 )
-from lite_attention.maps.keep_map import tiles_inside, tiles_touched
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
+from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
 from support.inputs import DTYPES, Case, check_attention, check_decisions, make_qkv, random_map
+from support.masks import ALIGNMENTS, tile_lens
 
 seeds = st.integers(0, 2**16)
 densities = st.sampled_from((0.0, 0.1, 0.5, 0.9, 1.0))
 thresholds = st.one_of(st.sampled_from((-math.inf, 0.0, math.inf)), st.floats(-12, 3, width=32))
 dtypes = st.sampled_from(DTYPES)
+window_sizes = st.one_of(st.sampled_from((0, 1, UNLIMITED)), st.integers(0, 700))
 
 
 @st.composite
@@ -36,6 +40,19 @@ def cases(draw: st.DrawFn) -> Case:
         kv_heads=kv_heads,
         head_dim=8 * draw(st.one_of(st.integers(1, 8), st.sampled_from((12, 16, 17, 32)))),
     )
+
+
+@st.composite
+def masked_cases(draw: st.DrawFn) -> tuple[Case, dict[str, Any]]:
+    """A case and the masks of a call of attention: any of those there are, also all at once."""
+    case, tile_n, seed = draw(cases()), draw(st.sampled_from((None, FINE_TILE_N))), draw(seeds)
+    masks: dict[str, Any] = {"tile_n": tile_n, "causal": draw(st.sampled_from((None, *ALIGNMENTS)))}
+    if draw(st.booleans()):
+        masks["kv_tile_lens"] = tile_lens(case, tile_n, "cpu", draw(st.sampled_from((None, case.batch))), seed)
+    if masks["causal"] is not None and draw(st.booleans()):
+        windows = st.lists(st.tuples(window_sizes, window_sizes), min_size=case.heads, max_size=case.heads)
+        masks["head_windows"] = torch.tensor(draw(windows), dtype=torch.int32)
+    return case, masks
 
 
 def lens_for(case: Case, seed: int) -> Tensor:
@@ -64,6 +81,18 @@ def test_attention_equals_the_oracle(case: Case, dtype: torch.dtype, kept: float
     kv_lens = lens_for(case, seed) if with_lens else None
     out, lse = attention(q, k, v, keep=keep, kv_lens=kv_lens)
     check_attention(out, lse, q, k, v, keep, kv_lens, case.scale)
+
+
+@given(masked_cases(), dtypes, densities, st.booleans(), seeds)
+def test_masked_attention_equals_the_oracle(
+    masked: tuple[Case, dict[str, Any]], dtype: torch.dtype, kept: float, with_lens: bool, seed: int
+) -> None:
+    case, masks = masked
+    q, k, v = make_qkv(case, dtype, seed=seed)
+    keep = random_map(case, kept, seed, tile_n=masks["tile_n"]) if kept < 1 else None
+    kv_lens = lens_for(case, seed) if with_lens else None
+    out, lse = attention(q, k, v, keep=keep, kv_lens=kv_lens, **masks)
+    check_attention(out, lse, q, k, v, keep, kv_lens, case.scale, **masks)
 
 
 @given(cases(), densities, thresholds, seeds)

@@ -12,35 +12,11 @@ from torch._dynamo.testing import CompileCounter
 from lite_attention import top_k_map, unpack_keep_map
 from lite_attention.maps.keep_map import pack_keep_map
 from support.inputs import DTYPES, poisoned_memory
+from support.scores import KINDS, make_scores
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Around 32 a word, and around what a lane of the CUDA kernel holds in registers: 16, 24, 32, 48, 64 or 128 words.
 COLUMNS = (1, 2, 31, 32, 33, 64, 511, 512, 513, 768, 769, 1024, 1025, 1440, 1537, 2048, 2049, 4095, 4096, 4097, 5000)
-KINDS = ("distinct", "many ties", "all equal", "special values", "all NaN", "wide range", "increasing")
-
-
-def make_scores(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    normal = torch.randn(sizes, generator=random)
-    match kind:
-        case "distinct":
-            scores = normal
-        case "many ties":
-            scores = (2 * normal).round()
-        case "all equal":
-            scores = torch.full(sizes, -0.25)
-        case "special values":
-            values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-7, -1e-7, 1.0, 1e-40, -1e-40, 65504.0])
-            scores = values[torch.randint(len(values), sizes, generator=random)]
-        case "all NaN":
-            scores = torch.full(sizes, math.nan)
-        case "wide range":
-            scores = normal * torch.exp(20 * torch.randn(sizes, generator=random))
-        case "increasing":
-            scores = torch.arange(sizes[-1]).expand(sizes).float()
-        case _:
-            raise ValueError(kind)
-    return scores.to(dtype).contiguous()
 
 
 def by_sorting(scores: Tensor, count: int) -> Tensor:

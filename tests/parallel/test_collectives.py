@@ -4,18 +4,10 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from lite_attention.parallel.collectives import (
-    HeadExchange,
-    all_gather,
-    even_spans,
-    finish_shift,
-    gather_heads,
-    gather_sequence,
-    scatter_heads,
-    sequence_mesh,
-    shard_sequence,
-    start_shift,
-)
+from lite_attention.parallel.collectives import all_gather, start_shift
+from lite_attention.parallel.exchange import HeadExchange, even_spans, gather_heads, scatter_heads
+from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.ranks import mesh_of, run_on_ranks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -53,11 +45,11 @@ def _unequal_parts(device: str) -> None:
     local = shard_sequence(whole, mesh)
     spans = ((0, 3), (4, 8)), ((2, 3), (0, 2))
     exchange = HeadExchange(mesh.ulysses, spans)
-    scattered, other = exchange.finish_scatter(exchange.start_scatter(local, -local), local, -local)
+    scattered, other = exchange.start_scatter(local, -local).wait()
     (start, end), (other_start, other_end) = (of_tensor[mesh.ulysses.rank] for of_tensor in spans)
     torch.testing.assert_close(scattered, whole[:, :, start:end], rtol=0, atol=0)
     torch.testing.assert_close(other, -whole[:, :, other_start:other_end], rtol=0, atol=0)
-    pieces = exchange.finish_gather(exchange.start_gather(scattered), scattered)
+    pieces = exchange.start_gather(scattered).wait()
     torch.testing.assert_close(torch.cat(pieces, 2), local[:, :, [0, 1, 2, 4, 5, 6, 7]], rtol=0, atol=0)
 
 
@@ -82,7 +74,7 @@ def test_shards_are_equally_long_and_gather_to_the_sequence(tokens: int) -> None
 def _shift_and_gather(device: str) -> tuple[list[float], list[float], list[float]]:
     mesh = sequence_mesh(mesh_of(device, 4, 1), "test")
     own = torch.full((1, 2), float(mesh.ring.rank), device=device)
-    shifted = finish_shift(start_shift(own, mesh.ring), own)
+    shifted = start_shift(own, mesh.ring).wait()
     along_0, along_1 = (all_gather(own, mesh.ring, dim) for dim in (0, 1))
     return shifted.flatten().tolist(), along_0[:, 0].tolist(), along_1.flatten().tolist()
 
@@ -122,7 +114,7 @@ def _unlike_each_other(device: str) -> None:
     odd_strides = torch.empty(2, 6, 8, 5, device=device)[..., :4].copy_(3 * whole)
     with_gradient = whole.clone().requires_grad_()
     for tensors in ((whole, odd_offset, odd_strides), (with_gradient, 2 * whole, 3 * whole)):
-        received = exchange.finish_scatter(exchange.start_scatter(*tensors), *tensors)
+        received = exchange.start_scatter(*tensors).wait()
         torch.testing.assert_close([x.detach() for x in received], wanted, rtol=0, atol=0)
     received[0].sum().backward()
     torch.testing.assert_close(with_gradient.grad, torch.ones_like(whole), rtol=0, atol=0)

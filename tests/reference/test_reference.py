@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention import full_keep_map, reference, tile_shape, unpack_keep_map, visit_rows
+from lite_attention import full_keep_map, pack_keep_map, reference, tile_shape, unpack_keep_map, visit_rows
 from support.inputs import Case, make_qkv, random_map
 
 CASES = [
@@ -105,7 +105,7 @@ def test_drop_rule_equals_the_loops(case: Case, threshold: str) -> None:
         assert torch.equal(unpack_keep_map(next_keep, case.tiles()[1]), following)
         _, margins = reference.decisions(q, k, keep, must, kv_lens, limit, case.scale)
         assert torch.equal(margins > -math.inf, visited)
-        dense_out, dense_lse = reference.attention(q, k, v, reference.pack_keep_map(visited), kv_lens, case.scale)
+        dense_out, dense_lse = reference.attention(q, k, v, pack_keep_map(visited), kv_lens, case.scale)
         assert torch.equal(out, dense_out)
         assert torch.equal(lse, dense_lse)
 

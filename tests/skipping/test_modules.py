@@ -1,13 +1,11 @@
-"""LiteAttention and SeqParallelLiteAttention: what they compute, what they remember and when they forget it."""
+"""LiteAttention: what it computes, what it remembers and when it forgets it."""
 
 import copy
-import gc
 import io
 import itertools
 import logging
 import math
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,44 +18,16 @@ from torch.utils._pytree import tree_leaves
 from lite_attention import (
     LiteAttention,
     SeqParallelLiteAttention,
+    SkipPolicy,
     attention,
-    full_keep_map,
-    merge_attention,
     pack_keep_map,
-    skip_attention,
     skip_branch,
     unpack_keep_map,
 )
-from lite_attention.skipping import branches
-from lite_attention.skipping import module as modules
 from lite_attention.skipping.branches import MAX_BRANCHES
-from support.inputs import DTYPES, Case, check_attention, correlated_passes, make_qkv
-
-CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
-THRESHOLD = -8.0
-
-
-def passes(case: Case = CASE, count: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return list(correlated_passes(case, torch.float32, count, seed))
-
-
-def by_hand(inputs: list[tuple[Tensor, Tensor, Tensor]], threshold: float = THRESHOLD) -> list[tuple[Tensor, ...]]:
-    """The same passes through the operator, the map carried along by hand: (out, lse, map after the pass)."""
-    (batch, query_len, heads, head_dim), kv_len = inputs[0][0].shape, inputs[0][1].shape[1]
-    keep = full_keep_map(batch, heads, query_len, kv_len, head_dim, inputs[0][0].dtype)
-    results = []
-    for q, k, v in inputs:
-        out, lse, keep = skip_attention(q, k, v, keep, threshold)
-        results.append((out, lse, keep))
-    return results
-
-
-def kept(layer: LiteAttention, branch: int | None = None) -> Tensor:
-    return pack_keep_map(layer.keep_map(branch))
-
-
-def dropped_something(keep: Tensor, kv_tiles: int) -> bool:
-    return not bool(unpack_keep_map(keep, kv_tiles).all())
+from lite_attention.skipping.state import MAP_SLOTS
+from support.inputs import DTYPES, Case, check_attention, make_qkv
+from support.passes import CASE, THRESHOLD, by_hand, dropped_something, kept, passes
 
 
 def test_passes_are_the_operator_with_the_map_carried_along() -> None:
@@ -135,14 +105,14 @@ def test_a_new_threshold_acts_from_the_next_pass_on() -> None:
 
 def test_setting_the_threshold_writes_in_place() -> None:
     layer = LiteAttention()
-    buffer = layer._threshold
+    buffer = layer.state.threshold
     layer.set_threshold(-2)
-    assert layer._threshold is buffer
+    assert layer.state.threshold is buffer
     assert float(buffer) == -2.0
     layer.set_threshold([-1.0, -2.0])
-    per_head = layer._threshold
+    per_head = layer.state.threshold
     layer.set_threshold(torch.tensor([-3.0, -4.0], dtype=torch.float64))
-    assert layer._threshold is per_head
+    assert layer.state.threshold is per_head
     assert per_head.tolist() == [-3.0, -4.0]
     assert layer.threshold == (-3.0, -4.0)
 
@@ -234,14 +204,14 @@ def test_a_change_of_dtype_starts_from_the_full_map() -> None:
 
 def test_more_shapes_and_branches_than_slots_stay_correct() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
-    sizes = [CASE._replace(batch=1, query_len=200 + 10 * i) for i in range(modules.MAP_SLOTS + 3)]
+    sizes = [CASE._replace(batch=1, query_len=200 + 10 * i) for i in range(MAP_SLOTS + 3)]
     for _, (branch, case) in itertools.product(range(2), enumerate(sizes)):
         inputs = passes(case, count=2)
         for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
             assert torch.equal(layer(q, k, v, branch=branch % 3), out)
             assert torch.equal(kept(layer, branch % 3), keep)
-    slots = [slot.words for slot in layer._all_slots()]
-    assert len(slots) == modules.MAP_SLOTS
+    slots = [slot.words for slot in layer.state.slots]
+    assert len(slots) == MAP_SLOTS
 
 
 def test_branches_do_not_see_each_other() -> None:
@@ -271,47 +241,6 @@ def test_branch_argument_wins_over_the_context() -> None:
         layer(*passes(count=1)[0], branch=5)
     assert float(layer.skip_fraction(5)) > 0
     assert float(layer.skip_fraction(3)) == 0
-
-
-def test_skip_branch_restores_the_outer_branch_after_an_error() -> None:
-    again = skip_branch(2)
-    with skip_branch(1):
-        with pytest.raises(KeyError), again:
-            raise KeyError
-        assert branches._current_branch == 1
-        with again, again:
-            assert branches._current_branch == 2
-        assert branches._current_branch == 1
-    assert branches._current_branch == 0
-
-
-def test_branches_that_interleave_are_noticed() -> None:
-    first, second = skip_branch(1), skip_branch(2)
-    first.__enter__()
-    second.__enter__()
-    for one in (first, second):
-        with pytest.raises(RuntimeError, match="another branch is current at its end"):
-            one.__exit__(None, None, None)
-    branches._current_branch = 0
-
-
-def test_threads_pass_the_branch_as_an_argument() -> None:
-    layer = LiteAttention(threshold=THRESHOLD)
-    streams = [passes(seed=seed) for seed in range(3)]
-    for branch in range(3):
-        layer(*streams[branch][0], branch=branch)  # make room from one thread
-
-    def run(branch: int) -> None:
-        for inputs in streams[branch][1:]:
-            layer(*inputs, branch=branch)
-
-    threads = [threading.Thread(target=run, args=(branch,)) for branch in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for branch in range(3):
-        assert torch.equal(kept(layer, branch), by_hand(streams[branch])[-1][2])
 
 
 def test_batched_guidance_just_works() -> None:
@@ -560,9 +489,9 @@ def test_the_threshold_stays_fp32() -> None:
     model = Model()
     for change in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float64), nn.Module.float):
         change(model)
-        assert model.attn._threshold.dtype == torch.float32
-        assert float(model.attn._threshold) == THRESHOLD
-        assert all(split._threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
+        assert model.attn.state.threshold.dtype == torch.float32
+        assert float(model.attn.state.threshold) == THRESHOLD
+        assert all(split.state.threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
 
 
 def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
@@ -574,9 +503,9 @@ def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
     layer.to("cpu")
     assert torch.equal(kept(layer), before)
     layer.to("meta")
-    assert layer._threshold.device.type == "meta"
+    assert layer.state.threshold.device.type == "meta"
     layer.to_empty(device="cpu")
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
     assert float(layer.skip_fraction()) == 0
     assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
 
@@ -597,9 +526,9 @@ def test_state_follows_the_inputs_to_another_device() -> None:
     layer(*inputs[0])
     out = layer(*(x.to("meta") for x in inputs[1]))
     assert out.device.type == "meta"
-    assert layer._threshold.device.type == "meta"
+    assert layer.state.threshold.device.type == "meta"
     assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
 
 
 def through_pickle(layer: LiteAttention) -> LiteAttention:
@@ -627,7 +556,7 @@ def test_copies_carry_the_state_and_then_go_their_own_way(duplicate: object) -> 
     assert torch.equal(kept(twin), by_hand(inputs)[-1][2])
     assert torch.equal(kept(layer), by_hand(inputs[:1])[0][2])
     twin.set_threshold(-1.0)
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
     own = {buffer.data_ptr() for buffer in layer.buffers() if buffer.numel()}
     assert own.isdisjoint(buffer.data_ptr() for buffer in twin.buffers() if buffer.numel())
 
@@ -645,16 +574,6 @@ def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
     with torch.inference_mode():
         layer(*inputs[1])
     assert torch.equal(kept(layer), by_hand(inputs[:2])[1][2])
-
-
-def test_dead_layers_are_forgotten() -> None:
-    gc.collect()
-    before = len(modules._instances)
-    layers = [LiteAttention() for _ in range(3)]
-    assert len(modules._instances) == before + 3
-    del layers
-    gc.collect()
-    assert len(modules._instances) == before
 
 
 def test_repr_tells_the_settings() -> None:
@@ -722,45 +641,34 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
 
 
-# Sequence parallel
+def test_only_passes_that_are_counted_cost_more_kernels() -> None:
+    def kernels(dense_steps: int, **arguments: Tensor) -> str:
+        layer = LiteAttention(policy=SkipPolicy(dense_steps=dense_steps))
+        inputs = passes(count=1)[0]
+        layer(*inputs)  # makes room
+        with Recorder() as recorder:
+            layer(*inputs, **arguments)
+        return " ".join(name.split(".")[1] for name, _ in recorder.calls)
+
+    plain = "select eq eq bitwise_and scalar_tensor where skip_attention copy_ fill_ fill_"
+    assert kernels(0) == kernels(1) == plain
+    assert kernels(2) == (
+        "select eq eq bitwise_and select ge bitwise_and scalar_tensor where skip_attention "
+        "select add scalar_tensor where copy_ copy_ fill_ fill_"
+    )
+    by_a_clock = kernels(0, start_full=torch.tensor(False))
+    assert kernels(2, start_full=torch.tensor(False)) == by_a_clock
 
 
-def test_splits_have_their_own_state_and_merge_to_the_whole() -> None:
-    case = Case(query_len=256, kv_len=1024, heads=2)
-    inputs = passes(case)
-    ring = SeqParallelLiteAttention(num_nodes=4, threshold=-math.inf)
-    q, k, v = inputs[0]
-    parts = [
-        ring(q, key, value, split, return_softmax_lse=True)
-        for split, (key, value) in enumerate(zip(k.chunk(4, 1), v.chunk(4, 1), strict=True))
-    ]
-    out, lse = merge_attention(*zip(*parts, strict=True))
-    whole = attention(q, k, v)
-    torch.testing.assert_close((out, lse), whole, atol=1e-5, rtol=0)
-
-    ring.set_threshold(-1.0)
-    for split, (q, k, v) in itertools.product((3, 1), inputs):
-        ring(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split], split, case.scale)
-    for split in range(4):
-        expected = by_hand([(q, k.chunk(4, 1)[split], v.chunk(4, 1)[split]) for q, k, v in inputs], -1.0)[-1][2]
-        if split in (1, 3):
-            assert torch.equal(pack_keep_map(ring.keep_map(split)), expected)
-        elif split == 0:
-            assert ring.keep_map(split).all()
-    assert float(ring.skip_fraction()) > 0
-    ring.reset_skip_state()
-    assert float(ring.skip_fraction()) == 0
-    ring.enable_skip_optimization(False)
-    assert torch.equal(ring(q, k, v, 2), attention(q, k, v)[0])
-
-
-def test_sequence_parallel_takes_ranges_by_keyword() -> None:
-    q, k, v = passes(count=1)[0]
-    ring = SeqParallelLiteAttention(2)
-    out, lse = ring(q, k, v, 1, CASE.scale, return_softmax_lse=True, must_do_list=[128, 0], must_skip_list=[0, 700])
-    only = torch.zeros(2, 4, 7, 6, dtype=torch.bool)
-    only[..., 0] = True
-    check_attention(out, lse, q, k, v, pack_keep_map(only), None, CASE.scale)
+def test_the_first_dense_steps_compute_everything_and_drop_for_later() -> None:
+    layer = LiteAttention(policy=SkipPolicy(threshold=THRESHOLD, dense_steps=2))
+    inputs = passes()
+    expected = [by_hand(inputs[:1])[0], *by_hand(inputs[1:])]  # the second pass starts from the full map, too
+    for (q, k, v), (out, _, _) in zip(inputs, expected, strict=True):
+        assert torch.equal(layer(q, k, v), out)
+    assert torch.equal(kept(layer), expected[-1][2])
+    layer.reset_skip_state()
+    assert [torch.equal(layer(*inputs[0]), expected[0][0]) for _ in range(3)] == [True, True, False]
 
 
 def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:

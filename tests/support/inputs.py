@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention import attention, reference, skip_attention
-from lite_attention.maps.keep_map import ceil_div, pack_keep_map, tile_counts
+from lite_attention.maps.keep_map import ceil_div, pack_keep_map, tile_counts, unpack_keep_map
 from lite_attention.maps.tiles import tile_shape, visit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,11 +123,13 @@ MAPS = (
 )
 
 
-def make_map(kind: str, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def make_map(
+    kind: str, case: Case, seed: int = 0, device: torch.device | str = "cpu", tile_n: int | None = None
+) -> Tensor:
     """A packed map of the case's own sizes; ``kind`` is one of ``MAPS``."""
-    tile_m, tile_n = tile_shape(case.head_dim, torch.bfloat16)
+    tile_m, default_tile_n = tile_shape(case.head_dim, torch.bfloat16)
     group = visit_rows(case.head_dim, torch.bfloat16) // tile_m
-    query_tiles, kv_tiles = case.tiles()
+    query_tiles, kv_tiles = case.tiles(tile_n=tile_n)
     shape = (case.batch, case.heads, query_tiles, kv_tiles)
     random = torch.Generator(device).manual_seed(seed)
     row = torch.arange(query_tiles, device=device).unsqueeze(-1)
@@ -153,7 +155,7 @@ def make_map(kind: str, case: Case, seed: int = 0, device: torch.device | str = 
         case "one tile a row":
             keep = tile == (noise(*shape[:3], 1) * kv_tiles).long()
         case "contiguous":
-            keep = (tile * tile_n * case.query_len - row * tile_m * case.kv_len).abs() <= (
+            keep = (tile * (tile_n or default_tile_n) * case.query_len - row * tile_m * case.kv_len).abs() <= (
                 0.2 * case.query_len * case.kv_len
             )
         case "checkerboard":
@@ -239,7 +241,7 @@ def check_attention(
 def score_rounding(q: Tensor, k: Tensor, scale: float) -> float:
     """Margins, in powers of two, that fp32 accumulation of q.k may move: a bound on its rounding."""
     largest = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
-    return 4 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * largest * scale * reference.LOG2_E
+    return 4 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * largest * scale * math.log2(math.e)
 
 
 def check_decisions(
@@ -264,7 +266,7 @@ def check_decisions(
     distance = (margins - threshold.double().reshape(-1, 1, 1)).abs()
     unsure = visited & (distance <= score_rounding(q, k, scale))
     assert unsure.sum() <= max(1.0, most_unsure * float(visited.sum()))
-    tiles_same = reference.unpack_keep_map(next_keep ^ expected, margins.shape[-1]).logical_not()
+    tiles_same = unpack_keep_map(next_keep ^ expected, margins.shape[-1]).logical_not()
     assert bool((tiles_same | unsure).all()), "a decision differs where rounding cannot explain it"
     # Compared as words too: bits past the last tile must be 0.
     assert torch.equal(next_keep & ~pack_keep_map(unsure), expected & ~pack_keep_map(unsure))

@@ -5,8 +5,8 @@
 #include <memory>
 #include <new>
 
-#include "forward.h"
-#include "variants.h"
+#include "kernels/cpu/common/variants.h"
+#include "kernels/cpu/forward.h"
 
 namespace lite_attention::cpu {
 

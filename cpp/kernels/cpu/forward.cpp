@@ -7,8 +7,8 @@
 
 #include <cmath>
 
-#include "forward.h"
-#include "packed_kv.h"
+#include "kernels/cpu/common/packed_kv.h"
+#include "kernels/cpu/forward.h"
 
 namespace lite_attention {
 namespace {

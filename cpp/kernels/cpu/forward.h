@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "../../params.h"
+#include "kernels/cpu/common/parallel_run.h"
+#include "params/forward.h"
 
 namespace lite_attention::cpu {
 
@@ -25,10 +26,6 @@ struct ForwardKernel {
   void (*attend)(const ForwardParams& params, const Wave& wave, float* scratch, int64_t* next_item);
 };
 
-// Runs body(context, worker) for workers 0 to workers-1, concurrently where it can.
-using ParallelRun = void (*)(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
-
 void forward(const ForwardParams& params, int64_t max_workers, ParallelRun parallel_run);
-void merge(const MergeParams& params, int64_t max_workers, ParallelRun parallel_run);
 
 }  // namespace lite_attention::cpu

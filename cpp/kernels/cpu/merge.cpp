@@ -1,13 +1,14 @@
 // Exact merge of partial attention results over disjoint key sets: bound by memory, so one build serves every
 // processor.
 
+#include "kernels/cpu/merge.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "forward.h"
-#include "simd.h"
+#include "kernels/cpu/common/simd.h"
 
 namespace lite_attention::cpu {
 namespace {

@@ -1,13 +1,14 @@
 // The largest scores of each row as bits of a keep map: a selection finds the smallest key that is chosen, then one
 // walk in index order sets the bits, so that of equal scores the first are chosen. One build serves every processor.
 
-#include "top_k_map.h"
+#include "kernels/cpu/top_k_map.h"
 
 #include <algorithm>
 #include <functional>
 #include <vector>
 
-#include "simd.h"
+#include "kernels/cpu/common/simd.h"
+#include "rules/rank_key.h"
 
 namespace lite_attention::cpu {
 namespace {

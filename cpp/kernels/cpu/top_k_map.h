@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../../top_k_map.h"
-#include "forward.h"
+#include "kernels/cpu/common/parallel_run.h"
+#include "params/top_k_map.h"
 
 namespace lite_attention::cpu {
 

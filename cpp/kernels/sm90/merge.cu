@@ -1,5 +1,7 @@
 // Exact merge of partial attention results over disjoint key sets: bound by memory, one thread for 16 bytes of a row.
 
+#include "kernels/sm90/merge.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -8,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "forward.h"
+#include "rules/keep_map.h"
 
 namespace lite_attention::sm90 {
 namespace {

@@ -5,7 +5,7 @@
 // by counting the keys in its upper half, until what lies above it is exactly what is chosen or one key is left. Of the
 // columns with that key the first are chosen. The row is read once, into registers; longer rows are read once a round.
 
-#include "top_k_map.h"
+#include "kernels/sm90/top_k_map.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,6 +15,8 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+
+#include "rules/rank_key.h"
 
 namespace lite_attention::sm90 {
 namespace {

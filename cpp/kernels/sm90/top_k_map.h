@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../top_k_map.h"
+#include "params/top_k_map.h"
 
 namespace lite_attention::sm90 {
 

@@ -1,19 +1,17 @@
 """What all attention layers of a forward share: the step, and what a backend prepared for it.
 
-It lives in a context variable, so threads and asyncio tasks that run models at the same time each see their own. A new
-thread starts without one.
+Threads and asyncio tasks that run models at the same time each see their own. A new thread starts without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lite_attention.layers.abstract import AttentionMetadata
-from lite_attention.ops._library import host
+from lite_attention.ops.context import Scoped
 
 __all__ = ["ForwardContext", "current_metadata", "get_forward_context", "set_forward_context"]
 
@@ -27,15 +25,7 @@ class ForwardContext:
     forward_batch: Any = None
 
 
-class _ContextValue(Protocol):
-    @property
-    def current(self) -> ForwardContext | None: ...
-
-    @property
-    def variable(self) -> ContextVar[ForwardContext | None]: ...
-
-
-_context: _ContextValue = host.ContextValue("lite_attention.forward_context")
+_context: Scoped[ForwardContext] = Scoped("lite_attention.forward_context")
 
 
 @contextmanager
@@ -60,11 +50,8 @@ def set_forward_context(
             f"set_forward_context: attn_metadata is of type {type(attn_metadata).__name__}, expected AttentionMetadata "
             "or None"
         )
-    token = _context.variable.set(ForwardContext(current_timestep, attn_metadata, forward_batch))
-    try:
+    with _context.having(ForwardContext(current_timestep, attn_metadata, forward_batch)):
         yield
-    finally:
-        _context.variable.reset(token)
 
 
 def get_forward_context() -> ForwardContext:

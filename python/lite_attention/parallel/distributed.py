@@ -11,71 +11,46 @@ maximum of its own, so that a decision depends on the split alone and not on the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
-from lite_attention.ops.functional import merge_attention
-from lite_attention.parallel.collectives import (
-    HeadExchange,
-    Spans,
-    all_gather,
-    all_reduce,
-    even_spans,
-    finish_shift,
-    select_heads,
-    sequence_mesh,
-    start_shift,
-)
-from lite_attention.parallel.head_balance import assign_heads, imbalance
-from lite_attention.skipping.arguments import (
-    CheckedRanges,
-    Ranges,
-    Threshold,
-    check_inputs,
-    check_kv_lens,
-    check_scalar,
-    check_scale,
-    checked_ranges,
-    checked_threshold,
-)
-from lite_attention.skipping.branches import resolved_branch
-from lite_attention.skipping.module import LiteAttention, SeqParallelLiteAttention
+from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.parallel.collectives import all_gather, all_reduce
+from lite_attention.parallel.head_balance import HeadBalance, rebalanced
+from lite_attention.parallel.head_order import HeadOrder
+from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.ring import blocks_of_ring, merged_parts
+from lite_attention.parallel.sequence_arguments import SequenceArguments
+from lite_attention.parallel.shards import block_of
+from lite_attention.parallel.splits import SeqParallelLiteAttention
+from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
+from lite_attention.skipping.arguments import Ranges, Threshold, check_scalar, checked_inputs, checked_threshold
+from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
-__all__ = ["DistributedLiteAttention", "HeadBalance"]
+__all__ = ["DistributedLiteAttention"]
 
 _NAME = "DistributedLiteAttention"
-
-# Ranks that wait less than this share of the time for the slowest one keep their heads.
-IMBALANCE_WORTH_MOVING = 0.05
-
-
-class HeadBalance(NamedTuple):
-    """Tiles that the busiest rank computes, over the mean of the ranks, minus 1."""
-
-    before: float
-    after: float
 
 
 class DistributedLiteAttention(nn.Module):
     """:class:`lite_attention.LiteAttention` whose tokens lie on several ranks.
 
     Every rank calls it with its shard of the tokens, at the same time and with the same other arguments, and gets the
-    shard's result. Shards are equally long (:func:`lite_attention.parallel.collectives.shard_sequence`).
+    shard's result. Shards are equally long (:func:`lite_attention.parallel.shards.shard_sequence`).
 
     Args:
         mesh: the ranks that share a sequence; its dimensions are named "ring" and "ulysses", or one of the two. The
             rank at (r, u) holds shard ``r * ulysses + u``.
-        enable_skipping, threshold, max_batch_size: as for LiteAttention; a threshold for each head names the heads of
-            the whole model.
+        enable_skipping, threshold, max_batch_size, policy: as for LiteAttention; a threshold for each head names the
+            heads of the whole model.
         head_chunks: in how many turns a rank computes its heads. With more than one, the exchange of one turn's heads
             overlaps the attention of another's.
 
@@ -83,36 +58,33 @@ class DistributedLiteAttention(nn.Module):
         TypeError, ValueError: an argument is not what it should be.
     """
 
-    _head_order: Tensor | None
-
     def __init__(
         self,
         mesh: DeviceMesh,
-        enable_skipping: bool = True,
-        threshold: Threshold = -10.0,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
         max_batch_size: int = 4,
         *,
         head_chunks: int = 1,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
         self.ranks = sequence_mesh(mesh, _NAME)
         self._device_type = mesh.device_type
-        if isinstance(head_chunks, bool) or not isinstance(head_chunks, int):
-            raise TypeError(f"{_NAME}: head_chunks has type {type(head_chunks).__name__}, expected an int")
-        if head_chunks < 1:
-            raise ValueError(f"{_NAME}: head_chunks is {head_chunks}, expected at least 1")
-        self.head_chunks = head_chunks
-        self.max_batch_size = max_batch_size
-        # One state for each split of the keys and each chunk of this rank's heads.
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.head_chunks = checked_int(f"{_NAME}: head_chunks", head_chunks, lowest=1)
+        self.max_batch_size = checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
+        # One state for each split of the keys and each turn, in which a chunk of this rank's heads is computed.
+        # Their thresholds are of their heads, which are known once those of the whole model are dealt out.
         self.states = SeqParallelLiteAttention(
-            self.ranks.ring.size * head_chunks, enable_skipping, max_batch_size=max_batch_size
+            self.ranks.ring.size * head_chunks,
+            max_batch_size=max_batch_size,
+            policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
         )
-        # Position -> head, where heads were assigned to ranks by their work.
-        self.register_buffer("_head_order", None, persistent=False)
-        # The same for Python, and the numbers of heads and of heads for each key head that it is meant for.
-        self._order_of_ranks: tuple[int, ...] | None = None
-        self._ordered: tuple[int, int] | None = None
-        self.set_threshold(threshold)
+        self._policy = policy
+        self.head_order = HeadOrder(mesh.device_type)
+        self._turns = HeadTurns(self.ranks.ulysses, head_chunks)
+        self.set_threshold(policy.threshold)
 
     def forward(
         self,
@@ -151,155 +123,105 @@ class DistributedLiteAttention(nn.Module):
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        # Everything that one rank could find wrong alone, after others have begun to wait for it.
-        check_inputs(_NAME, query, key, value, self.max_batch_size)
+        query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
             raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
-        check_scale(_NAME, scale)
-        check_kv_lens(_NAME, kv_lens, query)
-        check_scalar(_NAME, "start_full", start_full, torch.bool, query)
         check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)
-        seq_len = _checked_seq_len(seq_len, query.shape[1] * self.ranks.shards)
-        arguments = _PassArguments(
-            scale,
-            checked_ranges(_NAME, "must_do_list", must_do_list, query, seq_len, "keys"),
-            checked_ranges(_NAME, "must_skip_list", must_skip_list, query, seq_len, "keys"),
-            checked_ranges(_NAME, "must_do_queries", must_do_queries, query, seq_len, "queries"),
-            kv_lens,
-            resolved_branch(branch, _NAME),
-            start_full,
+        sequence = SequenceArguments.checked(
+            _NAME,
+            query,
+            query.shape[1] * self.ranks.shards,
             seq_len,
+            scale,
+            must_do_list,
+            must_skip_list,
+            must_do_queries,
+            kv_lens,
+            branch,
+            start_full,
         )
+        ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
+        skipped = None if skip_fraction_out is None else _SkippedShare()
+        for turn in range(self.head_chunks):
+            q, k, v = ulysses.arrived(turn)
+            out, lse = self._attend(turn, q, k, v, sequence, skipped)
+            ulysses.send_home(out, *([lse.transpose(1, 2).unsqueeze(-1)] if return_softmax_lse else []))
+        if skipped is not None and skip_fraction_out is not None:
+            skipped.write_to(skip_fraction_out)
+        out, *lses = (self.head_order.to_model(x) for x in ulysses.returned())
+        return (out, lses[0].squeeze(-1).transpose(1, 2)) if return_softmax_lse else out
+
+    def _for_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads as they are sent: a share of the key heads for each rank and turn, all in the order of the ranks."""
         heads, kv_heads = query.shape[2], key.shape[2]
         self._check_heads("query", heads)
         if self._thresholds is not None and self._thresholds != heads:
             raise ValueError(
                 f"{_NAME}: threshold has {self._thresholds} values, expected {heads}, one per head of query"
             )
-        if kv_heads % (self.ranks.ulysses.size * self.head_chunks) != 0:
+        if kv_heads % self._turns.shares != 0:
             key, value = (x.repeat_interleave(heads // kv_heads, 2) for x in (key, value))
-        group = heads // key.shape[2]
-        if self._head_order is not None:
-            if self._ordered != (heads, group):
-                raise ValueError(
-                    f"{_NAME}: heads of query, and of those for each key head that is sent, are {(heads, group)}, "
-                    f"expected {self._ordered} as when balance_heads() was called"
-                )
-            query = select_heads(query, self._head_order)
-            key, value = (select_heads(x, self._head_order[::group] // group) for x in (key, value))
+        self.head_order.check(_NAME, heads, heads // key.shape[2])
+        return self.head_order.to_ranks(query, key, value)
 
-        # All exchanges begin at once; each chunk of heads is computed when its own has arrived.
-        chunks = self._exchanges(heads, group)
-        flights = [chunk.start_scatter(query, key, value) for chunk in chunks]
-        outs, lses, skipped = _Returned(), _Returned(), []
-        for index, (chunk, flight) in enumerate(zip(chunks, flights, strict=True)):
-            arrived = chunk.finish_scatter(flight, query, key, value)
-            out, lse, fractions = self._ring(index, arrived, arguments, skip_fraction_out is not None)
-            outs.send(chunk, out)
-            if return_softmax_lse:
-                lses.send(chunk, lse.transpose(1, 2).unsqueeze(-1))
-            skipped += fractions
-        if skip_fraction_out is not None:
-            skip_fraction_out.zero_()
-            all_tiles = sum(tiles for _, tiles in skipped)
-            for fraction, tiles in skipped:
-                skip_fraction_out.add_(fraction, alpha=tiles / all_tiles)
-        whole_out = self._in_order(outs.arrived())
-        if not return_softmax_lse:
-            return whole_out
-        return whole_out, self._in_order(lses.arrived()).squeeze(-1).transpose(1, 2)
+    def _attend(
+        self,
+        turn: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequence: SequenceArguments,
+        skipped: _SkippedShare | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
+        rank, tokens = self.ranks.ring.rank, query.shape[1]
+        rows = block_of(rank, tokens, sequence.seq_len)
+        own = query[:, : rows.length]
+        parts = []
+        for split, block_key, block_value in blocks_of_ring(key, value, self.ranks.ring):
+            keys = block_of(split, tokens, sequence.seq_len)
+            if rows.length > 0 and keys.length > 0:
+                part = self.states(
+                    own,
+                    block_key[:, : keys.length],
+                    block_value[:, : keys.length],
+                    split * self.head_chunks + turn,
+                    return_softmax_lse=True,
+                    skip_fraction_out=None if skipped is None else skipped.of_call(own, keys.length),
+                    **sequence.of_split(rows, keys),
+                )
+                parts.append(part)
+        return merged_parts(parts, query)
 
     def _check_heads(self, what: str, heads: int) -> None:
-        least = self.ranks.ulysses.size * self.head_chunks
-        if heads < least:
+        if heads < self._turns.shares:
             raise ValueError(
                 f"{_NAME}: {what} has {heads} {'values' if what == 'threshold' else 'heads'}, expected at least "
-                f"{least}: {self.ranks.ulysses.size} ranks along 'ulysses' times {self.head_chunks} head_chunks"
+                f"{self._turns.shares}: {self.ranks.ulysses.size} ranks along 'ulysses' times {self.head_chunks} "
+                "head_chunks"
             )
-
-    def _spans(self, heads: int) -> list[Spans]:
-        """For each chunk, which heads (positions, where they are reordered) go to which rank."""
-        # The remainder goes to the first ranks, and in each rank to the first chunks.
-        shares = [
-            _shares(end - start, self.head_chunks, start) for start, end in _shares(heads, self.ranks.ulysses.size)
-        ]
-        return [tuple(share[chunk] for share in shares) for chunk in range(self.head_chunks)]
-
-    def _exchanges(self, heads: int, group: int) -> list[HeadExchange]:
-        """For each chunk, how query, key and value travel; ``group`` query heads share a key head."""
-        exchanges = []
-        for spans in self._spans(heads):
-            of_keys = tuple((start // group, end // group) for start, end in spans)
-            exchanges.append(HeadExchange(self.ranks.ulysses, (spans, of_keys, of_keys)))
-        return exchanges
-
-    def _ring(
-        self, chunk: int, block_of: Sequence[Tensor], arguments: _PassArguments, want_fractions: bool
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, int]]]:
-        """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
-        query, key, value = block_of
-        ring, block, kv_heads = self.ranks.ring, query.shape[1], key.shape[2]
-        # Keys and values travel together: a second transfer could not begin while attention has all multiprocessors.
-        kv = torch.cat([key, value], 2) if ring.size > 1 else key
-        rows = min(max(arguments.seq_len - ring.rank * block, 0), block)
-        query = query[:, :rows]
-        outs, lses, fractions = [], [], []
-        for step in range(ring.size):
-            split = (ring.rank - step) % ring.size
-            flight = start_shift(kv, ring) if step + 1 < ring.size else None
-            keys = min(max(arguments.seq_len - split * block, 0), block)
-            if rows > 0 and keys > 0:
-                fraction = torch.zeros((), device=query.device) if want_fractions else None
-                out, lse = self.states(
-                    query,
-                    key[:, :keys],
-                    value[:, :keys],
-                    split * self.head_chunks + chunk,
-                    return_softmax_lse=True,
-                    skip_fraction_out=fraction,
-                    **arguments.of_split(ring.rank * block, rows, split * block, keys),
-                )
-                outs.append(out)
-                lses.append(lse)
-                if fraction is not None:
-                    tiles = math.prod(tile_counts(rows, keys, query.shape[3], query.dtype))
-                    fractions.append((fraction, query.shape[2] * tiles))
-            if flight is not None:
-                kv = finish_shift(flight, kv)
-                key, value = kv[:, :, :kv_heads], kv[:, :, kv_heads:]
-        if rows == 0:
-            batch, _, heads, head_dim = query.shape
-            no_key = query.new_full((batch, heads, block), -torch.inf, dtype=torch.float32)
-            return query.new_zeros(batch, block, heads, head_dim), no_key, fractions
-        out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge_attention(outs, lses)
-        if rows < block:
-            out, lse = F.pad(out, (0, 0, 0, 0, 0, block - rows)), F.pad(lse, (0, block - rows), value=-torch.inf)
-        return out, lse, fractions
-
-    def _in_order(self, x: Tensor) -> Tensor:
-        """Heads from the order of the ranks in that of the model."""
-        return x if self._head_order is None else select_heads(x, self._head_order.argsort())
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold: one number, or one for each query head of the whole model.
 
         As :meth:`lite_attention.LiteAttention.set_threshold`.
         """
-        values = checked_threshold(threshold, self._state(0, 0).allows_positive_threshold)
+        values = checked_threshold(f"{_NAME}: threshold", threshold, self._state(0, 0).allows_positive_threshold)
         if isinstance(values, tuple):
             self._check_heads("threshold", len(values))
-            if self._ordered is not None and len(values) != self._ordered[0]:
+            ordered = self.head_order.meant_for
+            if ordered is not None and len(values) != ordered[0]:
                 raise ValueError(
-                    f"{_NAME}: threshold has {len(values)} values, expected {self._ordered[0]}, one per head as when "
+                    f"{_NAME}: threshold has {len(values)} values, expected {ordered[0]}, one per head as when "
                     "balance_heads() was called"
                 )
-        for chunk in range(self.head_chunks):
-            of_chunk = values
+        for turn in range(self.head_chunks):
+            of_turn = values
             if isinstance(values, tuple):
-                start, end = self._spans(len(values))[chunk][self.ranks.ulysses.rank]
-                of_chunk = tuple(values[head] for head in self._order(len(values))[start:end])
+                start, end = self._turns.spans(len(values))[turn][self.ranks.ulysses.rank]
+                of_turn = tuple(values[head] for head in self.head_order.heads(len(values))[start:end])
             for split in range(self.ranks.ring.size):
-                self._state(split, chunk).set_threshold(of_chunk)
+                self._state(split, turn).set_threshold(of_turn)
         self._threshold = values
         # A count alone, so that compiled code does not depend on the values.
         self._thresholds = len(values) if isinstance(values, tuple) else None
@@ -308,6 +230,11 @@ class DistributedLiteAttention(nn.Module):
     def threshold(self) -> float | tuple[float, ...]:
         """The threshold in powers of two: one number, or one for each query head of the whole model."""
         return self._threshold
+
+    @property
+    def policy(self) -> SkipPolicy:
+        """What the layer is told about skipping, as it is now."""
+        return dataclasses.replace(self._policy, threshold=self._threshold, enabled=self._state(0, 0).skipping)
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""
@@ -323,10 +250,8 @@ class DistributedLiteAttention(nn.Module):
 
     def local_heads(self, heads: int) -> list[int]:
         """Which of the model's so many query heads this rank computes, in the order of its keep maps."""
-        rank = self.ranks.ulysses.rank
         self._check_heads("the model", heads)
-        spans = [chunk[rank] for chunk in self._spans(heads)]
-        return list(self._order(heads)[spans[0][0] : spans[-1][1]])
+        return list(self.head_order.heads(heads)[self._turns.of_rank(heads)])
 
     def keep_map(self, split_idx: int = 0, branch: int | None = None) -> Tensor:
         """The map of this rank's heads and one split of the keys: bool ``[batch, local heads, query_tiles, kv_tiles]``.
@@ -358,12 +283,11 @@ class DistributedLiteAttention(nn.Module):
             state.set_keep_map(of_chunk, branch)
 
     def _states_of(self, split: int) -> list[LiteAttention]:
-        """Those of one split, a state for each chunk of heads."""
-        if not 0 <= split < self.ranks.ring.size:
-            raise ValueError(f"{_NAME}: split_idx is {split}, expected 0 to {self.ranks.ring.size - 1}")
-        return [self._state(split, chunk) for chunk in range(self.head_chunks)]
+        """Those of one split, a state for each turn."""
+        checked_int(f"{_NAME}: split_idx", split, 0, self.ranks.ring.size - 1)
+        return [self._state(split, turn) for turn in range(self.head_chunks)]
 
-    @torch.inference_mode(False)  # an inference tensor could not be written outside that mode
+    @ordinary_tensors()
     def balance_heads(self) -> HeadBalance:
         """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
 
@@ -380,125 +304,60 @@ class DistributedLiteAttention(nn.Module):
         # The ranks that exchange heads have made the same calls; in a ring some may have no token of a short sequence.
         with_map = [(split, branch) for split in range(ring.size) for branch in self._state(split, 0).used_branches()]
         maps = {key: self.keep_map(*key) for key in with_map}
-        local_heads = next(iter(maps.values())).shape[1] if maps else 0
-        facts = torch.tensor([float(len(maps) > 0), float(local_heads)], device=self._device_type)
-        ranks_with_maps, heads_of_all = all_reduce(all_reduce(facts, ulysses), ring).tolist()
-        if ranks_with_maps != self.ranks.shards:
-            raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
-        heads = int(heads_of_all) // ring.size
-        if heads % (ulysses.size * self.head_chunks) != 0:
-            raise ValueError(
-                f"{_NAME}: balance_heads with {heads} heads, expected a multiple of {ulysses.size * self.head_chunks}, "
-                "so that every rank keeps as many"
-            )
+        local_heads = self._agreed_local_heads(maps)
         # Query heads that share a head of keys stay together. Positions are counted in such groups.
         split, branch = with_map[0]
-        group = self._state(split, 0).query_heads_per_key(branch)
+        per_key = self._state(split, 0).query_heads_per_key(branch)
         kept = torch.stack([keep.sum((0, 2, 3)) for keep in maps.values()]).sum(0)
-        kept_tiles = all_reduce(all_gather(kept.view(-1, group).sum(1), ulysses, 0), ring)
-        work = [int(tiles) for tiles in kept_tiles.tolist()]
-        today = [list(range(*span)) for span in even_spans(len(work), ulysses.size)]
-        better = assign_heads(work, ulysses.size)
-        before, after = imbalance(work, today), imbalance(work, better)
-        if (1 + before) / (1 + after) < 1 + IMBALANCE_WORTH_MOVING:
-            return HeadBalance(before, before)
-        positions = [unit * group + member for unit in itertools.chain.from_iterable(better) for member in range(group)]
-        order = self._order(heads)
-        self._set_order(tuple(order[position] for position in positions), group)
+        kept_tiles = all_reduce(all_gather(kept.view(-1, per_key).sum(1), ulysses, 0), ring)
+        balance, better = rebalanced([int(tiles) for tiles in kept_tiles.tolist()], ulysses.size)
+        if better is None:
+            return balance
+        units = itertools.chain.from_iterable(better)
+        positions = [unit * per_key + member for unit in units for member in range(per_key)]
+        if self.head_order.move(positions, per_key):
+            for state in self.states.splits:
+                state.outdate_captured_graphs()  # type: ignore[operator]
         mine = positions[ulysses.rank * local_heads :][:local_heads]
         for key, keep in maps.items():
             self.set_keep_map(all_gather(keep, ulysses, 1)[:, mine], *key)
         self.set_threshold(self._threshold)
-        return HeadBalance(before, after)
+        return balance
 
-    def _order(self, heads: int) -> Sequence[int]:
-        """The model's heads in the order of the ranks."""
-        return range(heads) if self._order_of_ranks is None else self._order_of_ranks
+    def _agreed_local_heads(self, maps: dict[tuple[int, int], Tensor]) -> int:
+        """How many heads each rank has, which all ranks can tell by their maps."""
+        local_heads = next(iter(maps.values())).shape[1] if maps else 0
+        facts = torch.tensor([float(len(maps) > 0), float(local_heads)], device=self._device_type)
+        ranks_with_maps, heads_of_all = all_reduce(all_reduce(facts, self.ranks.ulysses), self.ranks.ring).tolist()
+        if ranks_with_maps != self.ranks.shards:
+            raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
+        heads = int(heads_of_all) // self.ranks.ring.size
+        if heads % self._turns.shares != 0:
+            raise ValueError(
+                f"{_NAME}: balance_heads with {heads} heads, expected a multiple of {self._turns.shares}, so that "
+                "every rank keeps as many"
+            )
+        return local_heads
 
-    def _set_order(self, order: tuple[int, ...], group: int) -> None:
-        new = torch.tensor(order, device=self._device_type)
-        self._order_of_ranks, self._ordered = order, (len(order), group)
-        if self._head_order is not None and not self._head_order.is_inference():
-            self._head_order.copy_(new)
-            return
-        self._head_order = new
-        for split in self.states.splits:
-            split.outdate_captured_graphs()  # type: ignore[operator]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistributedLiteAttention:
-        """As nn.Module's, but the order of the heads survives a move to memory that holds nothing (``to_empty``)."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._head_order is not None:
-            self._head_order = torch.tensor(self._order_of_ranks, device=self._head_order.device)
-        return self
-
-    def _state(self, split: int, chunk: int) -> LiteAttention:
-        return self.states.splits[split * self.head_chunks + chunk]  # type: ignore[return-value]
+    def _state(self, split: int, turn: int) -> LiteAttention:
+        return self.states.splits[split * self.head_chunks + turn]  # type: ignore[return-value]
 
 
-class _PassArguments(NamedTuple):
-    """What holds for the whole sequence in one pass."""
-
-    scale: float | None
-    must_do: CheckedRanges | None
-    must_skip: CheckedRanges | None
-    must_do_queries: CheckedRanges | None
-    kv_lens: Tensor | None
-    branch: int | None
-    start_full: Tensor | None
-    seq_len: int
-
-    def of_split(self, first_row: int, rows: int, first_key: int, keys: int) -> dict[str, Any]:
-        """The same for one block of queries and one split of the keys, which count from their own start."""
-        return {
-            "scale": self.scale,
-            "must_do_list": _within(self.must_do, first_key, keys),
-            "must_skip_list": _within(self.must_skip, first_key, keys),
-            "must_do_queries": _within(self.must_do_queries, first_row, rows),
-            "kv_lens": None if self.kv_lens is None else (self.kv_lens - first_key).clamp(0, keys),
-            "branch": self.branch,
-            "start_full": self.start_full,
-        }
-
-
-class _Returned:
-    """Chunks of heads on their way back to the ranks whose tokens they are of."""
+class _SkippedShare:
+    """Which share of their tiles the calls of one pass skip together."""
 
     def __init__(self) -> None:
-        self._flights: list[tuple[HeadExchange, Tensor, Tensor]] = []
+        self._calls: list[tuple[Tensor, int]] = []
 
-    def send(self, exchange: HeadExchange, x: Tensor) -> None:
-        self._flights.append((exchange, exchange.start_gather(x), x))
+    def of_call(self, query: Tensor, keys: int) -> Tensor:
+        """A scalar for one call to write its share to."""
+        fraction = torch.zeros((), device=query.device)
+        _, rows, heads, head_dim = query.shape
+        self._calls.append((fraction, heads * math.prod(tile_counts(rows, keys, head_dim, query.dtype))))
+        return fraction
 
-    def arrived(self) -> Tensor:
-        """All heads, in the order of the ranks."""
-        by_chunk = [exchange.finish_gather(flight, x) for exchange, flight, x in self._flights]
-        pieces = [piece for of_rank in zip(*by_chunk, strict=True) for piece in of_rank]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-def _shares(count: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
-    """(start, end) of ``count`` things in ``parts`` shares as equal as can be, the larger ones first."""
-    base, larger = divmod(count, parts)
-    ends = list(itertools.accumulate((base + (part < larger) for part in range(parts)), initial=start))
-    return list(itertools.pairwise(ends))
-
-
-def _checked_seq_len(seq_len: int | None, tokens: int) -> int:
-    if seq_len is None:
-        return tokens
-    if isinstance(seq_len, bool) or not isinstance(seq_len, (int, torch.SymInt)):
-        raise TypeError(f"{_NAME}: seq_len has type {type(seq_len).__name__}, expected an int")
-    if not 0 < seq_len <= tokens:
-        raise ValueError(f"{_NAME}: seq_len is {seq_len}, expected 1 to {tokens}, the tokens of all shards")
-    return operator.index(seq_len)
-
-
-def _within(ranges: CheckedRanges | None, start: int, length: int) -> Ranges | None:
-    """The part of the ranges from ``start`` on, counted from there."""
-    if ranges is None:
-        return None
-    if isinstance(ranges, Tensor):
-        return (ranges - start).clamp(0, length)
-    clipped = [(max(low - start, 0), min(high - start, length)) for low, high in ranges]
-    return [position for low, high in clipped if low < high for position in (low, high)]
+    def write_to(self, out: Tensor) -> None:
+        out.zero_()
+        all_tiles = sum(tiles for _, tiles in self._calls)
+        for fraction, tiles in self._calls:
+            out.add_(fraction, alpha=tiles / all_tiles)

@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ["assign_heads", "imbalance"]
+__all__ = ["HeadBalance", "assign_heads", "imbalance", "rebalanced"]
+
+# Ranks that wait less than this share of the time for the slowest one keep their heads.
+IMBALANCE_WORTH_MOVING = 0.05
+
+
+class HeadBalance(NamedTuple):
+    """Tiles that the busiest rank computes, over the mean of the ranks, minus 1."""
+
+    before: float
+    after: float
+
+
+def rebalanced(work: Sequence[float], ranks: int) -> tuple[HeadBalance, list[list[int]] | None]:
+    """What sharing out the heads anew would gain, and the heads of each rank, None where it is not worth moving them.
+
+    Args:
+        work: of each head; today each rank has as many neighbouring ones.
+        ranks: how many; a divisor of the number of heads.
+    """
+    share = len(work) // ranks
+    today = [list(range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
+    better = assign_heads(work, ranks)
+    before, after = imbalance(work, today), imbalance(work, better)
+    if (1 + before) / (1 + after) < 1 + IMBALANCE_WORTH_MOVING:
+        return HeadBalance(before, before), None
+    return HeadBalance(before, after), better
 
 
 def imbalance(work: Sequence[float], assignment: Sequence[Sequence[int]]) -> float:

@@ -1,52 +1,93 @@
-"""The mesh that distributed layers get which are not given one."""
+"""Which ranks share a sequence, read from a DeviceMesh; and the mesh of layers that are not given one.
+
+A forward is traced and captured, and all it needs to know of a mesh are constants, so the mesh is read once, by
+:func:`sequence_mesh`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention.parallel.collectives import RankGroup, sequence_mesh
+from lite_attention.scoped_default import ScopedDefault
 
-__all__ = ["get_sequence_parallel_mesh", "sequence_parallel_mesh", "set_sequence_parallel_mesh", "ulysses_group"]
+__all__ = [
+    "RankGroup",
+    "SequenceMesh",
+    "get_sequence_parallel_mesh",
+    "sequence_mesh",
+    "sequence_parallel_mesh",
+    "set_sequence_parallel_mesh",
+    "ulysses_group",
+]
 
-_mesh: DeviceMesh | None = None
+RING = "ring"
+ULYSSES = "ulysses"
 
 
-def set_sequence_parallel_mesh(mesh: DeviceMesh | None) -> None:
-    """Distributed layers that this process makes from now on, in any thread, are spread over this mesh.
+class RankGroup(NamedTuple):
+    """The ranks along one dimension of a mesh, and which of them this process is."""
+
+    name: str
+    """torch's name of the process group; empty for a group of one."""
+    size: int
+    rank: int
+
+
+class SequenceMesh(NamedTuple):
+    """Which ranks share a sequence: along ``ring`` they hold blocks of keys, along ``ulysses`` heads.
+
+    The rank at (r, u) holds shard ``r * ulysses.size + u`` of the tokens.
+    """
+
+    ring: RankGroup
+    ulysses: RankGroup
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the sequence, one for each rank."""
+        return self.ring.size * self.ulysses.size
+
+    @property
+    def shard(self) -> int:
+        """Which shard of the sequence this rank holds."""
+        return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+
+def sequence_mesh(mesh: DeviceMesh, name: str) -> SequenceMesh:
+    """What attention needs to know of ``mesh``, whose dimensions are named "ring" and "ulysses" or one of the two.
 
     Args:
-        mesh: with a dimension named "ulysses"; one named "ring" of size 1 may be there. None for one rank.
+        mesh: of the ranks that share one sequence. A missing dimension counts as one of size 1.
+        name: begins the text of errors.
 
     Raises:
-        TypeError, ValueError: ``mesh`` is something else.
+        TypeError, ValueError: ``mesh`` is no such mesh, or this process is not in it.
     """
-    global _mesh
-    if mesh is not None:
-        ulysses_group(mesh, "set_sequence_parallel_mesh")
-    _mesh = mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"{name}: mesh has type {type(mesh).__name__}, expected a DeviceMesh")
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= {RING, ULYSSES}:
+        raise ValueError(
+            f"{name}: mesh has dimensions named {', '.join(map(repr, names)) or 'nothing'}, expected 'ring', 'ulysses' "
+            "or both. Of a larger mesh, pass mesh['ring', 'ulysses']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name}: mesh does not contain this process, expected a mesh that does")
 
+    def group(dim: str) -> RankGroup:
+        if dim not in names or mesh.size(names.index(dim)) == 1:
+            return RankGroup("", 1, 0)
+        members = mesh.get_group(dim)
+        return RankGroup(members.group_name, members.size(), mesh.get_local_rank(dim))
 
-def get_sequence_parallel_mesh() -> DeviceMesh | None:
-    """The mesh of :func:`set_sequence_parallel_mesh`."""
-    return _mesh
-
-
-@contextmanager
-def sequence_parallel_mesh(mesh: DeviceMesh | None) -> Iterator[None]:
-    """Distributed layers made inside are spread over this mesh; afterwards the one before counts again."""
-    outer = _mesh
-    set_sequence_parallel_mesh(mesh)
-    try:
-        yield
-    finally:
-        set_sequence_parallel_mesh(outer)
+    return SequenceMesh(group(RING), group(ULYSSES))
 
 
 def ulysses_group(mesh: DeviceMesh | None, name: str) -> RankGroup:
-    """The ranks that share a sequence by heads.
+    """The ranks that share a sequence by heads alone; this process alone for None.
 
     Raises:
         TypeError, ValueError: ``mesh`` is no such mesh; the text begins with ``name``.
@@ -60,3 +101,34 @@ def ulysses_group(mesh: DeviceMesh | None, name: str) -> RankGroup:
             "('ulysses'). DistributedLiteAttention attends in a ring too"
         )
     return ranks.ulysses
+
+
+_default: ScopedDefault[DeviceMesh | None] = ScopedDefault("lite_attention.sequence_parallel_mesh", None)
+
+
+def set_sequence_parallel_mesh(mesh: DeviceMesh | None) -> None:
+    """Distributed layers that this process makes from now on, in any thread, are spread over this mesh.
+
+    Args:
+        mesh: with a dimension named "ulysses"; one named "ring" of size 1 may be there. None for one rank.
+
+    Raises:
+        TypeError, ValueError: ``mesh`` is something else.
+    """
+    ulysses_group(mesh, "set_sequence_parallel_mesh")
+    _default.set(mesh)
+
+
+def get_sequence_parallel_mesh() -> DeviceMesh | None:
+    """The mesh of the innermost :func:`sequence_parallel_mesh`, or that of :func:`set_sequence_parallel_mesh`."""
+    return _default.get()
+
+
+def sequence_parallel_mesh(mesh: DeviceMesh | None) -> AbstractContextManager[None]:
+    """Distributed layers made inside, in this thread or asyncio task, are spread over this mesh.
+
+    Raises:
+        TypeError, ValueError: as :func:`set_sequence_parallel_mesh`.
+    """
+    ulysses_group(mesh, "sequence_parallel_mesh")
+    return _default.scope(mesh)

@@ -9,7 +9,7 @@ from torch.distributed import get_process_group_ranks, get_rank
 
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.models import VideoModel, layers_matching
-from lite_attention.parallel.collectives import sequence_mesh
+from lite_attention.parallel.mesh import sequence_mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

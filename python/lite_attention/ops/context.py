@@ -1,0 +1,79 @@
+"""Values for what is called inside a block: of this thread or asyncio task alone, and read by compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from lite_attention.ops.load import host
+
+__all__ = ["Scoped"]
+
+T = TypeVar("T")
+
+# What a context variable holds: the innermost value and what was around it. A chain instead of tokens, so that one
+# context manager may be entered by several threads at a time.
+_Chain = tuple[T, Any]
+
+
+class _ContextValue(Protocol):
+    """A ContextVar whose value is an attribute that C defines. torch.compile, which cannot trace ContextVar.get, reads
+    and guards on it; once it can (pytorch#186449), a plain ContextVar does.
+    """
+
+    @property
+    def current(self) -> Any: ...
+
+    @property
+    def variable(self) -> ContextVar[Any]: ...
+
+
+class Scoped(Generic[T]):
+    """A value that holds inside a block, for what this thread or asyncio task calls there.
+
+    Threads and tasks that run at the same time each see their own. A task starts with the values it was made in; a
+    thread starts without any, whatever holds where it is started (``contextvars.copy_context().run`` hands them on).
+    Compiled code is compiled once for each value that it meets, and may enter blocks of its own.
+
+    Args:
+        name: of the context variable.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._context: _ContextValue = host.ContextValue(name)
+        # The blocks that torch.compile is tracing through. Only its trace ever sees another value than None: whatever
+        # is entered in a graph is left in it.
+        self._traced: _Chain[T] | None = None
+
+    @property
+    def current(self) -> T | None:
+        """The innermost value, None outside of every block."""
+        chain = self._context.current if self._traced is None else self._traced
+        return None if chain is None else chain[0]
+
+    def enter(self, value: T) -> None:
+        """Begin a block; :meth:`leave` ends it, in the same thread or task."""
+        if torch.compiler.is_dynamo_compiling():
+            self._traced = (value, self._traced)
+        else:
+            self._context.variable.set((value, self._context.current))
+
+    def leave(self) -> None:
+        """End the innermost block."""
+        if self._traced is not None:
+            self._traced = self._traced[1]
+        else:
+            self._context.variable.set(self._context.current[1])
+
+    @contextmanager
+    def having(self, value: T) -> Iterator[None]:
+        """A block in which the value is this one."""
+        self.enter(value)
+        try:
+            yield
+        finally:
+            self.leave()

@@ -1,0 +1,88 @@
+"""The order in which ranks share the heads of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.parallel.exchange import select_heads
+
+__all__ = ["HeadOrder"]
+
+
+class HeadOrder(nn.Module):
+    """Which head stands at which position, where heads were assigned to ranks by their work; else the model's order.
+
+    The first change needs compiled code to be compiled, and graphs to be captured, again; later ones are data.
+
+    Args:
+        device_type: of the tensors.
+    """
+
+    _head_at: Tensor | None
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type = device_type
+        self.register_buffer("_head_at", None, persistent=False)
+        self._heads: tuple[int, ...] | None = None
+        self.meant_for: tuple[int, int] | None = None
+        """How many heads it orders, and how many of them share a key head; None for any."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is another one than the model's."""
+        return self._head_at is not None
+
+    def heads(self, count: int) -> Sequence[int]:
+        """The head at each of ``count`` positions."""
+        return range(count) if self._heads is None else self._heads
+
+    def check(self, name: str, heads: int, per_key: int) -> None:
+        """That it is meant for so many heads, of which ``per_key`` share a key head.
+
+        Raises:
+            ValueError: it is not; the text begins with ``name``.
+        """
+        if self.meant_for not in (None, (heads, per_key)):
+            raise ValueError(
+                f"{name}: heads of query, and of those for each key head that is sent, are {(heads, per_key)}, "
+                f"expected {self.meant_for} as when balance_heads() was called"
+            )
+
+    def to_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of ``[B, S, heads of each, D]`` at their positions."""
+        if self._head_at is None:
+            return query, key, value
+        per_key = query.shape[2] // key.shape[2]
+        key_head_at = self._head_at[::per_key] // per_key
+        return select_heads(query, self._head_at), select_heads(key, key_head_at), select_heads(value, key_head_at)
+
+    def to_model(self, x: Tensor) -> Tensor:
+        """Heads of ``[B, S, H, any]`` from their positions back into the model's order."""
+        return x if self._head_at is None else select_heads(x, self._head_at.argsort())
+
+    def move(self, positions: Sequence[int], per_key: int) -> bool:
+        """Take to each position what stands at ``positions[position]``; ``per_key`` neighbours share a key head.
+
+        Returns:
+            Whether this changed more than data, so that graphs captured before are out of date.
+        """
+        order = self.heads(len(positions))
+        self._heads = tuple(order[position] for position in positions)
+        self.meant_for = len(positions), per_key
+        new = torch.tensor(self._heads, device=self._device_type)
+        if self._head_at is not None and not self._head_at.is_inference():
+            self._head_at.copy_(new)
+            return False
+        self._head_at = new
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadOrder:
+        """As nn.Module's, but the order survives a move to memory that holds nothing (``to_empty``)."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._head_at is not None:
+            self._head_at = torch.tensor(self._heads, device=self._head_at.device)
+        return self

@@ -1,0 +1,95 @@
+"""What holds for a whole sequence in one pass, and the part of it for a block of queries and a split of keys."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lite_attention.parallel.shards import Block, check_seq_len
+from lite_attention.skipping.arguments import (
+    CheckedRanges,
+    Ranges,
+    check_kv_lens,
+    check_scalar,
+    check_scale,
+    checked_ranges,
+)
+from lite_attention.skipping.branches import resolved_branch
+
+__all__ = ["SequenceArguments"]
+
+
+class SequenceArguments(NamedTuple):
+    """Arguments of :meth:`lite_attention.LiteAttention.forward`, in tokens of the whole sequence."""
+
+    seq_len: int
+    scale: float | None
+    must_do: CheckedRanges | None
+    must_skip: CheckedRanges | None
+    must_do_queries: CheckedRanges | None
+    kv_lens: Tensor | None
+    branch: int
+    start_full: Tensor | None
+
+    @classmethod
+    def checked(
+        cls,
+        name: str,
+        query: Tensor,
+        tokens: int,
+        seq_len: int | None,
+        scale: float | None,
+        must_do_list: Ranges | None,
+        must_skip_list: Ranges | None,
+        must_do_queries: Ranges | None,
+        kv_lens: Tensor | None,
+        branch: int | None,
+        start_full: Tensor | None,
+    ) -> SequenceArguments:
+        """Everything that one rank could find wrong alone, after others have begun to wait for it.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text begins with ``name``.
+        """
+        if seq_len is None:
+            seq_len = tokens
+        check_seq_len(f"{name}: seq_len", seq_len, tokens)
+        seq_len = operator.index(seq_len)
+        check_scale(name, scale)
+        check_kv_lens(name, kv_lens, query)
+        check_scalar(name, "start_full", start_full, torch.bool, query)
+        return cls(
+            seq_len,
+            scale,
+            checked_ranges(name, "must_do_list", must_do_list, query, seq_len, "keys"),
+            checked_ranges(name, "must_skip_list", must_skip_list, query, seq_len, "keys"),
+            checked_ranges(name, "must_do_queries", must_do_queries, query, seq_len, "queries"),
+            kv_lens,
+            resolved_branch(branch, name),
+            start_full,
+        )
+
+    def of_split(self, rows: Block, keys: Block) -> dict[str, Any]:
+        """The same for one block of queries and one split of the keys, which count from their own start."""
+        return {
+            "scale": self.scale,
+            "must_do_list": _within(self.must_do, keys),
+            "must_skip_list": _within(self.must_skip, keys),
+            "must_do_queries": _within(self.must_do_queries, rows),
+            "kv_lens": None if self.kv_lens is None else (self.kv_lens - keys.start).clamp(0, keys.length),
+            "branch": self.branch,
+            "start_full": self.start_full,
+        }
+
+
+def _within(ranges: CheckedRanges | None, block: Block) -> Ranges | None:
+    """The part of the ranges that lies in the block, counted from its start."""
+    if ranges is None:
+        return None
+    if isinstance(ranges, Tensor):
+        return (ranges - block.start).clamp(0, block.length)
+    clipped = [(max(low - block.start, 0), min(high - block.start, block.length)) for low, high in ranges]
+    return [position for low, high in clipped if low < high for position in (low, high)]

@@ -1,0 +1,33 @@
+"""Passes of one denoising run through a layer, and the same by the operator alone."""
+
+import torch
+from torch import Tensor
+
+from lite_attention import LiteAttention, full_keep_map, pack_keep_map, skip_attention, unpack_keep_map
+from support.inputs import Case, correlated_passes
+
+CASE = Case(batch=2, query_len=400, kv_len=700, heads=4, kv_heads=2)
+THRESHOLD = -8.0
+
+
+def passes(case: Case = CASE, count: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return list(correlated_passes(case, torch.float32, count, seed))
+
+
+def by_hand(inputs: list[tuple[Tensor, Tensor, Tensor]], threshold: float = THRESHOLD) -> list[tuple[Tensor, ...]]:
+    """The same passes through the operator, the map carried along by hand: (out, lse, map after the pass)."""
+    (batch, query_len, heads, head_dim), kv_len = inputs[0][0].shape, inputs[0][1].shape[1]
+    keep = full_keep_map(batch, heads, query_len, kv_len, head_dim, inputs[0][0].dtype)
+    results = []
+    for q, k, v in inputs:
+        out, lse, keep = skip_attention(q, k, v, keep, threshold)
+        results.append((out, lse, keep))
+    return results
+
+
+def kept(layer: LiteAttention, branch: int | None = None) -> Tensor:
+    return pack_keep_map(layer.keep_map(branch))
+
+
+def dropped_something(keep: Tensor, kv_tiles: int) -> bool:
+    return not bool(unpack_keep_map(keep, kv_tiles).all())
