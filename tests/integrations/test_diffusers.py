@@ -1,7 +1,6 @@
 """The diffusers door, on diffusers' own transformers and pipelines."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook as AccelerateHook
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models import attention_dispatch
 from expecttest import assert_expected_inline
@@ -310,19 +311,8 @@ def fresh() -> tuple[nn.Module, VideoCase]:
 
 
 def accelerate_hook(transformer: nn.Module) -> Callable[[], None]:
-    """As accelerate puts hooks on a module and takes them away."""
-    transformer._old_forward = transformer.forward  # type: ignore[assignment]
-
-    def new_forward(*args: Any, **kwargs: Any) -> Any:
-        return transformer._old_forward(*args, **kwargs)  # type: ignore[operator]
-
-    transformer.forward = functools.update_wrapper(new_forward, transformer.forward)  # type: ignore[method-assign]
-
-    def remove() -> None:
-        transformer.forward = transformer._old_forward  # type: ignore[method-assign,assignment]
-        delattr(transformer, "_old_forward")
-
-    return remove
+    add_hook_to_module(transformer, AccelerateHook())
+    return lambda: remove_hook_from_module(transformer)
 
 
 def diffusers_hook(transformer: nn.Module) -> Callable[[], None]:
