@@ -17,6 +17,7 @@ from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = ["SlidingTileMap", "attention", "attention_in_slots", "sliding_tile_map"]
 
@@ -196,7 +197,7 @@ def sliding_tile_map(
     """
     function = "sliding_tile_map"
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # inference tensors would be refused by a call that records gradients
+        with ordinary_tensors():
             return sliding_tile_map(
                 window_size,
                 seq_shape,

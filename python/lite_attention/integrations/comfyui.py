@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
+from lite_attention.ops.autocast import autocast_dtype
 from lite_attention.ops.backends import Problem, choose, supported_dtypes
 from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.generation import GenerationClock
@@ -241,7 +243,7 @@ class LiteAttentionOverride:
         branch = self._branches[composition]
         sigmas: Tensor = options["sigmas"]
         if self.clock.start_full.device != sigmas.device:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            with ordinary_tensors():
                 self.clock.to(sigmas.device)
         self.clock.tick(sigmas, branch)
         return branch
@@ -343,10 +345,10 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    dtypes = supported_dtypes(query.device)
+    dtypes, dtype = supported_dtypes(query.device), autocast_dtype(query.dtype, query.device)
     if not dtypes:
-        choose(Problem("skip_attention", query.device, query.dtype, head_dim))  # says why nothing runs on this device
-    return query.dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
+        choose(Problem("skip_attention", query.device, dtype, head_dim))  # says why nothing runs on this device
+    return dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
 
 
 def _text_ranges(options: dict[str, Any], tokens: int) -> list[int] | None:

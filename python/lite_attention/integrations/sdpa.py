@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
@@ -149,6 +149,5 @@ def _attend(
             f"LiteSDPA: {name or 'the model itself'} makes several self-attention calls in one forward, expected one, "
             "to which its skip state belongs. Name its submodules in layers"
         )
-    query, key, value = as_autocast(query, key, value)
     out: Tensor = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
     return out.transpose(1, 2)

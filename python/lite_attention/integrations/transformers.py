@@ -17,7 +17,6 @@ from transformers.masking_utils import causal_mask_function
 
 from lite_attention.families.duo.weights import HEAD_ORDER, HEAD_WINDOWS, HeadTable, attention_layers, head_table
 from lite_attention.families.streaming import head_windows
-from lite_attention.integrations._routing import as_autocast
 from lite_attention.ops import attention
 
 __all__ = ["DuoAttentionHandle", "enable_duo_attention"]
@@ -126,7 +125,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """What a layer calls. Tensors ``[B, H, S, D]``, ``attention_mask`` from :func:`_visible`; out ``[B, S, H, D]``."""
     _refuse_unsupported(module, dropout, is_causal, others)
-    query, key, value = as_autocast(query, key, value)
     kv_lens = orders = None
     if attention_mask is not None:
         kv_lens, orders = _read_visible(attention_mask, query, key)

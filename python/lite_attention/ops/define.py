@@ -1,11 +1,12 @@
-"""Defines an operator: its schema, what it returns for tensors without data, and its gradient, in one call.
+"""Defines an operator in one call: schema, what it returns for tensors without data, gradient, what autocast casts.
 
 The kernels are the compiled libraries' (load.py); importing them first means that schemas are defined only where there
 are kernels for them. Every operator is functional: none writes its inputs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from lite_attention.ops import backends
+from lite_attention.ops.autocast import autocast
 
 __all__ = ["check_fake_inputs", "define", "fake_out_and_lse"]
 
@@ -25,6 +27,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Sequence[Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    autocasts: Sequence[str] = (),
 ) -> OpOverload:
     """Define the operator of this schema and return it.
 
@@ -35,6 +38,7 @@ def define(
             call (``setup_context(ctx, inputs, output)``), and the gradients of all positional arguments in their order,
             a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
+        autocasts: names of the positional arguments that autocast gives its dtype.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,6 +46,8 @@ def define(
     operator: OpOverload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
     backends.serve(name)
     _register_autograd(operator, _Gradient(name, backward, setup_context))
+    if autocasts:
+        _register_autocast(name, operator, autocasts)
     return operator
 
 
@@ -103,6 +109,29 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
         return operator.redispatch(below, *arguments, **named)
 
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)
+
+
+_AUTOCAST_KEYS = [f"Autocast{kind.upper()}" for kind in backends.DEVICE_TYPES]
+_AUTOCAST = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS))
+
+
+def _register_autocast(name: str, operator: OpOverload, autocasts: Sequence[str]) -> None:
+    """By hand: torch.library.register_autocast casts every floating argument, to a dtype fixed beforehand.
+
+    Calls pass here only where autocast is on.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    places = [names.index(argument) for argument in autocasts]
+
+    def cast_and_run(*arguments: Any, **named: Any) -> Any:
+        inputs = list(arguments)
+        for place in places:
+            (inputs[place],) = autocast(inputs[place])
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(*inputs, **named)
+
+    for key in _AUTOCAST_KEYS:
+        _library.impl(name, cast_and_run, key)
 
 
 def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:

@@ -32,7 +32,7 @@ def _fake(
     return *fake_out_and_lse(q), keep.new_empty(keep.shape)
 
 
-_OPERATOR = define(SCHEMA, fake=_fake)
+_OPERATOR = define(SCHEMA, fake=_fake, autocasts=("q", "k", "v"))
 
 
 def skip_attention(

@@ -31,7 +31,7 @@ from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
-from lite_attention.skipping.arguments import Ranges, Threshold, check_inputs, check_scalar, checked_threshold
+from lite_attention.skipping.arguments import Ranges, Threshold, check_scalar, checked_inputs, checked_threshold
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
@@ -123,7 +123,7 @@ class DistributedLiteAttention(nn.Module):
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        check_inputs(_NAME, query, key, value, self.max_batch_size)
+        query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
             raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
         check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)

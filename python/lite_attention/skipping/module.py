@@ -19,9 +19,9 @@ from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
     Threshold,
-    check_inputs,
     check_scalar,
     check_scale,
+    checked_inputs,
     checked_ranges,
     checked_threshold,
 )
@@ -116,15 +116,15 @@ class LiteAttention(nn.Module):
             skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
-            out, of query's shape and dtype; with ``return_softmax_lse`` also lse, fp32 ``[batch, heads, query_len]``,
-            natural log over the keys that were computed. With skipping disabled both are dense, the must lists are
-            only checked, and the state is neither read nor written.
+            out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
+            ``[batch, heads, query_len]``, natural log over the keys that were computed. With skipping disabled both are
+            dense, the must lists are only checked, and the state is neither read nor written.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        check_inputs(self.caller, query, key, value, self.max_batch_size)
+        query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
         branch = resolved_branch(branch, self.caller)
         check_scale(self.caller, scale)
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
