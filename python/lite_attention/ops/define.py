@@ -148,7 +148,7 @@ def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
         device = tensor.device if device is None else device
         if tensor.device != device:
             raise RuntimeError(f"{name}: {argument} is on {tensor.device}, expected {device}, every argument's device")
-        if argument in ("q", "k", "v", "keep", "must_keep") and tensor.dim() != 4:
+        if argument in ("q", "k", "v", "keep", "must_keep", "outs[0]") and tensor.dim() != 4:
             raise RuntimeError(f"{name}: {argument} has {tensor.dim()} dimensions, expected 4")
 
 
