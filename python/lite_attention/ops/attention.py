@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, softmax_scale
-from lite_attention.ops.define import check_fake_inputs, define, fake_out_and_lse
+from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["CausalAlignment", "attention"]
 
@@ -38,7 +38,7 @@ def _fake(
     return fake_out_and_lse(q)
 
 
-_OPERATOR = define(SCHEMA, fake=_fake, autocasts=("q", "k", "v"))
+_OPERATOR = define(SCHEMA, fake=_fake, autocasts=("q", "k", "v"), flops=dense_flops)
 
 
 def attention(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from lite_attention.ops import backends
 from lite_attention.ops.autocast import autocast
 
-__all__ = ["check_fake_inputs", "define", "fake_out_and_lse"]
+__all__ = ["check_fake_inputs", "define", "dense_flops", "fake_out_and_lse"]
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
 
@@ -29,6 +30,7 @@ def define(
     backward: Callable[..., Sequence[Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
     autocasts: Sequence[str] = (),
+    flops: Callable[..., int] | None = None,
 ) -> OpOverload:
     """Define the operator of this schema and return it.
 
@@ -40,6 +42,7 @@ def define(
             a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
         autocasts: names of the positional arguments that autocast gives its dtype.
+        flops: what ``torch.utils.flop_counter`` counts for a call: takes the arguments, shapes in place of tensors.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -49,6 +52,8 @@ def define(
     _register_autograd(operator, _Gradient(name, backward, setup_context))
     if autocasts:
         _register_autocast(name, operator, autocasts)
+    if flops is not None:
+        register_flop_formula(operator.overloadpacket)(flops)
     return operator
 
 
@@ -152,8 +157,18 @@ def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
         device = tensor.device if device is None else device
         if tensor.device != device:
             raise RuntimeError(f"{name}: {argument} is on {tensor.device}, expected {device}, every argument's device")
-        if argument in ("q", "k", "v", "keep", "must_keep") and tensor.dim() != 4:
+        if argument in ("q", "k", "v", "keep", "must_keep", "outs[0]") and tensor.dim() != 4:
             raise RuntimeError(f"{name}: {argument} has {tensor.dim()} dimensions, expected 4")
+
+
+def dense_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Attention's products with every key: ``4 B Hq Sq Sk D``, for queries ``[B, Sq, Hq, D]``.
+
+    What a map, lengths or a mask leave out is counted: they are data, which a formula of shapes does not see (and torch
+    counts causal attention so). Multiply by the map's density for what was computed.
+    """
+    batch, query_len, heads, head_dim = q
+    return 4 * batch * heads * query_len * k[1] * head_dim
 
 
 def fake_out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
