@@ -533,6 +533,7 @@ def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_guidance_branch_costs_one_compile() -> None:
     counter = CompileCounter()
     transformer, _ = fresh()
@@ -544,6 +545,7 @@ def test_a_guidance_branch_costs_one_compile() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
     counter = CompileCounter()
     transformer, _ = fresh()

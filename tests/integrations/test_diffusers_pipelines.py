@@ -16,6 +16,8 @@ from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_li
 from support.video_models import CASES, make_latents, run
 from support.video_pipelines import STEPS, cogvideox, generate, wan
 
+pytestmark = pytest.mark.slow
+
 THRESHOLD = -2.0
 
 
