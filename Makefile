@@ -7,6 +7,9 @@ CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -type f)
 CXX_SOURCES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+# Each worker begins with a half of the tests, so that what belongs together meets the same caches; who is done steals.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SANITIZED := build/sanitized
 CUDA_BUILD := build/cuda
 
@@ -20,7 +23,11 @@ demo: $(VENV)/demo.done ## Denoise a video with and without skipping, compare th
 
 .PHONY: test
 test: $(VENV)/test.done ## Run the test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+.PHONY: test-fast
+test-fast: $(VENV)/test.done ## Run the tests but those marked slow
+	$(PYTEST) -m "not slow"
 
 .PHONY: test-sanitized
 test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan build of the CPU kernels

@@ -1,4 +1,4 @@
-"""What every test shares: seeds, the gpu marker, hypothesis profiles."""
+"""What every test shares: seeds, threads, the gpu marker, hypothesis profiles."""
 
 import os
 
@@ -7,6 +7,11 @@ import pytest
 import torch
 
 HOPPER = (9, 0)
+
+if not torch.cuda.is_available():  # there the CPU only judges
+    # The tensors are so small that threads would wait for each other; `make test` gives each core a process instead.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)

@@ -19,6 +19,8 @@ On a machine without GPUs, --device cpu with --sizes tiny tries the script itsel
 
 Needs nvidia-ml-py; for the model diffusers; for the peers the wheel fa3-fwd, and yunchang. What is missing is named in
 the record.
+
+Over 400 lines: the parts of one run share its processes, inputs, checks and clocks.
 """
 
 import argparse
@@ -324,7 +326,7 @@ def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
     for state in layer.states.splits:
         if not isinstance(state, LiteAttention):
             raise TypeError(f"expected the states to be LiteAttention, not {type(state).__name__}")
-        shape = state._last_map(0, "attention_alone")[1]
+        shape = state.state.last_shape(0, "attention_alone")
         if shape not in inputs:
             sizes = [(shape.query_len, shape.heads)] + [(shape.kv_len, shape.kv_heads)] * 2
             inputs[shape] = [

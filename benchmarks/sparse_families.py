@@ -7,6 +7,8 @@ that knows the mask by its rule (mask_rules.py) before it is timed. Times are me
 (sustained.py), FlashAttention-3 and our dense call before and after the others of a block. About two minutes.
 
 Needs nvidia-ml-py, and for FlashAttention-3 the wheel fa3-fwd; a peer that is missing is named in the record.
+
+Over 400 lines: the blocks of one run share its candidates, references and loops.
 """
 
 import contextlib
@@ -27,9 +29,8 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
-from lite_attention.families import video_sparse
-from lite_attention.families.sliding_tile import sliding_tile_map
-from lite_attention.families.streaming import streaming_attention
+from lite_attention.families import block_sparse, sliding_tile, streaming, video_sparse
+from lite_attention.maps.blocks import block_means, block_scores, choose_blocks, topk_of_sparsity
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
 from lite_attention.maps.video_tiles import Size, VideoTiles
 from run import DTYPE, Run, parse_on_gpu, parse_some, parser_of_run, reason
@@ -274,19 +275,17 @@ class Benchmark(Run):
         return sliding_tiles_row(shape.facts(), facts, loops, absent)
 
     def window(self, window: Size, qkv: Inputs) -> Candidate:
-        """sliding_tile_attention with one window for all heads and its map made before."""
+        """sliding_tile.attention with one window for all heads and its map made before."""
         shape = SLIDING_TILES_SHAPE
-        sliding = sliding_tile_map(
+        sliding = sliding_tile.sliding_tile_map(
             window, CANVAS, head_dim=shape.head_dim, dtype=DTYPE, tile=TILE, device=torch.device(DEVICE)
         )
-        queries, keys, values = (x.transpose(1, 2) for x in qkv)
         rule = mask_rules.SlidingTiles(CANVAS, TILE, window, shape.heads)
         return Candidate(
             SLIDING_TILE_ATTENTION,
             str(window),
-            lambda: sliding.attend(queries, keys, values).transpose(1, 2),
+            lambda: sliding_tile.attention(*qkv, sliding),
             rule,
-            out_alone,
         )
 
     def video_sparse(self) -> Row:
@@ -308,22 +307,23 @@ class Benchmark(Run):
         return Candidate(ATTENTION, case, lambda: lite_attention.attention(*qkv, keep=packed, tile_n=BLOCK), rule)
 
     def selection(self) -> Row:
-        """The stages of video_sparse_attn on a clip whose last blocks along two axes are cut off."""
+        """The stages of video_sparse.attention on a clip whose last blocks along two axes are cut off."""
         shape, sizes = SELECTION_SHAPE, SELECTION_TILES.sizes(torch.device(DEVICE))
         blocks, scale = sizes.numel(), shape.head_dim**-0.5
-        kept = video_sparse.topk_of_sparsity(SPARSITY, blocks)
+        kept = topk_of_sparsity(SPARSITY, blocks)
         exists = (torch.arange(BLOCK, device=DEVICE) < sizes.unsqueeze(-1)).flatten()
         qkv = masked_inputs(shape, exists)
+
         q, k, v = (x.transpose(1, 2) for x in qkv)
 
         def means() -> list[Tensor]:
-            return [video_sparse._block_means(x, sizes, BLOCK) for x in (q, k, v)]
+            return [block_means(x, sizes, BLOCK) for x in qkv]
 
         q_means, k_means, v_means = means()
-        scores = scale * q_means @ k_means.transpose(-1, -2)
+        scores = block_scores(q_means, k_means, scale)
 
         def choice() -> Tensor:
-            return video_sparse._choose_blocks(q_means, k_means, kept, 0, scale)
+            return choose_blocks(q_means, k_means, kept, scale)
 
         packed = choice()
         keep = lite_attention.unpack_keep_map(packed, blocks)
@@ -333,15 +333,12 @@ class Benchmark(Run):
         largest = lite_attention.unpack_keep_map(lite_attention.top_k_map(scores, kept), blocks)
         mask_rules.check_largest(largest, scores, kept, tolerance=0)
 
-        def fine_result(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return result[0].transpose(1, 2), result[1]
-
-        def whole_result(out: Tensor) -> tuple[Tensor, None]:
-            fine = out.unflatten(2, (blocks, BLOCK)) - expected_coarse.unsqueeze(3)
-            return fine.flatten(2, 3).transpose(1, 2), None
+        def fine_part(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            fine = result[0].unflatten(1, (blocks, BLOCK)) - expected_coarse.transpose(1, 2).unsqueeze(2)
+            return fine.flatten(1, 2), result[1]
 
         def coarse() -> object:
-            return lite_attention.attention(*(x.transpose(1, 2) for x in (q_means, k_means, v_means)))
+            return lite_attention.attention(q_means, k_means, v_means)
 
         rule = mask_rules.Blocks(keep[0], BLOCK, sizes)
         inner = [
@@ -352,16 +349,15 @@ class Benchmark(Run):
             Candidate(
                 VIDEO_SPARSE_ATTENTION,
                 FINE,
-                lambda: video_sparse.block_sparse_attention(q, k, v, packed, sizes),
+                lambda: block_sparse.attention(*qkv, packed, sizes),
                 rule,
-                fine_result,
             ),
             Candidate(
                 VIDEO_SPARSE_ATTENTION,
                 WHOLE,
-                lambda: video_sparse.video_sparse_attn(q, k, v, sizes, kept),
+                lambda: video_sparse.attention(*qkv, sizes, kept),
                 rule,
-                whole_result,
+                fine_part,
             ),
         ]
         loops, absent = self.measured(SELECTION, shape, qkv, [], inner)
@@ -389,7 +385,7 @@ class Benchmark(Run):
             )
 
         peer, causal = self.causal_candidates(shape, qkv)
-        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming_attention(*qkv, *window), rule)
+        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming.attention(*qkv, *window), rule)
         default_grain = lite_attention.tile_shape(shape.head_dim, DTYPE)[1]
         grains = [with_grain(tile_n) for tile_n in (default_grain, FINE_TILE_N)]
         loops, absent = self.measured(STREAMING, shape, qkv, peer, [causal, ours, *grains])

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/common/variants.h"
+#include "operators/interface.h"
 #include "revision.h"
 #include "rules/tile_shape.h"
 
@@ -61,8 +62,7 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
       .def_property_readonly("current", &ContextValue::current, "Its value in the current context.")
       .def_property_readonly("variable", &ContextValue::variable, "The ContextVar, to set and reset it.");
 
-  // Must equal OPERATOR_INTERFACE in python/lite_attention/ops/_library.py.
-  module.attr("OPERATOR_INTERFACE") = 3;
+  module.attr("OPERATOR_INTERFACE") = lite_attention_operator_interface();
   module.attr("VERSION") = LITE_ATTENTION_VERSION;
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
   module.attr("KERNEL_HASH") = LITE_ATTENTION_KERNEL_HASH;  // of cpp/, whatever else changed

@@ -214,6 +214,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_run_records_every_part_and_what_is_absent(tmp_path: Path) -> None:
     run = benchmark.Benchmark(tmp_path, 1.0, "abc")
@@ -243,6 +244,7 @@ def test_a_run_records_every_part_and_what_is_absent(tmp_path: Path) -> None:
     assert summary(record)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_missing_peer_and_a_failing_block_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:

@@ -75,6 +75,7 @@ class _SharedPool:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_checks_and_records_what_it_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_run_on_two_processes_checks_and_records_what_it_measures(
     assert summary(record) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_of_a_model_is_split_checked_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "RankPool", _SharedPool)
     setting = benchmark.Setting(device="cpu", seconds=0.001, **benchmark.SIZES["tiny"])
@@ -155,6 +157,7 @@ class _Pool:
         pass
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_fails_its_block_and_the_next_one_has_new_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

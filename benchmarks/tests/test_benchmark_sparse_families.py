@@ -26,7 +26,7 @@ import sparse_families_record
 import sustained
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3
-from lite_attention.families.streaming import streaming_attention
+from lite_attention import streaming_attention
 from lite_attention.maps.video_tiles import VideoTiles
 from mask_rules import Blocks, Causal, Dense, Rule, SlidingTiles
 from sparse_families_record import (
@@ -225,6 +225,7 @@ def cases(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(loop["kernel"], loop["case"]) for loop in row["loops"]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_run_checks_and_records_every_part(tmp_path: Path) -> None:
     record = run_on_the_cpu(tmp_path, PARTS)
@@ -255,6 +256,7 @@ def test_a_run_checks_and_records_every_part(tmp_path: Path) -> None:
     assert record[GROWTH][0]["goals"][0]["value"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_wrong_result_is_not_timed_and_the_block_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_key_less(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_size: int, recent_size: int) -> Any:
@@ -272,6 +274,7 @@ def test_a_wrong_result_is_not_timed_and_the_block_goes_on(tmp_path: Path, monke
     assert SLIDING_TILES not in record
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_missing_peer_is_named_and_missed_by_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(causal: bool = False) -> Any:

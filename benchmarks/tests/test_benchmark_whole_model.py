@@ -126,6 +126,7 @@ def test_the_model_is_bf16_but_for_what_diffusers_keeps_in_fp32() -> None:
 # --- a run ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_run_records_every_column_in_its_modes(tmp_path: Path) -> None:
     benchmark.Benchmark(tmp_path, 1.0, "abc", MODES).run([SIZE], [CLIP])
@@ -161,6 +162,7 @@ def test_a_run_records_every_column_in_its_modes(tmp_path: Path) -> None:
     assert summary(record)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_density_that_is_recorded_is_that_of_the_maps_after_timing(tmp_path: Path) -> None:
     (row,) = run_steps(tmp_path)["steps"]
@@ -170,6 +172,7 @@ def test_the_density_that_is_recorded_is_that_of_the_maps_after_timing(tmp_path:
     assert kept == pytest.approx({0.75: 4 / 5, 0.5: 2 / 5, 0.25: 1 / 5, 0.1: 1 / 5})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_map_that_changed_while_timed_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "timeline", lambda call: pytest.fail("is not reached"))
@@ -193,6 +196,7 @@ def test_a_map_that_changed_while_timed_fails_the_run(tmp_path: Path, monkeypatc
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("what", ["attention", "skip_attention"])
 def test_a_kernel_that_leaves_keys_out_fails_the_run(
@@ -233,6 +237,7 @@ def test_the_step_itself_tells_keys_that_are_left_out_from_rounding() -> None:
             benchmark.required_error("peer", step, step.eager(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_stale_result_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def frozen(step: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], **_: object) -> Any:
@@ -245,6 +250,7 @@ def test_a_stale_result_fails_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert failure["error"].startswith("WrongResultError: attention at 100%, captured: error nan")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_missing_and_a_wrong_peer_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -1,6 +1,7 @@
-"""README.md's tables are those of the committed results."""
+"""The tables of README.md and docs/ are those of the committed results."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmark_records import (  # noqa: E402
     made_up_whole_model_record,
 )
 
+import doc_tables  # noqa: E402
 import readme_tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,14 +39,63 @@ def readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
-def test_readme_tables_are_up_to_date() -> None:
-    text = readme()
-    assert readme_tables.with_tables(text) == text, "run python benchmarks/readme_tables.py"
+@pytest.mark.parametrize("page", readme_tables.PAGES)
+def test_tables_are_up_to_date(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert readme_tables.with_tables(text, page) == text, "run python benchmarks/readme_tables.py"
+
+
+def test_every_marked_table_is_written_by_the_script() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    marked = {
+        path.relative_to(ROOT).as_posix(): re.findall("<!-- table (.*) -->", path.read_text())
+        for path in pages
+        if "<!-- table" in path.read_text()
+    }
+    assert {page: sorted(names) for page, names in marked.items()} == {
+        page: sorted(places) for page, places in readme_tables.PAGES.items()
+    }
 
 
 def test_a_missing_place_for_a_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no place for the table cpu_attention"):
+    with pytest.raises(ValueError, match=r"README.md has no place for the table cpu_attention"):
         readme_tables.with_tables("no tables here")
+    with pytest.raises(ValueError, match=r"docs/kernel.md has no place for the table kernel_goals"):
+        readme_tables.with_tables("no tables here", "docs/kernel.md")
+
+
+def test_a_page_tells_that_a_record_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(RESULTS / "attention_h200.json", tmp_path)
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    text = readme_tables.with_tables("<!-- table kernel_goals -->\n1.07\n<!-- end -->", "docs/kernel.md")
+    assert text == f"<!-- table kernel_goals -->\n{readme_tables.NOT_MEASURED}\n<!-- end -->"
+
+
+def test_goals_tell_the_worst_figure_and_how_many_meet_them() -> None:
+    record = made_up_record()
+    first, *others = record["dense"]
+    first |= {"goal": 1.0, "rate_over_fa3": 0.5}
+    for row in others:
+        row |= {"goal": 1.0, "rate_over_fa3": 1.0}
+    record["skip"][-1]["time_over_dense"] = None
+    lines = doc_tables.kernel_goals_table(record, made_up_sparse_families_record()).splitlines()
+    count, skip = len(record["dense"]), len(record["skip"])
+    name = first["shape"]["name"]
+    assert f"| dense rate / FlashAttention-3's | at least 1 | 0.5, {name} | {count - 1} of {count} |" in lines
+    not_measured = f"not measured, {record['skip'][-1]['shape']['name']}"
+    assert (
+        f"| `skip_attention`, nothing dropped / dense | at most 1.02 | {not_measured} | {skip - 1} of {skip} |" in lines
+    )
+
+
+def test_the_share_of_the_ideal_is_that_of_the_fastest_configuration() -> None:
+    record = json.loads((RESULTS / "sequence_parallel_h200.json").read_text())
+    chunked = [row for row in record["layer"] if (row["method"], row["ranks"]) == ("Ulysses", 2)]
+    best = max(case["efficiency"] for row in chunked for case in row["cases"] if case["density"] == 0.25)
+    assert len(chunked) > 1
+    header, _, goal, ulysses, *_ = doc_tables.efficiency_table(record).splitlines()
+    column = header.split(" | ").index("2 GPUs, 25%")
+    assert (goal.split(" | ")[column], ulysses.split(" | ")[column]) == ("90%", f"{best:.1%}")
 
 
 def test_tables_carry_the_figures_of_the_record() -> None:

@@ -26,7 +26,7 @@ import report
 from families import RememberedTiles, SlidingTiles, TileChoice, TopBlocks, cubes_seen, make_windows
 from lite_attention import LiteAttention
 from lite_attention.families.sliding_tile import SlidingTileMap
-from lite_attention.info import backends
+from lite_attention.ops.backends import availability, backends
 from model import VideoDiT, load_weights
 from records import git_revision, psnr, relative_l2
 from sampling import denoise, initial_noise
@@ -278,7 +278,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense-first", type=int, default=3, help="steps before skipping starts")
     parser.add_argument("--guidance", type=float, default=3.5, help="classifier-free guidance; 1 is none")
     parser.add_argument("--shift", type=float, default=3.0, help="more spends more steps near the noise")
-    on_gpu = any(backend.name == "sm_90a" and backend.available for backend in backends())
+    on_gpu = any(backend.device_type == "cuda" and availability(backend)[0] for backend in backends())
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the model; float32 on a CPU and float16, as stored, on a GPU if not given"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lite_attention import LiteAttention, attention, block_sparse_attention, top_k_map, unpack_keep_map
+from lite_attention import LiteAttention, attention, block_sparse, sliding_tile, top_k_map, unpack_keep_map
 from lite_attention.families.sliding_tile import SlidingTileMap, sliding_tile_map
 from model import BLOCK
 
@@ -74,7 +74,7 @@ class SlidingTiles(TileChoice):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not self.skipping:
             return attention(query, key, value)[0]
-        return self.windows.attend(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+        return sliding_tile.attention(query, key, value, self.windows)[0]
 
     def take_map(self) -> Tensor | None:
         if not self.skipping:
@@ -101,9 +101,8 @@ class TopBlocks(TileChoice):
         )
         self.chosen = top_k_map(q_means @ k_means.transpose(-1, -2), self.count)
         sizes = torch.full((k_means.shape[2],), CUBE_TOKENS, dtype=torch.int32, device=key.device)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out, _ = block_sparse_attention(q, k, v, self.chosen, sizes)
-        return out.transpose(1, 2)
+        out, _ = block_sparse.attention(query, key, value, self.chosen, sizes)
+        return out
 
     def take_map(self) -> Tensor | None:
         if not self.skipping or self.chosen is None:

@@ -1,4 +1,7 @@
-"""The demo's results as a table, one self-contained HTML page and an overview picture."""
+"""The demo's results as a table, one self-contained HTML page and an overview picture.
+
+Over 400 lines: all three tell the same results, and share how these are worded and drawn.
+"""
 
 from __future__ import annotations
 

@@ -3,47 +3,18 @@
 import argparse
 import json
 import platform
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from lite_attention.maps.tiles import SUPPORTED_DTYPES
-from lite_attention.ops.load import WHY_NO_CUDA_KERNELS, __version__, host
-
-HOPPER = (9, 0)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One set of kernels, whether it can run here, and why or why not."""
-
-    name: str
-    available: bool
-    reason: str
+from lite_attention.ops.backends import Backend, availability, backends
+from lite_attention.ops.load import __version__, host
 
 
-def backends() -> list[Backend]:
-    """The kernels lite_attention has, in order of preference, each with the reason why it can or cannot run here."""
-    return [_sm90_backend(), _cpu_backend()]
-
-
-def _cpu_backend() -> Backend:
-    variants = ", ".join(host.cpu_variants())
-    return Backend("cpu", True, f"uses its {host.selected_cpu_variant()} build; this processor runs: {variants}")
-
-
-def _sm90_backend() -> Backend:
-    if WHY_NO_CUDA_KERNELS:
-        return Backend("sm_90a", False, WHY_NO_CUDA_KERNELS)
-    if not torch.cuda.is_available():
-        return Backend("sm_90a", False, "torch sees no CUDA device")
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    hoppers = [device.name for device in devices if (device.major, device.minor) == HOPPER]
-    if hoppers:
-        return Backend("sm_90a", True, ", ".join(hoppers))
-    found = ", ".join(f"{device.name} of {device.major}.{device.minor}" for device in devices)
-    return Backend("sm_90a", False, f"expected a device of compute capability 9.0, found {found}")
+def _facts(backend: Backend) -> dict[str, Any]:
+    available, reason = availability(backend)
+    return {"name": backend.name, "available": available, "reason": reason}
 
 
 def report() -> dict[str, Any]:
@@ -65,7 +36,7 @@ def report() -> dict[str, Any]:
             {"head_dim up to": row[0], "tile_m": row[1], "tile_n": row[2], "visit_rows": row[3]}
             for row in host.tile_shapes()
         ],
-        "backends": [asdict(backend) for backend in backends()],
+        "backends": [_facts(backend) for backend in backends()],
     }
 
 

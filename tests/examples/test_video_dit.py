@@ -494,6 +494,7 @@ def made_up_comparison() -> report.Comparison:
     return report.Comparison([dense, *runs], steps=4, dense_first=1)
 
 
+@pytest.mark.slow
 def test_demo_writes_one_self_contained_report(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +533,7 @@ def record_of(tiny_weights: Path, folder: Path, *options: str) -> dict[str, Any]
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_clips_denoised_together_are_those_denoised_alone(tiny_weights: Path, tmp_path: Path) -> None:
     alone = record_of(tiny_weights, tmp_path, "--seeds", "3", "8", "5")
     together = record_of(tiny_weights, tmp_path, "--seeds", "3", "8", "5", "--clips", "2")
@@ -543,6 +545,7 @@ def test_clips_denoised_together_are_those_denoised_alone(tiny_weights: Path, tm
     assert together["runs"][1]["psnr_worst"] <= together["runs"][1]["psnr"]
 
 
+@pytest.mark.slow
 def test_demo_runs_in_half_precision(tiny_weights: Path, tmp_path: Path) -> None:
     single = record_of(tiny_weights, tmp_path, "--clips", "1")
     half = record_of(tiny_weights, tmp_path, "--clips", "1", "--dtype", "float16")
@@ -551,6 +554,7 @@ def test_demo_runs_in_half_precision(tiny_weights: Path, tmp_path: Path) -> None
     assert min(single["runs"][1]["psnr"], half["runs"][1]["psnr"]) > 60
 
 
+@pytest.mark.slow
 def test_demo_compares_the_families_at_equal_density(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -584,6 +588,7 @@ def test_demo_compares_the_families_at_equal_density(
     assert "Three ways to choose the tiles" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_comparison_is_written_from_its_figures(tmp_path: Path) -> None:
     result = made_up_result()
     report.write_html(result, tmp_path / "without.html")
@@ -679,12 +684,12 @@ def test_demo_says_plainly_when_a_kernel_is_missing(
 ) -> None:
     class Missing(LiteAttention):
         def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-            raise NotImplementedError("skip_attention: no kernel for device type 'cuda' in this build")
+            raise NotImplementedError("skip_attention: no backend runs float16, head_dim 64, on cuda:0")
 
     monkeypatch.setattr(demo, "LiteAttention", Missing)
     assert demo.main(["--weights", str(tiny_weights), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert "no kernel for device type 'cuda'" in error
+    assert "no backend runs float16, head_dim 64, on cuda:0" in error
     assert "--device cpu" in error
 
 

@@ -71,6 +71,7 @@ def split_and_whole(ring: int, ulysses: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_by_ulysses_a_model_of_split_tokens_computes_and_skips_as_a_whole_one() -> None:
     for found in run_on_ranks(2, "cpu", split_and_whole, 1, 2):
         assert found["lengths"] == [256] * 3
@@ -80,6 +81,7 @@ def test_by_ulysses_a_model_of_split_tokens_computes_and_skips_as_a_whole_one() 
         assert found["hooks_left"] == 0
 
 
+@pytest.mark.slow
 def test_in_a_ring_a_model_of_split_tokens_computes_as_a_whole_one_until_it_skips() -> None:
     for found in run_on_ranks(2, "cpu", split_and_whole, 2, 1):
         assert found["lengths"] == [256] * 3
@@ -87,6 +89,7 @@ def test_in_a_ring_a_model_of_split_tokens_computes_as_a_whole_one_until_it_skip
         assert 1e-5 < found["errors"][2] < 0.05  # other tiles are skipped, and few that matter
 
 
+@pytest.mark.slow
 def test_torchrun_denoises_the_demos_video(tmp_path: Path) -> None:
     picture = tmp_path / "frames.png"
     options = f"--steps 2 --dense-first 0 --frames 4 --guidance 1 --threshold -4 --picture {picture}".split()

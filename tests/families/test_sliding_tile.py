@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lite_attention import attention, ops, tile_shape, unpack_keep_map
-from lite_attention.families.sliding_tile import SlidingTileMap, sliding_tile_attention, sliding_tile_map
-from lite_attention.maps import video_tiles
+from lite_attention.families import sliding_tile
+from lite_attention.families.sliding_tile import SlidingTileMap, sliding_tile_map
 from support.inputs import GPU, assert_as_good_as_naive, poisoned_memory, report
 
 Size = tuple[int, int, int]
@@ -52,10 +53,6 @@ class Video(NamedTuple):
         return f"{canvas}-of-{tile}-text{self.text}-B{self.batch}-D{self.head_dim}"
 
     @property
-    def seq_shape(self) -> str:
-        return "x".join(map(str, self.canvas))
-
-    @property
     def tokens(self) -> int:
         return math.prod(self.canvas) + self.text
 
@@ -64,25 +61,45 @@ class Video(NamedTuple):
         return self.text_length if isinstance(self.text_length, tuple) else self.batch * (self.text_length,)
 
     def make_qkv(self, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, S, H, D]`` each."""
         random = torch.Generator().manual_seed(seed)
         heads = len(self.windows)
         return tuple(
-            torch.randn(self.batch, heads, self.tokens, self.head_dim, generator=random).to(device, dtype)
+            torch.randn(self.batch, self.tokens, heads, self.head_dim, generator=random).to(device, dtype)
             for heads in (heads, self.kv_heads or heads, self.kv_heads or heads)
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> Tensor:
-        text_length = changes.get("text_length", self.text_length)
-        if isinstance(text_length, tuple):
-            text_length = torch.tensor(text_length, dtype=torch.int32, device=q.device)
+    def make_map(self, device: str = "cpu", dtype: torch.dtype = torch.float32, **changes: Any) -> SlidingTileMap:
         given = {
             "window_size": list(self.windows),
-            "text_length": text_length,
-            "has_text": self.text > 0,
-            "seq_shape": self.seq_shape,
+            "seq_shape": self.canvas,
             "tile": self.tile,
+            "text_tokens": self.text,
+            "head_dim": self.head_dim,
+            "dtype": dtype,
+            "device": device,
         }
-        return sliding_tile_attention(q, k, v, **(given | changes | {"text_length": text_length}))
+        return sliding_tile_map(**given | changes)
+
+    def call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_length: int | tuple[int, ...] | Tensor | None = None,
+        scale: float | None = None,
+        **changes: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The call, its map made anew; changes are those of the map."""
+        text_length = self.text_length if text_length is None else text_length
+        if isinstance(text_length, tuple):
+            text_length = torch.tensor(text_length, dtype=torch.int32, device=q.device)
+        windows = self.make_map(q.device, q.dtype, **changes)
+        return sliding_tile.attention(q, k, v, windows, text_length, scale=scale)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        """Its out."""
+        return self.call(q, k, v, **given)[0]
 
 
 def tile_of_token(canvas: Size, tile: Size) -> Tensor:
@@ -110,25 +127,33 @@ def visible(video: Video, window: Size, text_length: int) -> Tensor:
     return mask
 
 
-def oracle(video: Video, q: Tensor, k: Tensor, v: Tensor, compute_dtype: torch.dtype = torch.float64) -> Tensor:
+def oracle(
+    video: Video, q: Tensor, k: Tensor, v: Tensor, compute_dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=compute_dtype)
-    group = len(video.windows) // k.shape[1]
+    lse = torch.empty(video.batch, len(video.windows), video.tokens, dtype=compute_dtype)
+    group = len(video.windows) // k.shape[2]
     for entry, text_length in enumerate(video.lengths()):
         for head, window in enumerate(video.windows):
             query, key, value = (
-                x.cpu().to(compute_dtype) for x in (q[entry, head], k[entry, head // group], v[entry, head // group])
+                x[entry, :, of].cpu().to(compute_dtype) for x, of in ((q, head), (k, head // group), (v, head // group))
             )
             scores = (query @ key.T) * video.head_dim**-0.5
             scores.masked_fill_(~visible(video, window, text_length), -math.inf)
-            out[entry, head] = scores.softmax(-1) @ value
-    return out
+            out[entry, :, head] = scores.softmax(-1) @ value
+            lse[entry, head] = scores.logsumexp(-1)
+    return out, lse
 
 
-def check(video: Video, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(video: Video, result: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor) -> None:
+    out, lse = result
     assert out.shape == q.shape
     assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
     exact, naive = oracle(video, q, k, v), oracle(video, q, k, v, q.dtype)
-    assert_as_good_as_naive("out", out.cpu(), exact, naive)
+    assert_as_good_as_naive("out", out.cpu(), exact[0], naive[0])
+    assert_as_good_as_naive("lse", lse.cpu(), exact[1], naive[1])
 
 
 # Tiles that fill 64 slots or a multiple of them: in place. At 384 slots the KV tiles have 128 keys, at 192 they have 64.
@@ -155,10 +180,9 @@ RAGGED = PADDED[1]
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
 def test_equals_the_dense_mask(video: Video, device: str, dtype: torch.dtype) -> None:
     q, k, v = video.make_qkv(device, dtype)
-    video.attend(q, k, v)  # what is kept for later calls is made outside of the poisoned memory
     with poisoned_memory(q.device):
-        out = video.attend(q, k, v)
-    check(video, out, q, k, v)
+        result = video.call(q, k, v)
+    check(video, result, q, k, v)
 
 
 axes = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 8))
@@ -170,7 +194,7 @@ def test_any_canvas_tile_and_window_equals_the_dense_mask(
 ) -> None:
     video = Video(canvas, tile, (window,), text, text_length=text // 2, head_dim=8)
     q, k, v = video.make_qkv("cpu", torch.float32, seed)
-    check(video, video.attend(q, k, v), q, k, v)
+    check(video, video.call(q, k, v), q, k, v)
 
 
 def seen_tiles(counts: Size, window: Size) -> Tensor:
@@ -203,8 +227,8 @@ def test_an_even_window_counts_as_the_next_odd_one(even: int) -> None:
 def test_windows_that_cover_the_canvas_are_dense_attention(device: str, dtype: torch.dtype) -> None:
     video = Video((8, 8, 12), (4, 4, 4), 2 * ((2, 3, 30),), text=100, text_length=100)
     q, k, v = video.make_qkv(device, dtype)
-    dense, _ = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    torch.testing.assert_close(video.attend(q, k, v), dense.transpose(1, 2), atol=ROUNDING[dtype], rtol=0)
+    dense, _ = attention(q, k, v)
+    torch.testing.assert_close(video.attend(q, k, v), dense, atol=ROUNDING[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("video", [IN_PLACE[1], PADDED[2]], ids=str)
@@ -231,8 +255,8 @@ def test_text_past_its_length_changes_nothing_but_its_own_rows(video: Video, dev
     out = video.attend(q, k, v)
     used = math.prod(video.canvas) + video.text_length
     for x in (q, k, v):
-        x[:, :, used:] = 100.0
-    assert torch.equal(video.attend(q, k, v)[:, :, :used], out[:, :, :used])
+        x[:, used:] = 100.0
+    assert torch.equal(video.attend(q, k, v)[:, :used], out[:, :used])
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
@@ -240,12 +264,12 @@ def test_nan_in_a_value_reaches_those_who_see_its_tile(device: str, dtype: torch
     video = RAGGED._replace(windows=((1, 3, 1), (3, 1, 1)))
     q, k, v = video.make_qkv(device, dtype)
     last = math.prod(video.canvas) - 1  # slots without a token repeat it
-    v[:, :, last] = math.nan
+    v[:, last] = math.nan
     bad = video.attend(q, k, v).isnan().all(-1)
     for head, window in enumerate(video.windows):
         expected = visible(video, window, 0)[:, last]
         assert 0 < expected.sum() < len(expected)
-        assert torch.equal(bad[0, head].cpu(), expected)
+        assert torch.equal(bad[0, :, head].cpu(), expected)
 
 
 def test_one_window_serves_all_heads() -> None:
@@ -254,12 +278,6 @@ def test_one_window_serves_all_heads() -> None:
     out = video.attend(q, k, v)
     assert torch.equal(video.attend(q, k, v, window_size=(1, 3, 1)), out)
     assert torch.equal(video.attend(q, k, v, window_size=3 * [[1, 3, 1]]), out)
-
-
-def test_without_text_the_text_length_is_ignored() -> None:
-    video = RAGGED._replace(text=0, text_length=0)
-    q, k, v = video.make_qkv("cpu", torch.float32)
-    assert torch.equal(video.attend(q, k, v, text_length=77), video.attend(q, k, v))
 
 
 def test_the_scale_may_be_given() -> None:
@@ -282,44 +300,60 @@ def test_tiles_that_fill_their_slots_are_attended_in_place(video: Video, monkeyp
     q, k, v = video.make_qkv("cpu", torch.float32)
     video.attend(q, k, v)
     assert [x.data_ptr() for x in given] == [x.data_ptr() for x in (q, k, v)]
-    assert [x.stride() for x in given] == [x.transpose(1, 2).stride() for x in (q, k, v)]
+    assert [x.stride() for x in given] == [x.stride() for x in (q, k, v)]
 
 
 def test_query_tiles_without_a_token_have_no_work() -> None:
     video = Video((7, 9, 9), (6, 8, 8), ((3, 3, 3),))
-    sliding = make_map(video)
+    sliding = video.make_map()
     works = unpack_keep_map(sliding.keep, len(sliding.kv_tile_lens))[0, 0].any(-1)
     tokens = [math.prod(size) for size in itertools.product((6, 1), (8, 1), (8, 1))]
     assert works.tolist() == [64 * part < count for count in tokens for part in range(6)]
 
 
-def make_map(video: Video, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SlidingTileMap:
-    return sliding_tile_map(
-        list(video.windows),
-        video.canvas,
-        tile=video.tile,
-        text_tokens=video.text,
-        head_dim=video.head_dim,
-        dtype=dtype,
-        device=device,
-    )
-
-
 @on_videos
 def test_a_map_serves_any_batch_and_text_length(video: Video) -> None:
-    sliding = make_map(video)
+    windows = video.make_map()
     for batch in (1, 2):
         for length in {0, video.text // 2, video.text}:
             other = video._replace(batch=batch, text_length=length)
             q, k, v = other.make_qkv("cpu", torch.float32, seed=length)
-            assert torch.equal(sliding.attend(q, k, v, length), other.attend(q, k, v))
-    assert torch.equal(sliding.attend(q, k, v), sliding.attend(q, k, v, video.text)), "by default all text tokens"
+            for one, same in zip(sliding_tile.attention(q, k, v, windows, length), other.call(q, k, v), strict=True):
+                assert torch.equal(one, same)
+    all_text = sliding_tile.attention(q, k, v, windows, video.text)
+    for one, same in zip(sliding_tile.attention(q, k, v, windows), all_text, strict=True):
+        assert torch.equal(one, same), "by default all text tokens"
+
+
+@pytest.mark.parametrize("video", [IN_PLACE[0], RAGGED], ids=str)
+def test_results_in_slots_become_those_of_tokens(video: Video) -> None:
+    windows = video.make_map()
+    q, k, v = video.make_qkv("cpu", torch.float32)
+    out, lse = sliding_tile.attention_in_slots(q, k, v, windows)
+    expected = sliding_tile.attention(q, k, v, windows)
+    assert torch.equal(windows.into_tokens(out), expected[0])
+    assert torch.equal(windows.into_tokens(lse, dim=2), expected[1])
+    if windows.kv_tile_lens is None:
+        assert windows.into_tokens(out) is out
+
+
+def test_a_map_holds_its_tensors_alone() -> None:
+    windows = RAGGED.make_map()
+    tensors = [weakref.ref(x) for x in windows if isinstance(x, Tensor)]
+    assert len(tensors) == 4
+    del windows
+    assert [tensor() for tensor in tensors] == 4 * [None]
+
+
+def test_what_inference_mode_made_may_be_saved_for_a_backward() -> None:
+    with torch.inference_mode():
+        windows = RAGGED.make_map()
+    assert not any(x.is_inference() for x in windows if isinstance(x, Tensor))
 
 
 @pytest.fixture
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    video_tiles._kept.cache_clear()
     with torch.no_grad():
         yield
 
@@ -333,12 +367,11 @@ def test_one_graph_whatever_the_tensors_hold(video: Video) -> None:
         q, k, v = video.make_qkv("cpu", torch.float32, seed)
         lengths = torch.tensor([seed, video.text - seed], dtype=torch.int32)
         out = compiled(q, k, v, text_length=lengths)
-        assert video_tiles._kept.cache_info().currsize == 0, "nothing made while tracing is kept"
         torch.testing.assert_close(out, video.attend(q, k, v, text_length=lengths))
-        video_tiles._kept.cache_clear()
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_inductor_gives_the_results_of_eager() -> None:
     q, k, v = RAGGED.make_qkv("cpu", torch.float32)
@@ -348,12 +381,13 @@ def test_inductor_gives_the_results_of_eager() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_one_graph_takes_any_map_of_a_shape() -> None:
     counter = CompileCounter()
-    compiled = torch.compile(SlidingTileMap.attend, fullgraph=True, backend=counter)
+    compiled = torch.compile(sliding_tile.attention, fullgraph=True, backend=counter)
     for windows in (((1, 3, 1), (3, 3, 2)), ((1, 1, 1), (1, 2, 1))):
         video = RAGGED._replace(windows=windows)
         q, k, v = video.make_qkv("cpu", torch.float32)
         lengths = torch.tensor(video.text_length, dtype=torch.int32)
-        torch.testing.assert_close(compiled(make_map(video), q, k, v, lengths), video.attend(q, k, v))
+        for one, same in zip(compiled(q, k, v, video.make_map(), lengths), video.call(q, k, v), strict=True):
+            torch.testing.assert_close(one, same)
     assert counter.frame_count == 1
 
 
@@ -372,7 +406,8 @@ def test_dynamic_shapes_cost_one_graph() -> None:
     counter = CompileCounter()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        return sliding_tile_attention(q, k, v, [(1, 3, 1), (3, 3, 2)], lengths, True, "5x7x9", tile=(2, 3, 4))
+        windows = RAGGED.make_map(q.device, q.dtype, text_tokens=q.shape[1] - 315)
+        return sliding_tile.attention(q, k, v, windows, lengths)[0]
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
     for batch, text in ((3, 25), (4, 41), (5, 90)):
@@ -397,27 +432,27 @@ def test_gradients_are_refused() -> None:
 def test_a_captured_graph_reads_todays_tensors_and_never_waits(video: Video, with_map: bool) -> None:
     q, k, v = video.make_qkv("cuda", torch.bfloat16)
     lengths = torch.tensor(video.text_length, dtype=torch.int32, device=GPU)
-    sliding = make_map(video, "cuda", torch.bfloat16)
+    windows = video.make_map("cuda", torch.bfloat16)
 
-    def attend() -> Tensor:
-        return sliding.attend(q, k, v, lengths) if with_map else video.attend(q, k, v, text_length=lengths)
+    def attend() -> tuple[Tensor, Tensor]:
+        if with_map:
+            return sliding_tile.attention(q, k, v, windows, lengths)
+        return video.call(q, k, v, text_length=lengths)
 
     torch.cuda.set_sync_debug_mode("error")
     try:
         attend()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    video_tiles._kept.cache_clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend()
-    assert video_tiles._kept.cache_info().currsize == 0
+        result = attend()
     for seed in range(3):
         for x, new in zip((q, k, v), video.make_qkv("cuda", torch.bfloat16, seed), strict=True):
             x.copy_(new)
         lengths.copy_(torch.tensor([seed, video.text - seed]))
         graph.replay()
-        check(video._replace(text_length=(seed, video.text - seed)), out, q, k, v)
+        check(video._replace(text_length=(seed, video.text - seed)), result, q, k, v)
 
 
 @pytest.mark.gpu
@@ -430,66 +465,62 @@ def test_inductors_graphs_give_the_bits_of_eager() -> None:
         assert torch.equal(compiled(q, k, v, text_length=lengths), RAGGED.attend(q, k, v, text_length=lengths))
 
 
-def bad(**changes: Any) -> Callable[[], object]:
-    q, k, v = RAGGED.make_qkv("cpu", torch.float32)
-    given = {"q": q, "k": k, "v": v} | changes
-    return lambda: RAGGED.attend(**given)
-
-
 def test_errors_name_the_argument() -> None:
     q, k, v = RAGGED.make_qkv("cpu", torch.float32)
-    tiles = {"head_dim": 64, "dtype": torch.float32}
+    windows = RAGGED.make_map()
+
+    def attend(**changes: Any) -> Callable[[], object]:
+        given = {"q": q, "k": k, "v": v, "windows": windows, "text_length": 3}
+        return lambda: sliding_tile.attention(**given | changes)
+
+    def make(**changes: Any) -> Callable[[], object]:
+        return lambda: RAGGED.make_map(**changes)
+
     calls = {
-        "a window of size 0": bad(window_size=[(1, 3, 1), (3, 0, 1)]),
-        "a window of two sizes": bad(window_size=(3, 3)),
-        "a float in a window": bad(window_size=[(1, 3, 1), (3, 1.5, 1)]),
-        "three windows for two heads": bad(window_size=3 * [(1, 3, 1)]),
-        "no window": bad(window_size=[]),
-        "a number for windows": bad(window_size=3),
-        "a canvas in other words": bad(seq_shape="5*7*9"),
-        "a canvas of two sizes": bad(seq_shape="5x63"),
-        "an empty canvas": bad(seq_shape=(5, 0, 9)),
-        "a tile of size 0": bad(tile=(2, 3, 0)),
-        "a canvas larger than q": bad(seq_shape="50x7x9"),
-        "a canvas smaller than q, no text": bad(has_text=False),
-        "more text than there is": bad(text_length=21),
-        "less text than none": bad(text_length=-1),
-        "text lengths of another dtype": bad(text_length=torch.tensor([3, 4])),
-        "one text length for two": bad(text_length=torch.tensor([3], dtype=torch.int32)),
-        "a float for the text length": bad(text_length=3.0),
-        "q of rank 3": bad(q=q[0]),
-        "fewer keys": bad(k=k[:, :, 1:]),
-        "v of another head dim": bad(v=v[..., :8]),
-        "head dim 260": bad(q=torch.zeros(2, 2, 335, 260)),
-        "a map of less text than none": lambda: sliding_tile_map((1, 1, 1), text_tokens=-1, **tiles),
-        "a map of a bad window": lambda: sliding_tile_map((1, 1, 0), **tiles),
-        "a map of another canvas": lambda: sliding_tile_map((1, 1, 1), (4, 4, 4), **tiles).attend(q, k, v),
+        "a window of size 0": make(window_size=[(1, 3, 1), (3, 0, 1)]),
+        "a window of two sizes": make(window_size=(3, 3)),
+        "a float in a window": make(window_size=[(1, 3, 1), (3, 1.5, 1)]),
+        "no window": make(window_size=[]),
+        "a number for windows": make(window_size=3),
+        "a canvas in other words": make(seq_shape="5*7*9"),
+        "a canvas of two sizes": make(seq_shape="5x63"),
+        "an empty canvas": make(seq_shape=(5, 0, 9)),
+        "a tile of size 0": make(tile=(2, 3, 0)),
+        "less text than none": make(text_tokens=-1),
+        "head dim 260": make(head_dim=260),
+        "three windows for two heads": attend(windows=RAGGED.make_map(window_size=3 * [(1, 3, 1)])),
+        "a map of another canvas": attend(windows=RAGGED.make_map(seq_shape=(4, 4, 4), text_tokens=0)),
+        "more text than there is": attend(text_length=21),
+        "a negative length": attend(text_length=-1),
+        "text lengths of another dtype": attend(text_length=torch.tensor([3, 4])),
+        "one text length for two": attend(text_length=torch.tensor([3], dtype=torch.int32)),
+        "a float for the text length": attend(text_length=3.0),
+        "q of rank 3": attend(q=q[0]),
+        "fewer keys": attend(k=k[:, 1:]),
+        "v of another head dim": attend(v=v[..., :8]),
     }
     assert_expected_inline(
         report(calls),
         """\
-a window of size 0 -> ValueError: sliding_tile_attention: window_size[1] is (3, 0, 1), expected three integers of at least 1: (time, height, width)
-a window of two sizes -> ValueError: sliding_tile_attention: window_size is (3, 3), expected three integers of at least 1: (time, height, width)
-a float in a window -> TypeError: sliding_tile_attention: window_size[1] is (3, 1.5, 1), expected a tuple of integers: (time, height, width)
-three windows for two heads -> ValueError: sliding_tile_attention: window_size has 3 windows, expected 2, one a query head, or one for all
-no window -> TypeError: sliding_tile_attention: window_size is [], expected a window in tiles, or one a query head
-a number for windows -> TypeError: sliding_tile_attention: window_size is 3, expected a window in tiles, or one a query head
-a canvas in other words -> ValueError: sliding_tile_attention: seq_shape is '5*7*9', expected time x height x width in tokens, such as '30x48x80'
-a canvas of two sizes -> ValueError: sliding_tile_attention: seq_shape is '5x63', expected time x height x width in tokens, such as '30x48x80'
-an empty canvas -> ValueError: sliding_tile_attention: seq_shape is (5, 0, 9), expected three integers of at least 1: (time, height, width)
-a tile of size 0 -> ValueError: sliding_tile_attention: tile is (2, 3, 0), expected three integers of at least 1: (time, height, width)
-a canvas larger than q -> ValueError: sliding_tile_attention: q has 335 tokens, expected at least 3150, the canvas 50x7x9
-a canvas smaller than q, no text -> ValueError: sliding_tile_attention: q has 335 tokens, expected 315, the canvas 5x7x9, as has_text is False
-more text than there is -> ValueError: sliding_tile_attention: text_length is 21, expected 0 to 20, the tokens after the canvas
-less text than none -> ValueError: sliding_tile_attention: text_length is -1, expected 0 to 20, the tokens after the canvas
-text lengths of another dtype -> ValueError: sliding_tile_attention: text_length has dtype torch.int64 and shape [2], expected torch.int32 and [2], one length a batch entry
-one text length for two -> ValueError: sliding_tile_attention: text_length has dtype torch.int32 and shape [1], expected torch.int32 and [2], one length a batch entry
-a float for the text length -> TypeError: sliding_tile_attention: text_length has type float, expected int or Tensor
-q of rank 3 -> ValueError: sliding_tile_attention: q has 3 dimensions, expected 4
-fewer keys -> ValueError: sliding_tile_attention: k has shape [2, 1, 334, 40], expected [B, H, 335, D]: 315 tokens of the canvas and 20 of text
-v of another head dim -> RuntimeError: attention: v has shape [2, 1748, 1, 8], expected [2, 1748, 1, 40] (k's shape)
+a window of size 0 -> ValueError: sliding_tile_map: window_size[1] is (3, 0, 1), expected three integers of at least 1: (time, height, width)
+a window of two sizes -> ValueError: sliding_tile_map: window_size is (3, 3), expected three integers of at least 1: (time, height, width)
+a float in a window -> TypeError: sliding_tile_map: window_size[1] is (3, 1.5, 1), expected a tuple of integers: (time, height, width)
+no window -> TypeError: sliding_tile_map: window_size is [], expected a window in tiles, or one a query head
+a number for windows -> TypeError: sliding_tile_map: window_size is 3, expected a window in tiles, or one a query head
+a canvas in other words -> ValueError: sliding_tile_map: seq_shape is '5*7*9', expected time x height x width in tokens, such as '30x48x80'
+a canvas of two sizes -> ValueError: sliding_tile_map: seq_shape is '5x63', expected time x height x width in tokens, such as '30x48x80'
+an empty canvas -> ValueError: sliding_tile_map: seq_shape is (5, 0, 9), expected three integers of at least 1: (time, height, width)
+a tile of size 0 -> ValueError: sliding_tile_map: tile is (2, 3, 0), expected three integers of at least 1: (time, height, width)
+less text than none -> ValueError: sliding_tile_map: text_tokens is -1, expected at least 0
 head dim 260 -> ValueError: head_dim is 260, expected a multiple of 8 up to 256
-a map of less text than none -> ValueError: sliding_tile_map: text_tokens is -1, expected at least 0
-a map of a bad window -> ValueError: sliding_tile_map: window_size is (1, 1, 0), expected three integers of at least 1: (time, height, width)
-a map of another canvas -> ValueError: sliding_tile_attention: q has shape [2, 2, 335, 40], expected [B, H, 64, D]: 64 tokens of the canvas and 0 of text""",
+three windows for two heads -> ValueError: sliding_tile.attention: windows has 3 windows, expected 2, one a query head, or one for all
+a map of another canvas -> ValueError: sliding_tile.attention: q has shape [2, 335, 2, 40], expected [B, 64, H, D]: 64 tokens of the canvas and 0 of text
+more text than there is -> ValueError: sliding_tile.attention: text_length is 21, expected 0 to 20, the tokens after the canvas
+a negative length -> ValueError: sliding_tile.attention: text_length is -1, expected 0 to 20, the tokens after the canvas
+text lengths of another dtype -> ValueError: sliding_tile.attention: text_length has dtype torch.int64 and shape [2], expected torch.int32 and [2], one length a batch entry
+one text length for two -> ValueError: sliding_tile.attention: text_length has dtype torch.int32 and shape [1], expected torch.int32 and [2], one length a batch entry
+a float for the text length -> TypeError: sliding_tile.attention: text_length has type float, expected int or Tensor
+q of rank 3 -> ValueError: sliding_tile.attention: q has shape [335, 2, 40], expected [B, 335, H, D]: 315 tokens of the canvas and 20 of text
+fewer keys -> ValueError: sliding_tile.attention: k has shape [2, 334, 1, 40], expected [B, 335, H, D]: 315 tokens of the canvas and 20 of text
+v of another head dim -> RuntimeError: attention: v has shape [2, 1748, 1, 8], expected [2, 1748, 1, 40] (k's shape)""",
     )

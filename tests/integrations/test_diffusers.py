@@ -1,7 +1,6 @@
 """The diffusers door, on diffusers' own transformers and pipelines."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook as AccelerateHook
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models import attention_dispatch
 from expecttest import assert_expected_inline
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from lite_attention import LiteAttention
-from lite_attention.integrations import diffusers as door
 from lite_attention.integrations.diffusers import (
     LiteAttentionHandle,
     VideoModel,
     enable_lite_attention,
+    models,
     register_video_model,
 )
 from lite_attention.maps.keep_map import ceil_div
@@ -42,12 +43,16 @@ TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
 THRESHOLD = -2.0
 
 every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_model_compiled = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[] if name == "wan" else [pytest.mark.slow]) for name, case in CASES.items()],
+)
 
 
 @pytest.fixture(autouse=True)
 def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    known = {name: model for name, model in door._VIDEO_MODELS.items() if hasattr(diffusers, name)}
-    monkeypatch.setattr(door, "_VIDEO_MODELS", known)
+    known = {name: model for name, model in models._VIDEO_MODELS.items() if hasattr(diffusers, name)}
+    monkeypatch.setattr(models, "_VIDEO_MODELS", known)
     torch._dynamo.reset()
     with torch.no_grad():
         yield
@@ -306,19 +311,8 @@ def fresh() -> tuple[nn.Module, VideoCase]:
 
 
 def accelerate_hook(transformer: nn.Module) -> Callable[[], None]:
-    """As accelerate puts hooks on a module and takes them away."""
-    transformer._old_forward = transformer.forward  # type: ignore[assignment]
-
-    def new_forward(*args: Any, **kwargs: Any) -> Any:
-        return transformer._old_forward(*args, **kwargs)  # type: ignore[operator]
-
-    transformer.forward = functools.update_wrapper(new_forward, transformer.forward)  # type: ignore[method-assign]
-
-    def remove() -> None:
-        transformer.forward = transformer._old_forward  # type: ignore[method-assign,assignment]
-        delattr(transformer, "_old_forward")
-
-    return remove
+    add_hook_to_module(transformer, AccelerateHook())
+    return lambda: remove_hook_from_module(transformer)
 
 
 def diffusers_hook(transformer: nn.Module) -> Callable[[], None]:
@@ -479,11 +473,11 @@ group offloading -> RuntimeError: enable_lite_attention: WanTransformer3DModel i
 a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
 a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
 a number as timestep -> TypeError: GenerationClock: timestep has type float, expected a tensor
-layer 2 of 2 -> ValueError: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
-layer as text -> TypeError: layers[0] is '0' of type str, expected an int
-no layers -> ValueError: layers is empty, expected at least one layer, or None for all
-threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
--1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
+layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
+no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all
+threshold above 0 -> ValueError: enable_lite_attention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+-1 first steps -> ValueError: enable_lite_attention: skip_first_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
@@ -529,7 +523,7 @@ def everything_that_may_change(
     assert handle.skip_fraction().shape == (len(layers), 2)
 
 
-@every_model
+@every_model_compiled
 def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
     counter = CompileCounter()
     transformer = make_transformer(case)
@@ -539,6 +533,7 @@ def test_one_graph_for_all_layers_steps_and_settings(case: VideoCase) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_guidance_branch_costs_one_compile() -> None:
     counter = CompileCounter()
     transformer, _ = fresh()
@@ -550,6 +545,7 @@ def test_a_guidance_branch_costs_one_compile() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
     counter = CompileCounter()
     transformer, _ = fresh()
@@ -563,6 +559,7 @@ def test_dynamic_shapes_cost_one_compile_a_resolution() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
     transformer = make_transformer(WAN)

@@ -22,6 +22,8 @@ from support.ranks import mesh_of, run_on_ranks
 from support.video_models import CASES, HEAD_DIM, HEADS, TOKENS, VideoCase, make_latents, make_transformer, run
 from support.video_pipelines import generate, wan
 
+pytestmark = pytest.mark.slow
+
 WAN = CASES["wan"]
 TIMESTEPS = (900.0, 700.0, 500.0)
 THRESHOLD = -2.0

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import sdpa_mask
 
-from lite_attention.families.duo import reorder_weights_for_duo_attn, restore_weights_after_duo_attn
+from lite_attention import reorder_weights_for_duo_attn
+from lite_attention.families.duo import restore_weights
 from lite_attention.integrations.transformers import enable_duo_attention
 from support.inputs import report
 from support.language_models import ALL_FULL, LAYERS, MAKERS, MIXED, make_model, make_tokens
@@ -377,7 +378,7 @@ def test_errors_of_enabling() -> None:
         model = make_model()
         reorder_weights_for_duo_attn(model, ALL_FULL, SINK, RECENT, 8, 4, 64)
         enable_duo_attention(model, ALL_FULL, SINK, RECENT)
-        restore_weights_after_duo_attn(model)
+        restore_weights(model)
 
     calls: dict[str, Callable[[], object]] = {
         "not of transformers": lambda: enable_duo_attention(nn.Linear(3, 3), MIXED, SINK, RECENT),

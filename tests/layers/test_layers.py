@@ -2,9 +2,6 @@
 
 import asyncio
 import copy
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,27 +13,16 @@ from torch import Tensor
 
 from lite_attention import LiteAttention, sliding_tile_attention, video_sparse_attn
 from lite_attention.layers import (
-    AttentionBackend,
     AttentionBackendEnum,
-    AttentionImpl,
     AttentionMetadata,
     DistributedAttention,
     DistributedAttention_VSA,
     LocalAttention,
     PlainMetadataBuilder,
-    backend_name_to_enum,
-    get_attn_backend,
-    get_env_variable_attn_backend,
     get_forward_context,
-    get_global_forced_attn_backend,
-    global_force_attn_backend,
-    global_force_attn_backend_context_manager,
-    register_attention_backend,
-    registry,
     set_forward_context,
     set_sequence_parallel_mesh,
 )
-from lite_attention.layers.selector import STR_BACKEND_ENV_VAR
 from lite_attention.maps.video_tiles import VideoTiles, pad_tiles, tile_tokens, unpad_tiles, untile_tokens
 from support.inputs import Case, correlated_passes, report
 from support.layer_models import (
@@ -45,11 +31,10 @@ from support.layer_models import (
     HEADS,
     TEXT,
     TOKENS,
-    LinearBackend,
-    LinearImpl,
-    LinearMetadata,
     Metadata,
     dense,
+    layer,
+    qkv,
     rotary_embedding,
     turned,
     windows,
@@ -59,26 +44,9 @@ TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN = list(AttentionBack
 
 
 @pytest.fixture(autouse=True)
-def _nothing_asked_for_or_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(STR_BACKEND_ENV_VAR, raising=False)
-    ours = {name: backend for name, backend in registry._backends.items() if name in AttentionBackendEnum.__members__}
-    monkeypatch.setattr(registry, "_backends", ours)
+def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    assert get_global_forced_attn_backend() is None
-
-
-def qkv(
-    tokens: int = TOKENS, batch: int = 1, kv_heads: int = HEADS, kv_tokens: int | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, tokens, HEADS, HEAD_SIZE, generator=random)
-    k, v = torch.randn(2, batch, kv_tokens or tokens, kv_heads, HEAD_SIZE, generator=random)
-    return q, k, v
-
-
-def layer(layer_class: Callable[..., Any], backend: object, *, prefix: str = "blocks.1.attn", **arguments: Any) -> Any:
-    return layer_class(HEADS, HEAD_SIZE, supported_attention_backends=(backend,), prefix=prefix, **arguments)
 
 
 @pytest.mark.parametrize("backend", [TORCH_SDPA, LITE_ATTN])
@@ -230,26 +198,6 @@ def test_lite_attention_skips_video_and_never_text() -> None:
     assert bool(keep[:, :, first_row:].all()), "queries of the text"
 
 
-def test_lite_attention_takes_its_arguments_from_the_layer() -> None:
-    attend = layer(
-        DistributedAttention, LITE_ATTN, threshold=[-1.0, -2.0, -3.0, -4.0], max_batch_size=7, enable_skipping=False
-    )
-    state = attend.attn_impl.attention
-    assert (state.threshold, state.max_batch_size, state.skipping) == ((-1.0, -2.0, -3.0, -4.0), 7, False)
-    attend.attn_impl.set_local_heads(2, 2)
-    assert state.threshold == (-3.0, -4.0)
-
-
-def test_a_layer_may_name_the_arguments_of_every_backend() -> None:
-    made = [
-        layer(DistributedAttention, backend, threshold=-3.0, layer_index=5)
-        for backend in (TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN)
-    ]
-    assert [one.backend for one in made] == [TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN]
-    assert made[1].attn_impl.attention.threshold == -3.0
-    assert made[2].attn_impl.layer_index == 5
-
-
 def test_no_text_is_as_text_of_no_tokens() -> None:
     q, k, v = qkv(300)
     attend = layer(DistributedAttention, LITE_ATTN)
@@ -295,235 +243,6 @@ def test_metadata_as_a_dict_without_copies() -> None:
     assert fields.keys() == {"current_timestep", "VSA_sparsity", "slot_of_token", "variable_block_sizes"}
     assert fields["current_timestep"] == 3
     assert fields["slot_of_token"] is metadata.slot_of_token
-
-
-# Which backend a layer gets.
-
-
-def test_what_is_forced_counts_before_the_environment_and_that_before_the_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def chosen(supported: object = (SLIDING_TILE_ATTN, LITE_ATTN, TORCH_SDPA)) -> str:
-        return get_attn_backend(HEAD_SIZE, torch.float32, supported).get_name()
-
-    assert chosen() == "SLIDING_TILE_ATTN"
-    assert chosen(None) == "TORCH_SDPA"
-    monkeypatch.setenv(STR_BACKEND_ENV_VAR, "LITE_ATTN")
-    assert get_env_variable_attn_backend() is LITE_ATTN
-    assert chosen() == chosen(None) == "LITE_ATTN"
-    with global_force_attn_backend_context_manager(TORCH_SDPA):
-        assert chosen() == "TORCH_SDPA"
-        with global_force_attn_backend_context_manager("SLIDING_TILE_ATTN"):
-            assert get_global_forced_attn_backend() is SLIDING_TILE_ATTN
-            assert chosen() == "SLIDING_TILE_ATTN"
-        with global_force_attn_backend_context_manager(None):
-            assert chosen() == "LITE_ATTN"
-        assert chosen() == "TORCH_SDPA"
-    global_force_attn_backend(TORCH_SDPA)
-    try:
-        assert chosen() == "TORCH_SDPA"
-    finally:
-        global_force_attn_backend(None)
-    monkeypatch.setenv(STR_BACKEND_ENV_VAR, "")
-    assert get_env_variable_attn_backend() is None
-    assert chosen() == "SLIDING_TILE_ATTN"
-
-
-def test_what_was_forced_comes_back_after_an_error() -> None:
-    with pytest.raises(KeyError), global_force_attn_backend_context_manager(LITE_ATTN):
-        raise KeyError
-    assert get_global_forced_attn_backend() is None
-
-
-def test_a_layer_takes_the_first_backend_that_there_is() -> None:
-    names = ("FLASH_ATTN", AttentionBackendEnum.SAGE_ATTN, "LITE_ATTN", "TORCH_SDPA")
-    assert LocalAttention(HEADS, HEAD_SIZE, supported_attention_backends=names).backend is LITE_ATTN
-    assert LocalAttention(HEADS, HEAD_SIZE).backend is TORCH_SDPA
-    assert DistributedAttention(HEADS, HEAD_SIZE).backend is TORCH_SDPA
-    assert DistributedAttention_VSA(HEADS, HEAD_SIZE).backend is VIDEO_SPARSE_ATTN
-
-
-def test_a_layer_keeps_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = qkv(30)
-    with global_force_attn_backend_context_manager(LITE_ATTN):
-        attend = LocalAttention(HEADS, HEAD_SIZE)
-    monkeypatch.setenv(STR_BACKEND_ENV_VAR, "nonsense")
-    attend(q, k, v)
-    assert attend.backend is LITE_ATTN
-    assert float(attend.attn_impl.attention.skip_fraction()) == 0
-
-
-def test_the_environment_variable_is_read_when_a_layer_is_made() -> None:
-    code = (
-        "import os, lite_attention.layers as layers\n"
-        f"os.environ['{STR_BACKEND_ENV_VAR}'] = 'LITE_ATTN'\n"
-        "print(layers.LocalAttention(4, 32).backend.name)"
-    )
-    environment = os.environ | {STR_BACKEND_ENV_VAR: "nonsense"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "LITE_ATTN\n"
-
-
-def test_names_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [backend_name_to_enum(member.name) for member in AttentionBackendEnum] == list(AttentionBackendEnum)
-    lacking = {
-        name.name: lambda name=name: get_attn_backend(HEAD_SIZE, torch.float32, (name,))
-        for name in AttentionBackendEnum
-        if name not in (TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN)
-    }
-
-    def in_environment(name: str) -> None:
-        monkeypatch.setenv(STR_BACKEND_ENV_VAR, name)
-        try:
-            LocalAttention(HEADS, HEAD_SIZE, supported_attention_backends=(TORCH_SDPA, LITE_ATTN))
-        finally:
-            monkeypatch.delenv(STR_BACKEND_ENV_VAR)
-
-    def forced(name: Any, **arguments: Any) -> None:
-        with global_force_attn_backend_context_manager(name):
-            LocalAttention(HEADS, HEAD_SIZE, **arguments)
-
-    calls = lacking | {
-        "an unknown name in the environment": lambda: in_environment("LITE_ATTENTION"),
-        "a name in small letters": lambda: in_environment("lite_attn"),
-        "the environment asks for another backend": lambda: in_environment("SLIDING_TILE_ATTN"),
-        "the environment asks for what is missing": lambda: in_environment("VMOBA_ATTN"),
-        "an unknown name": lambda: backend_name_to_enum("MY_ATTN"),
-        "no name": lambda: backend_name_to_enum(None),
-        "an unknown name forced": lambda: forced("MY_ATTN"),
-        "a number forced": lambda: forced(3),
-        "another backend forced": lambda: forced(LITE_ATTN, supported_attention_backends=("TORCH_SDPA",)),
-        "what is missing forced": lambda: forced("SLA_ATTN"),
-        "an unknown name supported": lambda: layer(LocalAttention, "MY_ATTN"),
-        "nothing supported": lambda: LocalAttention(HEADS, HEAD_SIZE, supported_attention_backends=()),
-        "head size 36": lambda: LocalAttention(HEADS, 36, supported_attention_backends=(LITE_ATTN,)),
-        "head size 264": lambda: DistributedAttention_VSA(HEADS, 264),
-        "fp64": lambda: layer(DistributedAttention, SLIDING_TILE_ATTN, dtype=torch.float64),
-    }
-    assert_expected_inline(
-        report(calls),
-        """\
-SLA_ATTN -> NotImplementedError: attention backend SLA_ATTN is not in this version: sparse-linear attention has no kernels here yet
-SAGE_SLA_ATTN -> NotImplementedError: attention backend SAGE_SLA_ATTN is not in this version: sparse-linear attention has no kernels here yet, and quantized ones neither
-VMOBA_ATTN -> NotImplementedError: attention backend VMOBA_ATTN is not in this version: attention to chosen chunks has no kernels here yet
-FLASH_ATTN -> NotImplementedError: attention backend FLASH_ATTN is not in this version: dense attention is TORCH_SDPA, or LITE_ATTN with enable_skipping=False
-SAGE_ATTN -> NotImplementedError: attention backend SAGE_ATTN is not in this version: quantized attention has no kernels here
-an unknown name in the environment -> ValueError: environment variable LITE_ATTENTION_BACKEND is 'LITE_ATTENTION', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN
-a name in small letters -> ValueError: environment variable LITE_ATTENTION_BACKEND is 'lite_attn', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN
-the environment asks for another backend -> ValueError: get_attn_backend: environment variable LITE_ATTENTION_BACKEND asks for SLIDING_TILE_ATTN, expected one of those that the layer supports: TORCH_SDPA, LITE_ATTN
-the environment asks for what is missing -> ValueError: get_attn_backend: environment variable LITE_ATTENTION_BACKEND asks for VMOBA_ATTN, expected one of those that the layer supports: TORCH_SDPA, LITE_ATTN
-an unknown name -> ValueError: backend_name_to_enum: backend_name is 'MY_ATTN', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN
-no name -> TypeError: backend_name_to_enum: backend_name has type NoneType, expected an AttentionBackendEnum or str
-an unknown name forced -> ValueError: global_force_attn_backend: attn_backend is 'MY_ATTN', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN
-a number forced -> TypeError: global_force_attn_backend: attn_backend has type int, expected an AttentionBackendEnum or str
-another backend forced -> ValueError: get_attn_backend: global_force_attn_backend asks for LITE_ATTN, expected one of those that the layer supports: TORCH_SDPA
-what is missing forced -> NotImplementedError: attention backend SLA_ATTN is not in this version: sparse-linear attention has no kernels here yet
-an unknown name supported -> ValueError: get_attn_backend: supported_attention_backends[0] is 'MY_ATTN', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN
-nothing supported -> ValueError: get_attn_backend: supported_attention_backends is empty, expected a backend, or None for any
-head size 36 -> ValueError: get_attn_backend: head_size is 36, expected a multiple of 8 from 8 to 256 for LITE_ATTN
-head size 264 -> ValueError: get_attn_backend: head_size is 264, expected a multiple of 8 from 8 to 256 for VIDEO_SPARSE_ATTN
-fp64 -> ValueError: get_attn_backend: dtype is torch.float64, expected torch.bfloat16 or torch.float16 or torch.float32 for SLIDING_TILE_ATTN""",
-    )
-
-
-# Backends of others.
-
-
-@pytest.fixture
-def linear() -> str:
-    register_attention_backend("LINEAR_TEST_ATTN", LinearBackend)
-    return "LINEAR_TEST_ATTN"
-
-
-def test_a_registered_backend_serves_like_one_of_this_package(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend_name_to_enum(linear) is None
-    monkeypatch.setenv(STR_BACKEND_ENV_VAR, linear)
-    attend = DistributedAttention(HEADS, HEAD_SIZE, 2, 0.3, supported_attention_backends=(TORCH_SDPA, linear), gain=2.0)
-    assert attend.backend == linear
-    assert attend.attn_impl.given == (HEADS, HEAD_SIZE, 0.3, False, 2, "", 2.0)
-    assert list(attend.state_dict()) == ["attn_impl.weight"]
-
-    attend = DistributedAttention(HEADS, HEAD_SIZE, prefix="blocks.1.attn")
-    assert attend.attn_impl.given[-2] == "blocks.1.attn.impl"
-    (q, k, v), (text_q, text_k, text_v) = qkv(30), qkv(5, seed=1)
-    with set_forward_context(0, LinearBackend.get_builder_cls()().build(current_timestep=0, strength=0.5)):
-        out, text_out = attend(q, k, v, None, text_q, text_k, text_v)
-    all_q, all_k, all_v = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-    expected = 0.5 * torch.einsum("bqhd,bkhd,bkhe->bqhe", all_q, all_k, all_v) + v[:, -1:]
-    torch.testing.assert_close(torch.cat([out, text_out], 1), expected)
-
-
-def test_what_a_backend_returns_has_the_shape_of_its_query(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = qkv(60)
-    made = DistributedAttention(HEADS, HEAD_SIZE, supported_attention_backends=(linear,))
-    monkeypatch.setattr(made.attn_impl, "forward", lambda query, *_: query[:, :5])
-    with pytest.raises(
-        ValueError, match=rf"the backend {linear} returned the shape \[.*, 5, .*\], expected \[.*, 60, .*\]"
-    ):
-        made(q, k, v)
-
-
-def test_a_layer_on_one_rank_prepares_tokens_for_the_backend_too(linear: str) -> None:
-    attend = layer(LocalAttention, linear)
-    q, k, v = qkv(30)
-    with set_forward_context(0, LinearMetadata(0, torch.tensor(0.0))):
-        torch.testing.assert_close(attend(q, k, v), v[:, -1:].expand_as(q))
-
-
-def test_registering_refuses_what_would_fail_later(linear: str) -> None:
-    class Incomplete(AttentionBackend):
-        @staticmethod
-        def get_name() -> str:
-            return "INCOMPLETE"
-
-    class OtherImpl(LinearBackend):
-        @staticmethod
-        def get_name() -> str:
-            return "OTHER"
-
-        @staticmethod
-        def get_impl_cls() -> Any:
-            return AttentionImpl
-
-    class OtherMetadata(LinearBackend):
-        @staticmethod
-        def get_name() -> str:
-            return "OTHER"
-
-        @staticmethod
-        def get_metadata_cls() -> Any:
-            return dict
-
-    calls = {
-        "a name of this package": lambda: register_attention_backend("LITE_ATTN", LinearBackend),
-        "a name that is reserved": lambda: register_attention_backend("SLA_ATTN", LinearBackend),
-        "a name twice": lambda: register_attention_backend(linear, LinearBackend),
-        "a name that the class does not say": lambda: register_attention_backend("MINE", LinearBackend),
-        "a number for a name": lambda: register_attention_backend(3, LinearBackend),
-        "a string for a class": lambda: register_attention_backend("MINE", "LinearBackend"),
-        "no backend": lambda: register_attention_backend("MINE", LinearImpl),
-        "methods are lacking": lambda: register_attention_backend("INCOMPLETE", Incomplete),
-        "methods of the impl are lacking": lambda: register_attention_backend("OTHER", OtherImpl),
-        "metadata of another kind": lambda: register_attention_backend("OTHER", OtherMetadata),
-        "a head size that it does not take": lambda: LocalAttention(4, 64, supported_attention_backends=(linear,)),
-        "an unknown name names it": lambda: backend_name_to_enum("LINEAR"),
-    }
-    assert_expected_inline(
-        report(calls),
-        """\
-a name of this package -> ValueError: register_attention_backend: name is 'LITE_ATTN', which is taken, expected another name
-a name that is reserved -> ValueError: register_attention_backend: name is 'SLA_ATTN', which is taken, expected another name
-a name twice -> ValueError: register_attention_backend: name is 'LINEAR_TEST_ATTN', which is taken, expected another name
-a name that the class does not say -> ValueError: register_attention_backend: name is 'MINE', expected 'LINEAR_TEST_ATTN', which get_name() says
-a number for a name -> TypeError: register_attention_backend: name has type int, expected str
-a string for a class -> TypeError: register_attention_backend: backend_class is 'LinearBackend', expected a class that derives from AttentionBackend
-no backend -> TypeError: register_attention_backend: backend_class is <class 'support.layer_models.LinearImpl'>, expected a class that derives from AttentionBackend
-methods are lacking -> TypeError: register_attention_backend: backend_class is Incomplete, which lacks get_builder_cls, get_impl_cls, get_metadata_cls
-methods of the impl are lacking -> TypeError: register_attention_backend: OtherImpl.get_impl_cls() is AttentionImpl, which lacks __init__, forward
-metadata of another kind -> TypeError: register_attention_backend: OtherMetadata.get_metadata_cls() is <class 'dict'>, expected a class that derives from AttentionMetadata
-a head size that it does not take -> ValueError: get_attn_backend: head_size is 64, expected 32 for LINEAR_TEST_ATTN
-an unknown name names it -> ValueError: backend_name_to_enum: backend_name is 'LINEAR', expected one of TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN, SLA_ATTN, SAGE_SLA_ATTN, VMOBA_ATTN, FLASH_ATTN, SAGE_ATTN, LINEAR_TEST_ATTN""",
-    )
 
 
 # The forward context.
@@ -654,8 +373,8 @@ def test_errors_of_the_layers_name_the_argument() -> None:
         """\
 heads that do not share evenly -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 3
 no KV head -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 0
-an unknown argument -> TypeError: LITE_ATTN: got the argument 'treshold', expected one of enable_skipping, layer_index, max_batch_size, threshold
-a threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+an unknown argument -> TypeError: LocalAttention: got the argument 'treshold', expected one that a backend takes: enable_skipping, max_batch_size, policy, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN)
+a threshold above 0 -> ValueError: LITE_ATTN: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
 causal skipping -> ValueError: LITE_ATTN: causal is True, expected False: it has no causal mask
 causal blocks -> ValueError: VIDEO_SPARSE_ATTN: causal is True, expected False: it has no causal mask
 causal windows -> ValueError: SLIDING_TILE_ATTN: causal is True, expected False: it has no causal mask

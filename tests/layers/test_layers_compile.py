@@ -17,15 +17,14 @@ from lite_attention.layers import (
     AttentionBackendEnum,
     AttentionImpl,
     AttentionMetadata,
+    Backend,
     DistributedAttention,
     LocalAttention,
     PlainMetadataBuilder,
     get_forward_context,
     register_attention_backend,
-    registry,
     set_forward_context,
 )
-from lite_attention.layers.backends.torch_sdpa import TorchSDPABackend
 from support.layer_models import HEAD_SIZE, HEADS, STEPS, DiT, Metadata, text, video
 
 TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN = BACKENDS = list(AttentionBackendEnum)[:4]
@@ -92,6 +91,7 @@ def test_one_graph_for_all_blocks_compiled_one_by_one(backend: AttentionBackendE
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[2:], ids=lambda backend: backend.name)
 def test_inductor_gives_the_results_and_the_state_of_eager(backend: AttentionBackendEnum) -> None:
     model = DiT(backend, blocks=1)
@@ -175,16 +175,6 @@ class ScaledImpl(AttentionImpl[ScaledMetadata]):
         return value * attn_metadata.scale
 
 
-class ScaledBackend(TorchSDPABackend):
-    @staticmethod
-    def get_name() -> str:
-        return "SCALED_TEST_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        return ScaledImpl
-
-
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -195,10 +185,9 @@ class Scaled(nn.Module):
 
 
 @pytest.fixture
-def scaled(monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[], float], CompileCounterWithBackend]:
+def scaled() -> tuple[Callable[[], float], CompileCounterWithBackend]:
     """What a compiled model makes of 1: twice the scale of the metadata that it sees."""
-    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
-    register_attention_backend("SCALED_TEST_ATTN", ScaledBackend)
+    register_attention_backend(Backend("SCALED_TEST_ATTN", ScaledImpl))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(Scaled(), fullgraph=True, backend=counter)
     x = torch.ones(1, 2, 1, 8)

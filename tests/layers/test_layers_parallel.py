@@ -189,6 +189,7 @@ def same_video(one: list[Tensor], other: list[Tensor], device: str) -> bool:
     return float(differences.max()) <= 1e-4 if device == "cpu" else float(differences.mean()) <= 2e-2
 
 
+@pytest.mark.slow
 @on_devices
 @on_backends
 def test_a_model_on_ranks_gives_the_video_of_one_eager_and_compiled(device: str, backend: AttentionBackendEnum) -> None:

@@ -1,4 +1,4 @@
-"""The keep map: its bits, its sizes, and maps made from ranges of keys."""
+"""The keep map: its bits and its sizes."""
 
 import pytest
 import torch
@@ -9,10 +9,7 @@ from lite_attention.maps.keep_map import (
     density,
     keep_map_shape,
     kept_tiles,
-    parse_ranges,
     tile_counts,
-    tiles_inside,
-    tiles_touched,
 )
 
 
@@ -36,7 +33,7 @@ def test_unpacking_undoes_packing(kv_tiles: int) -> None:
     assert float(density(packed, kv_tiles)) == pytest.approx(float(keep.float().mean()))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_counts_are_right_in_compiled_code_of_any_size(backend: str) -> None:
     compiled = torch.compile(density, fullgraph=True, dynamic=True, backend=backend)
     for kv_tiles in (31, 63, 64, 95, 96):
@@ -68,69 +65,10 @@ def test_maps_can_be_traced() -> None:
     assert torch.equal(torch.compile(round_trip, fullgraph=True, backend="aot_eager")(keep), keep)
 
 
-def test_ranges_are_read_ascending_and_descending() -> None:
-    assert parse_ranges([80, 60, 45, 40, 12, 2], 100) == [(60, 80), (40, 45), (2, 12)]
-    assert parse_ranges([2, 12, 40, 45, 60, 100], 100) == [(2, 12), (40, 45), (60, 100)]
-    assert parse_ranges((), 100) == []
-
-
-@pytest.mark.parametrize(
-    ("ranges", "touched", "inside"),
-    [
-        ([(0, 1)], [0], []),
-        ([(0, 128)], [0], [0]),
-        ([(127, 129)], [0, 1], []),
-        ([(1, 256)], [0, 1], [1]),
-        ([(0, 100), (100, 128)], [0], [0]),  # together they cover the tile
-        ([(384, 500)], [3], [3]),  # all the keys of a ragged last tile
-        ([(384, 499)], [3], []),
-        ([(0, 500)], [0, 1, 2, 3], [0, 1, 2, 3]),
-        ([], [], []),
-    ],
-)
-def test_must_do_rounds_outward_and_must_skip_inward(
-    ranges: list[tuple[int, int]], touched: list[int], inside: list[int]
-) -> None:
-    assert tiles_touched(ranges, 500, 128).nonzero().flatten().tolist() == touched
-    assert tiles_inside(ranges, 500, 128).nonzero().flatten().tolist() == inside
-    as_tensor = torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2)
-    assert tiles_touched(as_tensor, 500, 128).nonzero().flatten().tolist() == touched
-    assert tiles_inside(as_tensor.flip(-1), 500, 128).nonzero().flatten().tolist() == inside
-
-
-def test_a_tensor_of_ranges_may_be_padded_and_reach_past_the_end() -> None:
-    ranges = torch.tensor([[300, 9999], [0, 0], [77, 77]])
-    assert tiles_touched(ranges, 500, 128).tolist() == [False, False, True, True]
-    assert tiles_inside(ranges, 500, 128).tolist() == [False, False, False, True]
-
-
 def error_text(kind: type[Exception], function: object, *arguments: object) -> str:
     with pytest.raises(kind) as caught:
         function(*arguments)  # type: ignore[operator]
     return str(caught.value)
-
-
-def test_bad_ranges_are_named() -> None:
-    texts = [
-        error_text(ValueError, parse_ranges, [0, 5, 7], 100),
-        error_text(ValueError, parse_ranges, [0, 5, 7, 7], 100),
-        error_text(ValueError, parse_ranges, [5, -1], 100),
-        error_text(ValueError, parse_ranges, [0, 101], 100, "must_do_list"),
-        error_text(TypeError, parse_ranges, [0, 5.0], 100),
-        error_text(TypeError, parse_ranges, [True, 5], 100),
-        error_text(ValueError, tiles_touched, torch.zeros(4), 100, 64),
-    ]
-    assert_expected_inline(
-        "\n".join(texts),
-        """\
-ranges has 3 entries, expected an even number: [start, end, start, end, ...] (entry 2, 7, has no partner)
-ranges[2:4] is [7, 7], an empty range
-ranges[1] is -1, expected a position of at least 0
-must_do_list[1] is 101, expected at most the number of keys, 100
-ranges[1] is 5.0 of type float, expected an int
-ranges[0] is True of type bool, expected an int
-ranges has shape [4], expected [count, 2]""",
-    )
 
 
 def test_bad_maps_are_named() -> None:

@@ -1,6 +1,10 @@
 """Tiles of a video: tokens go into tile order and padded slots and come back, on any grid, traced or not."""
 
+import copy
+import gc
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,7 +14,6 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
-from lite_attention.maps import video_tiles
 from lite_attention.maps.video_tiles import Size, VideoTiles, pad_tiles, tile_tokens, unpad_tiles, untile_tokens
 from support.inputs import report
 
@@ -68,6 +71,8 @@ def test_each_tile_owns_a_block_of_slots(grid: Size, tile: Size, device: str) ->
     tiles = VideoTiles(grid, tile)
     block = tiles.volume + 3
     slots = tiles.slots(block, torch.device(device)).tolist()
+    in_raster = tiles.raster_slots(block, torch.device(device))
+    assert in_raster[tiles.order(torch.device(device))].tolist() == slots
     expected = [range(index * block, index * block + len(t)) for index, t in enumerate(tokens_by_tile(grid, tile))]
     assert slots == list(itertools.chain.from_iterable(expected))
 
@@ -111,33 +116,71 @@ def doubled_in_slots(x: torch.Tensor, tiles: VideoTiles) -> torch.Tensor:
     return untile_tokens(unpad_tiles(2 * padded, tiles, tiles.volume + 2, 1), tiles, 1)
 
 
-@pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("held", [False, True], ids=["made-inside", "held-outside"])
 @pytest.mark.parametrize(("backend", "dynamic"), [("eager", None), ("eager", True), ("aot_eager", None)])
-def test_one_graph_for_the_whole_way_and_no_second_one_for_other_data(backend: str, dynamic: bool | None) -> None:
+def test_one_graph_for_the_whole_way_and_no_second_one_for_other_data(
+    backend: str, dynamic: bool | None, held: bool
+) -> None:
     torch._dynamo.reset()
-    video_tiles._kept.cache_clear()
     counter = CompileCounter() if backend == "eager" else None
+    tiles = VideoTiles((5, 7, 9), (2, 3, 4))
     compiled = torch.compile(
-        lambda x: doubled_in_slots(x, VideoTiles((5, 7, 9), (2, 3, 4))),
+        lambda x: doubled_in_slots(x, tiles if held else VideoTiles((5, 7, 9), (2, 3, 4))),
         fullgraph=True,
         backend=counter or backend,
         dynamic=dynamic,
     )
-    for _ in range(3):
+    for step in range(3):
         x = torch.randn(2, 315)
         assert torch.equal(compiled(x), 2 * x)
+        assert not tiles._kept._tensors or step > 0, "nothing made while tracing is kept"
+        doubled_in_slots(x, tiles)  # fills what the object keeps, which must not matter to the graph
+        assert len(tiles._kept._tensors) == 3
     assert counter is None or counter.frame_count == 1
-    assert video_tiles._kept.cache_info().currsize == 0, "nothing made while tracing is kept"
 
 
-def test_index_tensors_are_made_once() -> None:
+def test_index_tensors_are_made_once_for_each_object() -> None:
     tiles = VideoTiles((5, 7, 9), (2, 3, 4))
-    assert tiles.order(CPU) is VideoTiles((5, 7, 9), (2, 3, 4)).order(CPU)
+    for make in (tiles.order, tiles.positions, tiles.sizes):
+        assert make(CPU) is make(CPU)
+    assert tiles.slots(24, CPU) is tiles.slots(24, CPU)
     assert tiles.slots(24, CPU) is not tiles.slots(32, CPU)
+    assert tiles.slots(24, CPU) is not tiles.raster_slots(24, CPU)
+    assert VideoTiles((5, 7, 9), (2, 3, 4)).order(CPU) is not tiles.order(CPU)
+
+
+def test_index_tensors_go_with_their_object() -> None:
+    gc.disable()  # so that a circle of references would show
+    try:
+        tiles = VideoTiles((5, 7, 9), (2, 3, 4))
+        made = (
+            tiles.order(CPU),
+            tiles.positions(CPU),
+            tiles.sizes(CPU),
+            tiles.slots(24, CPU),
+            tiles.raster_slots(24, CPU),
+        )
+        tensors = [weakref.ref(x) for x in made]
+        del made
+        assert all(tensor() is not None for tensor in tensors), "kept while the object lives"
+        del tiles
+        assert [tensor() for tensor in tensors] == 5 * [None]
+    finally:
+        gc.enable()
+
+
+def test_copies_are_equal_and_make_tensors_of_their_own() -> None:
+    tiles = VideoTiles((5, 7, 9), (2, 3, 4))
+    order = tiles.order(CPU)
+    for other in (copy.copy(tiles), copy.deepcopy(tiles), pickle.loads(pickle.dumps(tiles))):
+        assert other == tiles
+        assert hash(other) == hash(tiles)
+        assert not other._kept._tensors
+        assert other.order(CPU) is not order
+    assert repr(tiles) == "VideoTiles(grid=(5, 7, 9), tile=(2, 3, 4))"
 
 
 def test_fake_tensors_do_not_stay() -> None:
-    video_tiles._kept.cache_clear()
     tiles = VideoTiles((5, 7, 9), (2, 3, 4))
     with FakeTensorMode():
         assert tile_tokens(torch.empty(2, tiles.tokens), tiles, 1).shape == (2, tiles.tokens)
@@ -145,7 +188,6 @@ def test_fake_tensors_do_not_stay() -> None:
 
 
 def test_what_inference_mode_made_serves_training() -> None:
-    video_tiles._kept.cache_clear()
     tiles = VideoTiles((5, 7, 9), (2, 3, 4))
     with torch.inference_mode():
         tiles.order(CPU)
@@ -155,15 +197,38 @@ def test_what_inference_mode_made_serves_training() -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_captured_cold_replays_and_keeps_nothing() -> None:
+def test_each_stream_makes_index_tensors_of_its_own() -> None:
+    device, tiles = torch.device("cuda", 0), VideoTiles((5, 7, 9), (2, 3, 4))
+    first = tiles.order(device)
+    assert tiles.order(torch.device("cuda")) is first, "the current device, by another name"
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # what it makes is ready late
+        second = tiles.order(device)
+        assert second is not first
+        assert tiles.order(device) is second
+    assert tiles.order(device) is first
+    x = torch.arange(tiles.tokens, device=device)
+    assert torch.equal(untile_tokens(tile_tokens(x, tiles, 0), tiles, 0), x)
+    torch.cuda.synchronize()
+    assert torch.equal(second, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_captured_graph_replays_without_the_object(warm: bool) -> None:
     tiles = VideoTiles((5, 7, 9), (2, 3, 4))
     x = torch.randn(2, tiles.tokens, device="cuda")
+    if warm:
+        doubled_in_slots(x, tiles)
     torch.cuda.synchronize()
-    video_tiles._kept.cache_clear()
+    kept = len(tiles._kept._tensors)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = doubled_in_slots(x, tiles)
-    assert video_tiles._kept.cache_info().currsize == 0
+    assert len(tiles._kept._tensors) == kept
+    del tiles
+    torch.empty(2**20, device="cuda").fill_(float("nan"))
     for _ in range(2):
         x.normal_()
         graph.replay()

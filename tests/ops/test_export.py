@@ -52,7 +52,7 @@ def test_exported_model_steps_like_eager(strict: bool) -> None:
             torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
     mutated = set(program.run_decompositions().graph_signature.buffers_to_mutate.values())
     for block in range(2):
-        names = ("_live", "_slots.0.words", "_slots.0.stamp")
+        names = ("state.live", "state.slots.0.words", "state.slots.0.stamp")
         assert {f"blocks.{block}.attn.{name}" for name in names} <= mutated
     assert same_state(model, prepared_from(model)), "exporting does not advance the model's own state"
 
@@ -69,6 +69,7 @@ def test_exporting_before_any_call_says_what_to_do() -> None:
         torch.export.export(Model(1), (noise(0),))
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     model = prepared_model()
     expected = expected_outputs(model)
@@ -105,6 +106,7 @@ def wan_outputs(blocks: int) -> list[Tensor]:
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> None:
     with torch.no_grad():
@@ -116,6 +118,7 @@ def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> Non
     assert len(clocks) == 1, "AOTInductor refuses a buffer that is written under two names"
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_of_wan_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     """Of one block, as compiling takes its time."""
     with torch.no_grad():

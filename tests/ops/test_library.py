@@ -1,5 +1,6 @@
 """The compiled part: its loading errors, its report, and every build of the CPU kernel on this processor."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from expecttest import assert_expected_inline
 
 import lite_attention
 from lite_attention import info
+from lite_attention.ops.interface import operator_interface
 from lite_attention.ops.load import OPERATOR_INTERFACE, host
 
 PACKAGE = Path(lite_attention.__file__).parent
@@ -55,6 +56,7 @@ except ImportError as error:
     return done.stdout.replace(str(package), "PACKAGE").replace(torch.__version__, "TORCH").strip()
 
 
+@pytest.mark.slow
 def test_import_without_the_compiled_part_lists_likely_causes(copied_package: Path) -> None:
     assert_expected_inline(
         import_error(copied_package),
@@ -68,12 +70,23 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
-def test_import_with_a_library_of_another_build_says_so(copied_package: Path) -> None:
-    (copied_package / "_host.py").write_text("OPERATOR_INTERFACE = 0\n")
+def copy_compiled_part(package: Path) -> None:
+    for library in Path(host.__file__ or "").parent.glob("*.so"):
+        shutil.copy(library, package)
+
+
+@pytest.mark.slow
+def test_a_changed_schema_without_a_new_build_says_so(copied_package: Path) -> None:
+    copy_compiled_part(copied_package)
+    assert import_error(copied_package) == ""
+    operator = copied_package / "ops" / "top_k_map.py"
+    operator.write_text(operator.read_text().replace("int count)", "int count, *, bool sorted=False)"))
+    changed = operator_interface(copied_package / "ops")
+    assert changed != OPERATOR_INTERFACE
     assert_expected_inline(
-        import_error(copied_package),
-        f"""\
-lite_attention cannot start: its compiled part implements operator interface 0, expected {OPERATOR_INTERFACE}
+        import_error(copied_package).replace(changed, "NEW").replace(OPERATOR_INTERFACE, "OLD"),
+        """\
+lite_attention cannot start: its compiled part, lite_attention._host, was built for operator interface OLD, expected NEW, the hash of the schemas in lite_attention/ops
 Likely causes:
   * the Python files were updated without rebuilding
   * two versions of lite_attention are installed
@@ -81,9 +94,54 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
+def test_an_operator_library_of_another_build_says_so(copied_package: Path) -> None:
+    copy_compiled_part(copied_package)
+    library = copied_package / "_ops.so"
+    library.write_bytes(library.read_bytes().replace(OPERATOR_INTERFACE.encode(), 16 * b"0"))
+    assert_expected_inline(
+        import_error(copied_package).replace(OPERATOR_INTERFACE, "NEW"),
+        """\
+lite_attention cannot start: its operator library _ops.so was built for operator interface 0000000000000000, expected NEW, the hash of the schemas in lite_attention/ops
+Likely causes:
+  * the Python files were updated without rebuilding
+  * two versions of lite_attention are installed
+Reinstall it from its source folder, in the environment you run: `pip install .`""",
+    )
+
+
+@pytest.mark.slow
+def test_a_library_from_before_interfaces_were_told_says_so(copied_package: Path) -> None:
+    copy_compiled_part(copied_package)
+    library = copied_package / "_ops.so"
+    symbol = b"lite_attention_operator_interface"
+    library.write_bytes(library.read_bytes().replace(symbol, symbol[::-1]))
+    assert "its operator library _ops.so was built for operator interface None, expected" in import_error(
+        copied_package
+    )
+
+
+def test_the_interface_is_that_of_the_schemas_defined() -> None:
+    schemas = [
+        str(getattr(torch.ops.lite_attention, name).default._schema)
+        for name in dir(torch.ops.lite_attention)
+        if isinstance(getattr(torch.ops.lite_attention, name), torch._ops.OpOverloadPacket)
+    ]
+    assert len(schemas) >= 4
+    text = "\n".join(sorted(schema.removeprefix("lite_attention::") for schema in schemas))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == OPERATOR_INTERFACE
+
+
+def test_a_schema_that_is_computed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scan.py").write_text("\nSCHEMA = f'scan(Tensor {name}) -> Tensor'\n")
+    with pytest.raises(ValueError, match=r"scan\.py: SCHEMA is computed, expected a literal"):
+        operator_interface(tmp_path)
+
+
+@pytest.mark.slow
 def test_import_with_a_damaged_operator_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
-        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE}\nVERSION = '0'\nselected_cpu_variant = lambda: 'any'\n"
+        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nselected_cpu_variant = lambda: 'any'\n"
     )
     (copied_package / "_ops.so").write_bytes(b"\x7fELF")
     assert_expected_inline(
@@ -98,9 +156,10 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_import_with_a_damaged_cuda_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
-        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
+        f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
         "selected_cpu_variant = lambda: 'any'\n"
     )
     shutil.copy(Path(host.__file__ or "").with_name("_ops.so"), copied_package)
@@ -121,6 +180,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     assert import_error(copied_package, before=f"{with_cuda}\n{first_try}") == message
 
 
+@pytest.mark.slow
 def test_import_under_an_old_torch_says_so(copied_package: Path) -> None:
     assert_expected_inline(
         import_error(copied_package, before="import torch; torch.__version__ = '2.9.1+cpu'"),
@@ -132,6 +192,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
     )
 
 
+@pytest.mark.slow
 def test_info_command_prints_what_the_build_holds() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lite_attention.info", "--json"], capture_output=True, text=True, check=True
@@ -146,7 +207,7 @@ def test_info_command_prints_what_the_build_holds() -> None:
     backends = {backend["name"]: backend for backend in facts["backends"]}
     assert backends["cpu"]["available"]
     assert host.selected_cpu_variant() in backends["cpu"]["reason"]
-    assert backends["sm_90a"]["reason"]
+    assert backends["sm90"]["reason"]
 
 
 def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,33 +220,6 @@ def test_info_text_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
             assert value in text
     for backend in facts["backends"]:
         assert backend["reason"] in text
-
-
-def a_device(name: str, major: int, minor: int) -> SimpleNamespace:
-    return SimpleNamespace(name=name, major=major, minor=minor)
-
-
-H200, L4 = a_device("NVIDIA H200", 9, 0), a_device("NVIDIA L4", 8, 9)
-
-
-@pytest.mark.parametrize(
-    ("why_not", "devices", "available", "reason"),
-    [
-        ("this build holds no CUDA kernels", [H200], False, "this build holds no CUDA kernels"),
-        ("", [], False, "torch sees no CUDA device"),
-        ("", [L4], False, "expected a device of compute capability 9.0, found NVIDIA L4 of 8.9"),
-        ("", [L4, H200], True, "NVIDIA H200"),
-    ],
-    ids=["no kernels", "no device", "no Hopper", "a Hopper among others"],
-)
-def test_info_says_why_the_hopper_kernels_can_run_or_not(
-    monkeypatch: pytest.MonkeyPatch, why_not: str, devices: list[SimpleNamespace], available: bool, reason: str
-) -> None:
-    monkeypatch.setattr(info, "WHY_NO_CUDA_KERNELS", why_not)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
-    assert info.backends()[0] == info.Backend("sm_90a", available, reason)
 
 
 VARIANT_CHECK = """
@@ -209,6 +243,7 @@ print(host.selected_cpu_variant())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", host.cpu_variants())
 def test_every_cpu_variant_agrees_with_the_oracle(variant: str) -> None:
     done = run_python(VARIANT_CHECK, LITE_ATTENTION_CPU_VARIANT=variant)
@@ -216,6 +251,7 @@ def test_every_cpu_variant_agrees_with_the_oracle(variant: str) -> None:
     assert done.stdout.strip() == variant
 
 
+@pytest.mark.slow
 def test_unknown_cpu_variant_names_the_choices() -> None:
     done = run_python("import lite_attention", LITE_ATTENTION_CPU_VARIANT="mmx")
     assert done.returncode != 0
@@ -223,6 +259,7 @@ def test_unknown_cpu_variant_names_the_choices() -> None:
     assert f"ImportError: lite_attention cannot start: {expected}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_import_after_a_failure_tells_the_same_story(copied_package: Path) -> None:
     first = "try:\n    import lite_attention\nexcept ImportError:\n    pass"
     assert import_error(copied_package, before=first) == import_error(copied_package)

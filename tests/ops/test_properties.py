@@ -17,7 +17,7 @@ from lite_attention import (
     skip_attention,
     unpack_keep_map,
 )
-from lite_attention.maps.keep_map import tiles_inside, tiles_touched
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
 from support.inputs import DTYPES, Case, check_attention, check_decisions, make_qkv, random_map
 from support.masks import ALIGNMENTS, tile_lens

@@ -1,15 +1,16 @@
 """torch.compile: one graph over a whole model, nothing recompiled from step to step, the same results as eager."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, skip_branch
-from lite_attention.skipping.module import MAP_SLOTS
+from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, skip_branch
+from lite_attention.skipping.state import MAP_SLOTS, share_room
 from support.models import HEAD_DIM, HEADS, Model, noise, same_state
 
 
@@ -47,6 +48,7 @@ def test_one_graph_for_all_layers_and_twelve_steps(branches: int) -> None:
     assert counter.frame_count == branches, "one compile, one more for the second branch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_gives_the_results_and_the_state_of_eager(mode: str) -> None:
     model = Model(2)
@@ -237,15 +239,88 @@ def test_asking_for_a_gradient_is_an_error_when_compiling() -> None:
         compiled(noise(0))
 
 
+def test_counting_dense_steps_recompiles_nothing() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = LiteAttention(policy=SkipPolicy(threshold=-0.5, dense_steps=3))
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    skipped = []
+    for step in range(10):
+        if step == 6:
+            layer.reset_skip_state()
+            eager.reset_skip_state()
+        q = 2 * noise(0).unflatten(-1, (HEADS, HEAD_DIM))
+        torch.testing.assert_close(compiled(q, q, q), eager(q, q, q), atol=1e-5, rtol=1e-5)
+        assert torch.equal(layer.keep_map(), eager.keep_map())
+        skipped.append(bool(layer.skip_fraction() > 0))
+    assert skipped == [False, False, *[True] * 4, False, False, True, True]
+    assert counter.frame_count == 1
+
+
+def room(model: Model) -> list[int]:
+    return [len(layer.state.owners()) for layer in model.layers()]
+
+
+class FirstBlock(Model):
+    """Calls its first block alone; the others are there."""
+
+    def forward(self, x: Tensor, must_do: object = None, must_skip: object = None) -> Tensor:
+        first: Tensor = self.blocks[0](x)
+        return first
+
+
 def test_making_room_in_sister_layers_does_not_touch_what_they_remember() -> None:
-    sister, stranger = Model(1), Model(1)
-    sister(noise(0))
-    stranger(noise(0, 300))
-    before = [next(warm.layers()).keep_map() for warm in (sister, stranger)]
-    compiled = torch.compile(Model(2), fullgraph=True, backend="eager")
-    for length in (520, 600):
-        compiled(noise(0, length))
-    for warm, keep, room in zip((sister, stranger), before, (2, 1), strict=True):
-        layer = next(warm.layers())
-        assert torch.equal(layer.keep_map(), keep)
-        assert sum(slot.owner is not None for slot in layer._all_slots()) == room
+    model = FirstBlock(3)
+    first, sister, stranger = model.blocks
+    for block, length in ((first, 520), (sister, 520), (stranger, 300)):
+        block(noise(0, length))
+    before = [layer.keep_map() for layer in model.layers()]
+    first.compile(fullgraph=True, backend="eager")
+    model(noise(1, 600))
+    assert room(model) == [2, 2, 1], "a layer that has seen another shape fails the guards of this code anyway"
+    assert all(torch.equal(layer.keep_map(), keep) for layer, keep in [*zip(model.layers(), before, strict=True)][1:])
+    first(noise(1, 700))
+    assert room(model) == [3, 2, 1], "called without the model around it, whose layers are out of sight"
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), lambda _: Model()]
+)
+def test_compiling_a_model_leaves_another_that_looks_alike_alone(
+    duplicate: Callable[[Model], Model], by_blocks: bool
+) -> None:
+    model = Model()
+    other = duplicate(model)
+    for part in model.blocks if by_blocks else [model]:
+        part.compile(fullgraph=True, backend="eager")
+    model(noise(0))
+    assert room(model) == [1, 1, 1]
+    assert room(other) == [0, 0, 0]
+    assert not any(slot.words.numel() for layer in other.layers() for slot in layer.state.slots)
+
+
+def test_a_model_called_in_a_wrapper_finds_all_its_layers() -> None:
+    counter = CompileCounter()
+    wrapper = nn.Sequential(nn.Identity(), Model(12))
+    for block in wrapper[1].blocks:
+        block.compile(fullgraph=True, backend=counter)
+    wrapper(noise(0))
+    assert counter.frame_count == 1
+
+
+def test_layers_that_no_module_calls_share_room_when_told() -> None:
+    layers = nn.ModuleList(LiteAttention(threshold=-0.5) for _ in range(3))
+    share_room(layers)
+    counter = CompileCounter()
+    for layer in layers:
+        layer.compile(fullgraph=True, backend=counter)
+    twins = copy.deepcopy(layers)
+    q = 2 * noise(0).unflatten(-1, (HEADS, HEAD_DIM))
+    for layer in layers:
+        layer(q, q, q)
+    assert counter.frame_count == 1
+    assert not any(layer.state.owners() for layer in twins)
+    twins[0].compile(fullgraph=True, backend=counter)
+    twins[0](q, q, q)
+    assert [len(layer.state.owners()) for layer in twins] == [1, 1, 1], "copies share with each other"

@@ -18,7 +18,7 @@ from lite_attention import LiteAttention, skip_branch
 from lite_attention.skipping import cuda_graphs
 from lite_attention.skipping.cuda_graphs import CapturedStep, capture_step
 from lite_attention.skipping.generation import GenerationClock
-from lite_attention.skipping.module import MAP_SLOTS
+from lite_attention.skipping.state import MAP_SLOTS
 from support.models import Model, noise, same_state
 
 
@@ -271,7 +271,8 @@ no CUDA -> RuntimeError: capture_step: torch sees no CUDA device, expected the o
 def test_steps_that_cannot_be_captured() -> None:
     class Rebinding(Model):
         def forward(self, x: Tensor) -> Tensor:
-            self.blocks[0].attn._live = self.blocks[0].attn._live.clone()
+            state = self.blocks[0].attn.state
+            state.live = state.live.clone()
             return super().forward(x)
 
     class Opaque:
@@ -294,8 +295,8 @@ def test_steps_that_cannot_be_captured() -> None:
         report(calls),
         """\
 writes its input -> RuntimeError: capture_step: step writes args[0] in place, expected it to return what it computes: a replay works on copies
-rebinds its state -> RuntimeError: capture_step: step replaced modules[0].blocks.0.attn._live while it was captured, expected it to be written in place. A LiteAttention layer does so where one step uses it with more branches and shapes than it has room for
-has more shapes than slots -> RuntimeError: capture_step: step replaced modules[0]._slots.0.words while it was captured, expected it to be written in place. A LiteAttention layer does so where one step uses it with more branches and shapes than it has room for
+rebinds its state -> RuntimeError: capture_step: step replaced modules[0].blocks.0.attn.state.live while it was captured, expected it to be written in place. A LiteAttention layer does so where one step uses it with more branches and shapes than it has room for
+has more shapes than slots -> RuntimeError: capture_step: step replaced modules[0].state.slots.0.words while it was captured, expected it to be written in place. A LiteAttention layer does so where one step uses it with more branches and shapes than it has room for
 returns an object -> TypeError: capture_step: step returned something of type Opaque, expected tensors, numbers, strings or None, possibly in lists, tuples and dicts""",
     )
 

@@ -139,8 +139,8 @@ def test_errors() -> None:
     assert_expected_inline(
         report(calls),
         """\
-1.5 first steps -> TypeError: skip_first_steps has type float, expected an int
--1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+1.5 first steps -> TypeError: GenerationClock: skip_first_steps has type float, expected an int
+-1 first steps -> ValueError: GenerationClock: skip_first_steps is -1, expected at least 0
 a number -> TypeError: GenerationClock: timestep has type float, expected a tensor
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
 a timestep elsewhere -> ValueError: GenerationClock: timestep is on meta, expected cpu, the clock's device

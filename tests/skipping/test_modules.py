@@ -1,7 +1,6 @@
 """LiteAttention: what it computes, what it remembers and when it forgets it."""
 
 import copy
-import gc
 import io
 import itertools
 import logging
@@ -19,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 from lite_attention import (
     LiteAttention,
     SeqParallelLiteAttention,
+    SkipPolicy,
     attention,
     pack_keep_map,
     skip_branch,
     unpack_keep_map,
 )
-from lite_attention.skipping import module as modules
 from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.state import MAP_SLOTS
 from support.inputs import DTYPES, Case, check_attention, make_qkv
 from support.passes import CASE, THRESHOLD, by_hand, dropped_something, kept, passes
 
@@ -105,14 +105,14 @@ def test_a_new_threshold_acts_from_the_next_pass_on() -> None:
 
 def test_setting_the_threshold_writes_in_place() -> None:
     layer = LiteAttention()
-    buffer = layer._threshold
+    buffer = layer.state.threshold
     layer.set_threshold(-2)
-    assert layer._threshold is buffer
+    assert layer.state.threshold is buffer
     assert float(buffer) == -2.0
     layer.set_threshold([-1.0, -2.0])
-    per_head = layer._threshold
+    per_head = layer.state.threshold
     layer.set_threshold(torch.tensor([-3.0, -4.0], dtype=torch.float64))
-    assert layer._threshold is per_head
+    assert layer.state.threshold is per_head
     assert per_head.tolist() == [-3.0, -4.0]
     assert layer.threshold == (-3.0, -4.0)
 
@@ -204,14 +204,14 @@ def test_a_change_of_dtype_starts_from_the_full_map() -> None:
 
 def test_more_shapes_and_branches_than_slots_stay_correct() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
-    sizes = [CASE._replace(batch=1, query_len=200 + 10 * i) for i in range(modules.MAP_SLOTS + 3)]
+    sizes = [CASE._replace(batch=1, query_len=200 + 10 * i) for i in range(MAP_SLOTS + 3)]
     for _, (branch, case) in itertools.product(range(2), enumerate(sizes)):
         inputs = passes(case, count=2)
         for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
             assert torch.equal(layer(q, k, v, branch=branch % 3), out)
             assert torch.equal(kept(layer, branch % 3), keep)
-    slots = [slot.words for slot in layer._all_slots()]
-    assert len(slots) == modules.MAP_SLOTS
+    slots = [slot.words for slot in layer.state.slots]
+    assert len(slots) == MAP_SLOTS
 
 
 def test_branches_do_not_see_each_other() -> None:
@@ -489,9 +489,9 @@ def test_the_threshold_stays_fp32() -> None:
     model = Model()
     for change in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float64), nn.Module.float):
         change(model)
-        assert model.attn._threshold.dtype == torch.float32
-        assert float(model.attn._threshold) == THRESHOLD
-        assert all(split._threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
+        assert model.attn.state.threshold.dtype == torch.float32
+        assert float(model.attn.state.threshold) == THRESHOLD
+        assert all(split.state.threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
 
 
 def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
@@ -503,9 +503,9 @@ def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
     layer.to("cpu")
     assert torch.equal(kept(layer), before)
     layer.to("meta")
-    assert layer._threshold.device.type == "meta"
+    assert layer.state.threshold.device.type == "meta"
     layer.to_empty(device="cpu")
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
     assert float(layer.skip_fraction()) == 0
     assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
 
@@ -526,9 +526,9 @@ def test_state_follows_the_inputs_to_another_device() -> None:
     layer(*inputs[0])
     out = layer(*(x.to("meta") for x in inputs[1]))
     assert out.device.type == "meta"
-    assert layer._threshold.device.type == "meta"
+    assert layer.state.threshold.device.type == "meta"
     assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
 
 
 def through_pickle(layer: LiteAttention) -> LiteAttention:
@@ -556,7 +556,7 @@ def test_copies_carry_the_state_and_then_go_their_own_way(duplicate: object) -> 
     assert torch.equal(kept(twin), by_hand(inputs)[-1][2])
     assert torch.equal(kept(layer), by_hand(inputs[:1])[0][2])
     twin.set_threshold(-1.0)
-    assert float(layer._threshold) == THRESHOLD
+    assert float(layer.state.threshold) == THRESHOLD
     own = {buffer.data_ptr() for buffer in layer.buffers() if buffer.numel()}
     assert own.isdisjoint(buffer.data_ptr() for buffer in twin.buffers() if buffer.numel())
 
@@ -574,16 +574,6 @@ def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
     with torch.inference_mode():
         layer(*inputs[1])
     assert torch.equal(kept(layer), by_hand(inputs[:2])[1][2])
-
-
-def test_dead_layers_are_forgotten() -> None:
-    gc.collect()
-    before = len(modules._instances)
-    layers = [LiteAttention() for _ in range(3)]
-    assert len(modules._instances) == before + 3
-    del layers
-    gc.collect()
-    assert len(modules._instances) == before
 
 
 def test_repr_tells_the_settings() -> None:
@@ -649,6 +639,36 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert names.count("lite_attention.skip_attention.default") == 2
     assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
+
+
+def test_only_passes_that_are_counted_cost_more_kernels() -> None:
+    def kernels(dense_steps: int, **arguments: Tensor) -> str:
+        layer = LiteAttention(policy=SkipPolicy(dense_steps=dense_steps))
+        inputs = passes(count=1)[0]
+        layer(*inputs)  # makes room
+        with Recorder() as recorder:
+            layer(*inputs, **arguments)
+        return " ".join(name.split(".")[1] for name, _ in recorder.calls)
+
+    plain = "select eq eq bitwise_and scalar_tensor where skip_attention copy_ fill_ fill_"
+    assert kernels(0) == kernels(1) == plain
+    assert kernels(2) == (
+        "select eq eq bitwise_and select ge bitwise_and scalar_tensor where skip_attention "
+        "select add scalar_tensor where copy_ copy_ fill_ fill_"
+    )
+    by_a_clock = kernels(0, start_full=torch.tensor(False))
+    assert kernels(2, start_full=torch.tensor(False)) == by_a_clock
+
+
+def test_the_first_dense_steps_compute_everything_and_drop_for_later() -> None:
+    layer = LiteAttention(policy=SkipPolicy(threshold=THRESHOLD, dense_steps=2))
+    inputs = passes()
+    expected = [by_hand(inputs[:1])[0], *by_hand(inputs[1:])]  # the second pass starts from the full map, too
+    for (q, k, v), (out, _, _) in zip(inputs, expected, strict=True):
+        assert torch.equal(layer(q, k, v), out)
+    assert torch.equal(kept(layer), expected[-1][2])
+    layer.reset_skip_state()
+    assert [torch.equal(layer(*inputs[0]), expected[0][0]) for _ in range(3)] == [True, True, False]
 
 
 def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -> None:

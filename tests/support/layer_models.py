@@ -4,7 +4,7 @@ And what the tests of the layers share: attention by its definition, and a backe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,19 @@ def video(step: int, batch: int = 1, tokens: int = TOKENS) -> Tensor:
 
 def text(batch: int = 1) -> Tensor:
     return torch.randn(batch, TEXT, WIDTH, generator=torch.Generator().manual_seed(99))
+
+
+def qkv(
+    tokens: int = TOKENS, batch: int = 1, kv_heads: int = HEADS, kv_tokens: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, tokens, HEADS, HEAD_SIZE, generator=random)
+    k, v = torch.randn(2, batch, kv_tokens or tokens, kv_heads, HEAD_SIZE, generator=random)
+    return q, k, v
+
+
+def layer(layer_class: Callable[..., Any], backend: object, *, prefix: str = "blocks.1.attn", **arguments: Any) -> Any:
+    return layer_class(HEADS, HEAD_SIZE, supported_attention_backends=(backend,), prefix=prefix, **arguments)
 
 
 def turned(x: Tensor, freqs_cis: tuple[Tensor, Tensor]) -> Tensor:

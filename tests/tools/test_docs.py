@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = ("README.md", "compile-and-cuda-graphs.md", "diffusers.md")  # they compile, or run pipelines
 # A page's snippets run in order in one namespace. A comment `<!-- before` holds what a reader's program has already.
 SNIPPET = re.compile(
     r"^```python\n(?P<code>.*?)^```$(?:\n+^```text\n(?P<output>.*?)^```$)?|^<!-- before\n(?P<before>.*?)^-->$",
@@ -35,7 +36,10 @@ def run_page(text: str, name: str) -> int:
     return count
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES],
+)
 def test_snippets_run(page: Path) -> None:
     torch._dynamo.reset()
     text = page.read_text()

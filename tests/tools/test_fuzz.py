@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lite_attention import attention, top_k_map
+from support.fuzz_problems import OPERATORS, Problem, random_problem
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "fuzz_sm90.py"
 _spec = importlib.util.spec_from_file_location("fuzz_sm90", SCRIPT)
@@ -23,11 +24,11 @@ CPU = torch.device("cpu")
 ARGUMENTS = ("tile_n", "kv_tile_lens", "causal", "head_windows")
 
 
-def small_problem(argument: str) -> Any:
+def small_problem(argument: str) -> Problem:
     """The first problem of the sequence that has it and is quickly judged."""
     return next(
         problem
-        for problem in map(fuzz.random_problem, itertools.repeat(0), range(10_000))
+        for problem in map(random_problem, itertools.repeat(0), range(10_000))
         if (argument in problem.arguments() or argument == problem.operator)
         and problem.case.query_len * problem.case.kv_len * problem.case.heads * problem.case.batch < 300_000
         and problem.case.query_len > 100
@@ -38,13 +39,13 @@ def small_problem(argument: str) -> Any:
 
 
 def test_every_operator_and_argument_is_drawn() -> None:
-    problems = [fuzz.random_problem(0, number) for number in range(300)]
-    assert {problem.operator for problem in problems} == set(fuzz.OPERATORS)
+    problems = [random_problem(0, number) for number in range(300)]
+    assert {problem.operator for problem in problems} == set(OPERATORS)
     assert {name for problem in problems for name in problem.arguments()} == {"must_keep", "kv_lens", *ARGUMENTS}
     assert {problem.masks.causal for problem in problems} == {None, "top-left", "bottom-right"}
 
 
-@pytest.mark.parametrize("name", [*ARGUMENTS, *fuzz.OPERATORS])
+@pytest.mark.parametrize("name", [*ARGUMENTS, *OPERATORS])
 def test_kernels_pass(name: str) -> None:
     assert fuzz.judge(small_problem(name), CPU).wrong == []
 

@@ -1,8 +1,7 @@
 """Sliding Tile Attention: every token of a tile of a video attends the same window of tiles around it.
 
-The method is that of Zhang et al., "Fast Video Generation with Sliding Tile Attention" (arXiv 2502.04507), the call
-that of the ``st_attn`` kernel in FastVideo. Here windows are a keep map for :func:`lite_attention.attention`: all heads
-run in one launch, and the canvas and the tile are free.
+The method is that of Zhang et al., "Fast Video Generation with Sliding Tile Attention" (arXiv 2502.04507). Here windows
+are a keep map for :func:`lite_attention.attention`: all heads run in one launch, and the canvas and the tile are free.
 """
 
 from __future__ import annotations
@@ -17,19 +16,25 @@ from torch import Tensor
 from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
-from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
+from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.modes import ordinary_tensors
 
-__all__ = ["SlidingTileMap", "sliding_tile_attention", "sliding_tile_map"]
+__all__ = ["SlidingTileMap", "attention", "attention_in_slots", "sliding_tile_map"]
+
+_NAME = "sliding_tile.attention"
 
 WindowSize = Sequence[int] | Sequence[Sequence[int]]
 
-# The canvas and the tile that the call of st_attn takes for granted.
+# The canvas and the tile of the paper, for which FastVideo's kernel was made.
 SEQ_SHAPE = "30x48x80"
 TILE = (6, 8, 8)
 
 
 class SlidingTileMap(NamedTuple):
-    """What :func:`sliding_tile_map` makes: windows on one canvas, for any number of layers, steps and batch sizes."""
+    """What :func:`sliding_tile_map` makes: windows on one canvas, for any number of layers, steps and batch sizes.
+
+    Its tensors are made on the stream that is current then, and go when it goes.
+    """
 
     image_tokens: int
     """Tokens of the canvas."""
@@ -46,131 +51,120 @@ class SlidingTileMap(NamedTuple):
     slot_of_token: Tensor | None
     """int64 ``[S]``, its inverse."""
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, text_length: int | Tensor | None = None, *, scale: float | None = None
-    ) -> Tensor:
-        """Attention through these windows.
+    def into_slots(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Tokens along ``dim`` into slots; ``x`` itself where they are the same."""
+        return x if self.token_of_slot is None else x.index_select(dim, self.token_of_slot)
 
-        Args:
-            q, k, v: as for :func:`sliding_tile_attention`, with as many tokens as the map was made for.
-            text_length: as there; None for all text tokens.
-            scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
-
-        Returns:
-            out, ``[B, H, S, D]`` of q's dtype.
-
-        Raises:
-            RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
-        """
-        self._check_inputs(q, k, v)
-        query, key, value = (self._into_slots(x.transpose(1, 2)) for x in (q, k, v))
-        out, _ = ops.attention(
-            query,
-            key,
-            value,
-            keep=self.keep.expand(q.shape[0], q.shape[1], -1, -1),
-            kv_lens=self._kv_lens(text_length, q, key.shape[1]),
-            scale=scale,
-            tile_n=self.tile_n,
-            kv_tile_lens=self.kv_tile_lens,
-        )
-        if self.slot_of_token is not None:
-            out = out.index_select(1, self.slot_of_token)
-        return out.transpose(1, 2)
-
-    def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        tokens = self.image_tokens + self.text_tokens
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.dim() != 4 or x.shape[2] != tokens:
-                raise ValueError(
-                    f"sliding_tile_attention: {name} has shape {list(x.shape)}, expected [B, H, {tokens}, D]: "
-                    f"{self.image_tokens} tokens of the canvas and {self.text_tokens} of text"
-                )
-        windows = self.keep.shape[1]
-        if windows != 1 and windows != q.shape[1]:
-            raise ValueError(
-                f"sliding_tile_attention: window_size has {windows} windows, expected {q.shape[1]}, one a query head, "
-                "or one for all"
-            )
-
-    def _into_slots(self, x: Tensor) -> Tensor:
-        return x if self.token_of_slot is None else x.index_select(1, self.token_of_slot)
-
-    def _kv_lens(self, text_length: int | Tensor | None, q: Tensor, slots: int) -> Tensor | None:
-        """The text comes last, so where it ends the keys end."""
-        if text_length is None:
-            return None
-        image_slots = slots - self.text_tokens
-        if isinstance(text_length, Tensor):
-            if text_length.dtype != torch.int32 or text_length.dim() != 1 or text_length.shape[0] != q.shape[0]:
-                raise ValueError(
-                    f"sliding_tile_attention: text_length has dtype {text_length.dtype} and shape "
-                    f"{list(text_length.shape)}, expected torch.int32 and [{q.shape[0]}], one length a batch entry"
-                )
-            return text_length.clamp(0, self.text_tokens) + image_slots
-        if isinstance(text_length, bool) or not isinstance(text_length, (int, torch.SymInt)):
-            raise TypeError(
-                f"sliding_tile_attention: text_length has type {type(text_length).__name__}, expected int or Tensor"
-            )
-        if not 0 <= text_length <= self.text_tokens:
-            raise ValueError(
-                f"sliding_tile_attention: text_length is {text_length}, expected 0 to {self.text_tokens}, the tokens "
-                "after the canvas"
-            )
-        return torch.full(q.shape[:1], image_slots + text_length, dtype=torch.int32, device=q.device)
+    def into_tokens(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Slots along ``dim`` back into tokens; ``x`` itself where they are the same."""
+        return x if self.slot_of_token is None else x.index_select(dim, self.slot_of_token)
 
 
-def sliding_tile_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: WindowSize,
-    text_length: int | Tensor,
-    has_text: bool = True,
-    seq_shape: str | Size = SEQ_SHAPE,
+    windows: SlidingTileMap,
+    text_length: int | Tensor | None = None,
     *,
-    tile: Size = TILE,
     scale: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of a video's tokens to windows of tiles, and of and to the text behind them.
 
-    A query attends all tokens of the tiles in the window around its own tile. Along each axis a window of w tiles
-    reaches ``w // 2`` tiles to both sides, so an even w counts as w + 1. At a border the window is moved inward, not
-    cut off, so every query sees equally many tiles. A window larger than the axis covers it. Queries of the video also
-    attend the text; queries of the text attend everything.
+    A query attends all tokens of the tiles in the window around its own tile. Queries of the video also attend the
+    text; queries of the text attend everything.
 
     Args:
-        q: ``[B, H, S, D]``, fp32, bf16 or fp16, any strides whose last one is 1. First the tokens of the canvas, in
-            tile order (:func:`lite_attention.maps.video_tiles.tile_tokens`), then those of the text.
-        k, v: ``[B, Hkv, S, D]`` of q's dtype and device, ``H % Hkv == 0``.
-        window_size: (time, height, width) in tiles, one for all query heads or a list with one a query head.
+        q: ``[B, S, H, D]``, fp32, bf16 or fp16, any strides whose last one is 1; of as many tokens as the map was made
+            for. First those of the canvas, in tile order (:func:`lite_attention.maps.video_tiles.tile_tokens`), then
+            those of the text.
+        k, v: ``[B, S, Hkv, D]`` of q's dtype and device, ``H % Hkv == 0``.
+        windows: from :func:`sliding_tile_map`, made once for all layers, steps and batch sizes.
         text_length: how many text tokens are keys, the first ones; an int, or int32 ``[B]`` on q's device, whose values
-            are limited to 0 and what there is. A tensor may change without a new compilation.
-        has_text: False if no text follows the canvas; ``text_length`` is then ignored.
-        seq_shape: the canvas (time, height, width) in tokens, as a tuple or as text, ``"30x48x80"``.
-        tile: (time, height, width) in tokens. It need not divide the canvas. If it does and its volume is a multiple of
-            64, nothing is copied; otherwise q, k, v and out are, once each.
+            are limited to 0 and what there is. None for all. A tensor may change without a new compilation.
         scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
 
     Returns:
-        out, ``[B, H, S, D]`` of q's dtype.
+        out ``[B, S, H, D]`` of q's dtype, contiguous, and lse, fp32 ``[B, H, S]``, the natural log of the softmax
+        denominator. Where tokens do not lie in their slots, q, k, v, out and lse are copied, once each.
 
     Raises:
         RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
-    tiles = _video_tiles("sliding_tile_attention", seq_shape, tile)
-    if q.dim() != 4:
-        raise ValueError(f"sliding_tile_attention: q has {q.dim()} dimensions, expected 4")
-    text_tokens = q.shape[2] - tiles.tokens
-    if text_tokens < 0 or (text_tokens > 0 and not has_text):
+    out, lse = attention_in_slots(q, k, v, windows, text_length, scale=scale)
+    return windows.into_tokens(out), windows.into_tokens(lse, dim=2)
+
+
+def attention_in_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: SlidingTileMap,
+    text_length: int | Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` whose results still lie in slots, for those who need only one of them in tokens.
+
+    Args:
+        q, k, v, windows, text_length, scale: as there.
+
+    Returns:
+        out ``[B, slots, H, D]`` and lse ``[B, H, slots]``; ``windows.into_tokens`` orders them.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as there.
+    """
+    _check_inputs(q, k, v, windows)
+    query, key, value = (windows.into_slots(x) for x in (q, k, v))
+    return ops.attention(
+        query,
+        key,
+        value,
+        keep=windows.keep.expand(q.shape[0], q.shape[2], -1, -1),
+        kv_lens=_kv_lens(text_length, windows, q, key.shape[1]),
+        scale=scale,
+        tile_n=windows.tile_n,
+        kv_tile_lens=windows.kv_tile_lens,
+    )
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, windows: SlidingTileMap) -> None:
+    tokens = windows.image_tokens + windows.text_tokens
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[1] != tokens:
+            raise ValueError(
+                f"{_NAME}: {name} has shape {list(x.shape)}, expected [B, {tokens}, H, D]: "
+                f"{windows.image_tokens} tokens of the canvas and {windows.text_tokens} of text"
+            )
+    number = windows.keep.shape[1]
+    if number != 1 and number != q.shape[2]:
         raise ValueError(
-            f"sliding_tile_attention: q has {q.shape[2]} tokens, expected {'at least ' if has_text else ''}"
-            f"{tiles.tokens}, the canvas {'x'.join(map(str, tiles.grid))}{'' if has_text else ', as has_text is False'}"
+            f"{_NAME}: windows has {number} windows, expected {q.shape[2]}, one a query head, or one for all"
         )
-    windows = _windows("sliding_tile_attention", window_size)
-    sliding = _sliding_tile_map(windows, tiles, text_tokens, q.shape[3], q.dtype, q.device)
-    return sliding.attend(q, k, v, text_length if has_text else None, scale=scale)
+
+
+def _kv_lens(text_length: int | Tensor | None, windows: SlidingTileMap, q: Tensor, slots: int) -> Tensor | None:
+    """The text comes last, so where it ends the keys end."""
+    if text_length is None:
+        return None
+    text_tokens = windows.text_tokens
+    image_slots = slots - text_tokens
+    if isinstance(text_length, Tensor):
+        if text_length.dtype != torch.int32 or text_length.dim() != 1 or text_length.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{_NAME}: text_length has dtype {text_length.dtype} and shape {list(text_length.shape)}, "
+                f"expected torch.int32 and [{q.shape[0]}], one length a batch entry"
+            )
+        return text_length.clamp(0, text_tokens) + image_slots
+    if isinstance(text_length, bool) or not isinstance(text_length, (int, torch.SymInt)):
+        raise TypeError(f"{_NAME}: text_length has type {type(text_length).__name__}, expected int or Tensor")
+    if not 0 <= text_length <= text_tokens:
+        raise ValueError(
+            f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the tokens after the canvas"
+        )
+    return torch.full(q.shape[:1], image_slots + text_length, dtype=torch.int32, device=q.device)
 
 
 def sliding_tile_map(
@@ -183,29 +177,73 @@ def sliding_tile_map(
     text_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> SlidingTileMap:
-    """The windows of :func:`sliding_tile_attention`, made once and for all calls of its ``attend``.
+    """The windows of :func:`attention`, made once and for all its calls: keep it as long as they, or a graph, use it.
 
-    Eager calls of ``sliding_tile_attention`` remember what they need. A compiled model and a captured CUDA graph would
-    make it anew in each call: give them a map made outside, and keep it as long as they are used.
+    Along each axis a window of w tiles reaches ``w // 2`` tiles to both sides, so an even w counts as w + 1. At a
+    border the window is moved inward, not cut off, so every query sees equally many tiles. One larger than the axis
+    covers it.
 
     Args:
-        window_size, seq_shape, tile: as for :func:`sliding_tile_attention`.
+        window_size: (time, height, width) in tiles, one for all query heads or a list with one a query head.
+        seq_shape: the canvas (time, height, width) in tokens, as a tuple or as text, ``"30x48x80"``.
         head_dim, dtype: D and dtype of q, which choose the tiles of the keep map.
+        tile: (time, height, width) in tokens. It need not divide the canvas. If it does and its volume is a multiple of
+            64, tokens lie in their slots and nothing is copied.
         text_tokens: how many tokens follow the canvas, those that ``text_length`` leaves out included.
         device: of q; by default torch's default device.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it.
     """
+    function = "sliding_tile_map"
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with ordinary_tensors():
+            return sliding_tile_map(
+                window_size,
+                seq_shape,
+                head_dim=head_dim,
+                dtype=dtype,
+                tile=tile,
+                text_tokens=text_tokens,
+                device=device,
+            )
     if text_tokens < 0:
-        raise ValueError(f"sliding_tile_map: text_tokens is {text_tokens}, expected at least 0")
-    tiles = _video_tiles("sliding_tile_map", seq_shape, tile)
-    windows = _windows("sliding_tile_map", window_size)
+        raise ValueError(f"{function}: text_tokens is {text_tokens}, expected at least 0")
+    tiles = VideoTiles(canvas_size(function, seq_shape), check_size(f"{function}: tile", tile))
+    windows = _windows(function, window_size)
+    tile_m, tile_n = tile_shape(head_dim, dtype)
     device = torch.empty(0, device=device).device  # with its index
-    return _sliding_tile_map(windows, tiles, text_tokens, head_dim, dtype, device)
+    # A query tile and a KV tile must lie inside one tile of the video; both are to be had with 64 rows.
+    block = ceil_div(tiles.volume, FINE_TILE_N) * FINE_TILE_N
+    if block % tile_n != 0:
+        tile_n = FINE_TILE_N
+    layout = _Layout(tiles, block, tile_m, tile_n, text_tokens)
+    numbers = {window: number for number, window in enumerate(dict.fromkeys(windows))}
+    rows = _window_rows(layout, list(numbers), device)
+    if len(numbers) == 1:
+        keep = rows.expand(len(windows), -1, -1)
+    elif len(numbers) == len(windows):
+        keep = rows
+    else:
+        keep = torch.stack([rows[numbers[window]] for window in windows])
+    in_place = tiles.number * block == tiles.tokens
+    return SlidingTileMap(
+        image_tokens=tiles.tokens,
+        text_tokens=text_tokens,
+        tile_n=tile_n,
+        keep=keep.unsqueeze(0),
+        kv_tile_lens=None if in_place else _kv_tile_lens(layout, device),
+        token_of_slot=None if in_place else _token_of_slot(layout, device),
+        slot_of_token=None if in_place else _slot_of_token(layout, device),
+    )
 
 
-def _video_tiles(function: str, seq_shape: str | Size, tile: Size) -> VideoTiles:
+def canvas_size(function: str, seq_shape: str | Size) -> Size:
+    """The canvas as three numbers.
+
+    Raises:
+        TypeError, ValueError: it is not; the text begins with ``function``.
+    """
     if isinstance(seq_shape, str):
         sizes = seq_shape.split("x")
         if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
@@ -213,7 +251,7 @@ def _video_tiles(function: str, seq_shape: str | Size, tile: Size) -> VideoTiles
                 f"{function}: seq_shape is {seq_shape!r}, expected time x height x width in tokens, such as '30x48x80'"
             )
         seq_shape = int(sizes[0]), int(sizes[1]), int(sizes[2])
-    return VideoTiles(check_size(f"{function}: seq_shape", seq_shape), check_size(f"{function}: tile", tile))
+    return check_size(f"{function}: seq_shape", seq_shape)
 
 
 def _windows(function: str, window_size: WindowSize) -> list[Size]:
@@ -238,54 +276,34 @@ class _Layout(NamedTuple):
     text_tokens: int
 
 
-def _sliding_tile_map(
-    windows: list[Size], tiles: VideoTiles, text_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> SlidingTileMap:
-    tile_m, tile_n = tile_shape(head_dim, dtype)
-    # A query tile and a KV tile must lie inside one tile of the video; both are to be had with 64 rows.
-    block = ceil_div(tiles.volume, FINE_TILE_N) * FINE_TILE_N
-    if block % tile_n != 0:
-        tile_n = FINE_TILE_N
-    layout = _Layout(tiles, block, tile_m, tile_n, text_tokens)
-    rows = {window: keep_tensor(_window_rows, device, layout, window) for window in dict.fromkeys(windows)}
-    if len(rows) == 1:
-        keep = rows[windows[0]].expand(len(windows), -1, -1)
-    else:
-        keep = torch.stack([rows[window] for window in windows])
-    in_place = tiles.number * block == tiles.tokens
-    return SlidingTileMap(
-        image_tokens=tiles.tokens,
-        text_tokens=text_tokens,
-        tile_n=tile_n,
-        keep=keep.unsqueeze(0),
-        kv_tile_lens=None if in_place else keep_tensor(_kv_tile_lens, device, layout),
-        token_of_slot=None if in_place else keep_tensor(_token_of_slot, device, layout),
-        slot_of_token=None if in_place else keep_tensor(_slot_of_token, device, layout),
-    )
-
-
-def _axis_window(count: int, window: int, device: torch.device) -> Tensor:
-    """Which tiles along an axis (columns) the queries of each tile (rows) attend, bool ``[count, count]``."""
-    half = window // 2
-    reach = min(2 * half + 1, count)
+def _axis_windows(count: int, device: torch.device) -> Tensor:
+    """Of each window (by how far it reaches to both sides) which tiles along an axis (columns) the queries of each tile
+    (rows) attend, bool ``[reaches, count, count]``; the last one covers the axis.
+    """
     tile = torch.arange(count, device=device)
-    first = (tile - half).clamp(0, count - reach).unsqueeze(-1)
-    return (tile >= first) & (tile < first + reach)
+    reach = tile[: count // 2 + 1].unsqueeze(-1)
+    centre = tile.clamp(reach, count - 1 - reach)
+    return (centre.unsqueeze(-1) - tile).abs() <= reach.unsqueeze(-1)
 
 
-def _window_rows(layout: _Layout, window: Size, device: torch.device) -> Tensor:
-    """Packed rows of a head with this window, int32 ``[query_tiles, words]``."""
+def _window_rows(layout: _Layout, windows: Sequence[Size], device: torch.device) -> Tensor:
+    """Packed rows of a head with each window, int32 ``[windows, query_tiles, words]``, all in one set of launches."""
     tiles, block, tile_m, tile_n, text_tokens = layout
-    time, height, width = (_axis_window(count, size, device) for count, size in zip(tiles.counts, window, strict=True))
-    attended = time[:, None, None, :, None, None] & height[:, None, None, :, None] & width[:, None, None, :]
-    attended = attended.reshape(tiles.number, tiles.number).repeat_interleave(block // tile_n, -1)
+    time, height, width = (_axis_windows(count, device) for count in tiles.counts)
+
+    def attended_in(window: Size) -> Tensor:
+        t, h, w = (min(size, count) // 2 for size, count in zip(window, tiles.counts, strict=True))
+        return time[t][:, None, None, :, None, None] & height[h][:, None, None, :, None] & width[w][:, None, None, :]
+
+    attended = torch.stack([attended_in(window) for window in windows])
+    attended = attended.view(len(windows), tiles.number, tiles.number).repeat_interleave(block // tile_n, -1)
     # The text's keys are in every row, and the text's rows have every key.
     text_columns, text_rows = ceil_div(text_tokens, tile_n), ceil_div(text_tokens, tile_m)
     packed = pack_keep_map(F.pad(attended, (0, text_columns, 0, text_rows), value=True))
-    video = packed[: tiles.number].repeat_interleave(block // tile_m, 0)
+    video = packed[:, : tiles.number].repeat_interleave(block // tile_m, 1)
     if not tiles.exact:
         video = video * (_tile_lens(layout, tile_m, device) > 0).unsqueeze(-1)  # no work for rows without a query
-    return torch.cat([video, packed[tiles.number :]])
+    return torch.cat([video, packed[:, tiles.number :]], 1)
 
 
 def _tile_lens(layout: _Layout, rows: int, device: torch.device) -> Tensor:

@@ -5,12 +5,10 @@ from lite_attention.layers.abstract import (
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
+    Backend,
     PlainMetadataBuilder,
 )
-from lite_attention.layers.backends.lite_attn import LiteAttentionBackend
-from lite_attention.layers.backends.sliding_tile_attn import SlidingTileAttentionBackend
-from lite_attention.layers.backends.torch_sdpa import TorchSDPABackend
-from lite_attention.layers.backends.video_sparse_attn import VideoSparseAttentionBackend
+from lite_attention.layers.backends import BUILTIN
 from lite_attention.layers.distributed import DistributedAttention, DistributedAttention_VSA
 from lite_attention.layers.forward_context import ForwardContext, get_forward_context, set_forward_context
 from lite_attention.layers.layer import LocalAttention
@@ -33,6 +31,7 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
+    "Backend",
     "DistributedAttention",
     "DistributedAttention_VSA",
     "ForwardContext",
@@ -52,6 +51,6 @@ __all__ = [
     "set_sequence_parallel_mesh",
 ]
 
-for _backend in (TorchSDPABackend, LiteAttentionBackend, VideoSparseAttentionBackend, SlidingTileAttentionBackend):
+for _backend in BUILTIN:
     add_builtin_backend(_backend)
 del _backend

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
+    "Backend",
     "PlainMetadataBuilder",
 ]
 
@@ -81,12 +84,24 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         causal: a query sees the keys up to its position.
         num_kv_heads: heads of k and v of the whole layer, ``num_heads`` if None.
         prefix: name of the layer, ``"blocks.3.attn1.impl"``.
-        extra_impl_args: what the layer was given besides.
+        extra_impl_args: those of ``arguments`` that the layer was given.
     """
 
     travels_beside: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors of q's shape, or None, that forward gets between value and the metadata. Its layer is one
     that takes them: DistributedAttention_VSA for ``("gate_compress",)``."""
+
+    arguments: ClassVar[frozenset[str]] = frozenset()
+    """Keywords that a layer hands on to it. A class that does not say takes those that its ``__init__`` names besides
+    the ones above, and, with a ``**`` parameter, those of its base."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "arguments" not in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            own = frozenset(parameter.name for parameter in parameters if parameter.kind in _BY_NAME) - _OF_EVERY_IMPL
+            hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+            cls.arguments = own | cls.arguments if hands_on else own
 
     @abstractmethod
     def __init__(
@@ -137,8 +152,12 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         return self.forward(query, key, value, attn_metadata)
 
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_OF_EVERY_IMPL = frozenset(inspect.signature(AttentionImpl.__init__).parameters)
+
+
 class AttentionBackend(ABC):
-    """Names the classes of a backend. Never instantiated."""
+    """Names the classes of a backend. Never instantiated. :class:`Backend` is the shorter way to write one."""
 
     @staticmethod
     @abstractmethod
@@ -169,3 +188,63 @@ class AttentionBackend(ABC):
     def get_supported_dtypes() -> Collection[torch.dtype] | None:
         """The dtypes of q, k and v it takes, None for any."""
         return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend is made of.
+
+    Args:
+        name: by which it is asked for.
+        impl: the attention of a layer.
+        metadata: what its forward is given of a step.
+        builder: what makes that.
+        head_sizes: those that it takes, None for any.
+        dtypes: of q, k and v that it takes, None for any. Where they depend on the device, a function of it that
+            says them.
+    """
+
+    name: str
+    impl: type[AttentionImpl[Any]]
+    metadata: type[AttentionMetadata] = AttentionMetadata
+    builder: type[AttentionMetadataBuilder[Any]] = PlainMetadataBuilder
+    head_sizes: Collection[int] | None = None
+    dtypes: Collection[torch.dtype] | Callable[[torch.device], Collection[torch.dtype]] | None = None
+
+    @cached_property
+    def face(self) -> type[AttentionBackend]:
+        """The class that code written for FastVideo asks, such as ``MeanBackend`` for ``MeanImpl``."""
+        names = {"backend": self, "__doc__": f"The backend {self.name}.", "__module__": self.impl.__module__}
+        return type(self.impl.__name__.removesuffix("Impl") + "Backend", (_Face,), names)
+
+
+class _Face(AttentionBackend):
+    """Answers for a :class:`Backend`."""
+
+    backend: ClassVar[Backend]
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.backend.name
+
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl[Any]]:
+        return cls.backend.impl
+
+    @classmethod
+    def get_metadata_cls(cls) -> type[AttentionMetadata]:
+        return cls.backend.metadata
+
+    @classmethod
+    def get_builder_cls(cls) -> type[AttentionMetadataBuilder[Any]]:
+        return cls.backend.builder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> Collection[int] | None:
+        return cls.backend.head_sizes
+
+    @classmethod
+    def get_supported_dtypes(cls) -> Collection[torch.dtype] | None:
+        """On torch's default device: where the layer is made that asks."""
+        dtypes = cls.backend.dtypes
+        return dtypes(torch.get_default_device()) if callable(dtypes) else dtypes

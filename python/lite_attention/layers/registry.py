@@ -1,10 +1,18 @@
-"""The backends that there are, by name."""
+"""The backends that there are, by name, and the arguments of a layer that are for one of them."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from typing import Any, overload
 
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from lite_attention.layers.abstract import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    Backend,
+)
 
 __all__ = [
     "AttentionBackendEnum",
@@ -13,6 +21,7 @@ __all__ = [
     "find_backend",
     "is_available",
     "known_name",
+    "own_arguments",
     "register_attention_backend",
 ]
 
@@ -43,6 +52,8 @@ _MISSING = {
 }
 
 _backends: dict[str, type[AttentionBackend]] = {}
+# What names its classes: a field of Backend, ``get_<field>_cls`` of FastVideo's class.
+_PARTS = (("impl", AttentionImpl), ("metadata", AttentionMetadata), ("builder", AttentionMetadataBuilder))
 
 
 def known_name(name: BackendName, function: str) -> BackendName:
@@ -82,38 +93,65 @@ def find_backend(name: BackendName) -> type[AttentionBackend]:
     return _backends[_key(name)]
 
 
-def register_attention_backend(name: str, backend_class: type[AttentionBackend]) -> None:
+def own_arguments(impl: type[AttentionImpl[Any]], given: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """Of the keywords that a layer was given besides its own, those that this impl takes.
+
+    A layer may name those of every backend that it can be given.
+
+    Raises:
+        TypeError: no backend that there is takes one of them; the text begins with ``function``.
+    """
+    of_backends = {name: backend.get_impl_cls().arguments for name, backend in _backends.items()}
+    for argument in given:
+        if not any(argument in own for own in of_backends.values()):
+            known = "; ".join(f"{', '.join(sorted(own))} ({name})" for name, own in of_backends.items() if own)
+            raise TypeError(f"{function}: got the argument {argument!r}, expected one that a backend takes: {known}")
+    return {argument: value for argument, value in given.items() if argument in impl.arguments}
+
+
+@overload
+def register_attention_backend(name: Backend) -> None: ...
+@overload
+def register_attention_backend(name: str, backend_class: type[AttentionBackend]) -> None: ...
+def register_attention_backend(name: Any, backend_class: Any = None) -> None:
     """Make a backend known, so that it can be asked for by name wherever those of this package can.
 
     Args:
-        name: what ``backend_class.get_name()`` returns; not a name of :class:`AttentionBackendEnum`.
-        backend_class: derives from AttentionBackend; its classes derive from AttentionImpl, AttentionMetadata and
-            AttentionMetadataBuilder.
+        name: the :class:`Backend`, whose name is not one of :class:`AttentionBackendEnum`; or, of a class as
+            FastVideo's code has it, what ``backend_class.get_name()`` returns.
+        backend_class: that class, which derives from AttentionBackend.
 
     Raises:
-        TypeError: an argument is something else, or lacks a method.
+        TypeError: an argument is something else; a class lacks a method or does not derive from AttentionImpl,
+            AttentionMetadata or AttentionMetadataBuilder.
         ValueError: the name is taken or not that of the class.
     """
     function = "register_attention_backend"
+    if isinstance(name, Backend):
+        if backend_class is not None:
+            raise TypeError(f"{function}: backend_class is {backend_class!r}, expected none beside a Backend")
+        for part, base in _PARTS:
+            _check_class(f"{function}: {part} of the Backend", getattr(name, part), base)
+        name, backend_class = name.name, name.face
     if not isinstance(name, str):
-        raise TypeError(f"{function}: name has type {type(name).__name__}, expected str")
+        raise TypeError(f"{function}: name has type {type(name).__name__}, expected a Backend or str")
     if name in AttentionBackendEnum.__members__ or name in _backends:
         raise ValueError(f"{function}: name is {name!r}, which is taken, expected another name")
     _check_class(f"{function}: backend_class", backend_class, AttentionBackend)
     if backend_class.get_name() != name:
         raise ValueError(f"{function}: name is {name!r}, expected {backend_class.get_name()!r}, which get_name() says")
-    for method, base in (
-        ("get_impl_cls", AttentionImpl),
-        ("get_metadata_cls", AttentionMetadata),
-        ("get_builder_cls", AttentionMetadataBuilder),
-    ):
+    for part, base in _PARTS:
+        method = f"get_{part}_cls"
         _check_class(f"{function}: {backend_class.__name__}.{method}()", getattr(backend_class, method)(), base)
+    impl = backend_class.get_impl_cls()
+    if not isinstance(impl.arguments, frozenset):
+        raise TypeError(f"{function}: {impl.__name__}.arguments is {impl.arguments!r}, expected a frozenset of str")
     _backends[name] = backend_class
 
 
-def add_builtin_backend(backend_class: type[AttentionBackend]) -> None:
+def add_builtin_backend(backend: Backend) -> None:
     """Enter a backend of this package under its name in the enum."""
-    _backends[AttentionBackendEnum[backend_class.get_name()].name] = backend_class
+    _backends[AttentionBackendEnum[backend.name].name] = backend.face
 
 
 def _key(name: BackendName) -> str:

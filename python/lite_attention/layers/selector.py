@@ -6,13 +6,14 @@ What is forced counts before the environment variable ``LITE_ATTENTION_BACKEND``
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from lite_attention.layers.abstract import AttentionBackend
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, find_backend, is_available, known_name
+from lite_attention.scoped_default import ScopedDefault
 
 __all__ = [
     "STR_BACKEND_ENV_VAR",
@@ -26,7 +27,7 @@ __all__ = [
 
 STR_BACKEND_ENV_VAR = "LITE_ATTENTION_BACKEND"
 
-_forced: BackendName | None = None
+_forced: ScopedDefault[BackendName | None] = ScopedDefault("lite_attention.forced_backend", None)
 
 
 def backend_name_to_enum(backend_name: str) -> AttentionBackendEnum | None:
@@ -50,8 +51,8 @@ def get_env_variable_attn_backend() -> BackendName | None:
 
 
 def get_global_forced_attn_backend() -> BackendName | None:
-    """The backend that layers made now get, None if it is not forced."""
-    return _forced
+    """The backend that layers made now, in this thread or asyncio task, get; None if it is not forced."""
+    return _forced.get()
 
 
 def global_force_attn_backend(attn_backend: BackendName | None) -> None:
@@ -60,21 +61,20 @@ def global_force_attn_backend(attn_backend: BackendName | None) -> None:
     Raises:
         TypeError, ValueError: no backend has the name.
     """
-    global _forced
-    if attn_backend is not None:
-        attn_backend = known_name(attn_backend, "global_force_attn_backend: attn_backend")
-    _forced = attn_backend
+    _forced.set(_known_or_none(attn_backend, "global_force_attn_backend"))
 
 
-@contextmanager
-def global_force_attn_backend_context_manager(attn_backend: BackendName | None) -> Iterator[None]:
-    """All layers made inside get this backend; afterwards what was forced before is forced again."""
-    outer = _forced
-    global_force_attn_backend(attn_backend)
-    try:
-        yield
-    finally:
-        global_force_attn_backend(outer)
+def global_force_attn_backend_context_manager(attn_backend: BackendName | None) -> AbstractContextManager[None]:
+    """Layers made inside, by this thread or asyncio task, get this backend, whatever counts outside; None forces none.
+
+    Raises:
+        TypeError, ValueError: no backend has the name.
+    """
+    return _forced.scope(_known_or_none(attn_backend, "global_force_attn_backend_context_manager"))
+
+
+def _known_or_none(name: BackendName | None, function: str) -> BackendName | None:
+    return None if name is None else known_name(name, f"{function}: attn_backend")
 
 
 def get_attn_backend(
@@ -88,7 +88,7 @@ def get_attn_backend(
 
     Args:
         head_size: D of the layer.
-        dtype: of the layer's q, k and v.
+        dtype: of the layer's q, k and v, on torch's default device.
         supported_attention_backends: what the layer may be given, best first; None for any.
         default_backend: what it is given if nothing is asked for and supported_attention_backends is None.
 
@@ -125,13 +125,16 @@ def get_attn_backend(
     if head_sizes is not None and head_size not in head_sizes:
         raise ValueError(f"{function}: head_size is {head_size}, expected {_listed(head_sizes)} for {_text(name)}")
     if dtypes is not None and dtype not in dtypes:
-        raise ValueError(f"{function}: dtype is {dtype}, expected {_listed(dtypes)} for {_text(name)}")
+        device = torch.get_default_device().type
+        expected = _listed(dtypes) or "none, as no backend runs there,"
+        raise ValueError(f"{function}: dtype is {dtype}, expected {expected} for {_text(name)} on {device}")
     return backend
 
 
 def _requested() -> tuple[str, BackendName | None]:
-    if _forced is not None:
-        return "global_force_attn_backend", _forced
+    forced = get_global_forced_attn_backend()
+    if forced is not None:
+        return "global_force_attn_backend", forced
     return f"environment variable {STR_BACKEND_ENV_VAR}", get_env_variable_attn_backend()
 
 

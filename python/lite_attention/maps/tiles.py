@@ -18,6 +18,7 @@ class _TileShape(NamedTuple):
 _TABLE = tuple(_TileShape(*row) for row in host.tile_shapes())
 MAX_HEAD_DIM: int = _TABLE[-1].max_head_dim
 HEAD_DIM_MULTIPLE: int = host.HEAD_DIM_MULTIPLE
+HEAD_DIMS = range(HEAD_DIM_MULTIPLE, MAX_HEAD_DIM + 1, HEAD_DIM_MULTIPLE)
 FINE_TILE_N: int = host.FINE_TILE_N  # the other grain along the keys, of every head dim
 UNLIMITED: int = torch.iinfo(torch.int32).max  # the recent_size of a head that sees all keys up to its position
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,43 +8,19 @@ first. Everything here is plain torch on any device, waits for no device, and ca
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lite_attention.maps.keep_map import ceil_div
+from lite_attention.maps.kept import KeptTensors
 
 __all__ = ["VideoTiles", "pad_tiles", "tile_tokens", "unpad_tiles", "untile_tokens"]
 
 Size = tuple[int, int, int]
-
-# What the layers of a few models ask for. The largest are rows of keep maps, some hundred KiB each.
-_KEPT_TENSORS = 256
-
-
-@functools.lru_cache(maxsize=_KEPT_TENSORS)
-def _kept(build: Callable[..., Tensor], device: torch.device, arguments: tuple[Any, ...]) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor would be refused by a later call that records gradients
-        return build(*arguments, device)
-
-
-def keep_tensor(build: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
-    """``build(*arguments, device)``, made once for all eager calls. Not to be written to.
-
-    Neither kept nor looked up while a compiler traces, as what is made there is no real tensor, nor while a CUDA graph
-    is captured: what is made there is filled by replays only, and what is kept may be dropped before them.
-    """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return build(*arguments, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return build(*arguments, device)
-    return _kept(build, device, arguments)
 
 
 def check_size(what: str, size: object) -> Size:
@@ -64,6 +40,9 @@ def check_size(what: str, size: object) -> Size:
 class VideoTiles:
     """A grid of ``T x H x W`` tokens in tiles of some size, which need not divide the grid.
 
+    It keeps the index tensors that it makes, for each device and CUDA stream; they go when it goes. Copies make theirs
+    anew.
+
     Args:
         grid: (time, height, width) in tokens.
         tile: (time, height, width) of a whole tile, in tokens.
@@ -74,10 +53,16 @@ class VideoTiles:
 
     grid: Size
     tile: Size
+    _kept: KeptTensors = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_size("VideoTiles: grid", self.grid)
         check_size("VideoTiles: tile", self.tile)
+        object.__setattr__(self, "_kept", KeptTensors())
+
+    def __reduce__(self) -> tuple[type[VideoTiles], tuple[Size, Size]]:
+        """Two sizes are all there is to copy or pickle."""
+        return VideoTiles, (self.grid, self.tile)
 
     @property
     def counts(self) -> Size:
@@ -107,15 +92,15 @@ class VideoTiles:
 
     def order(self, device: torch.device) -> Tensor:
         """int64 ``[tokens]``: the raster index of each token in tile order. ``x[order]`` is in tile order."""
-        return keep_tensor(_order, device, self)
+        return self._kept.get("order", device, lambda: _order(self, device))
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[tokens]``: the place in tile order of each token in raster order, the inverse of :meth:`order`."""
-        return keep_tensor(_positions, device, self)
+        return self._kept.get("positions", device, lambda: _positions(self, device))
 
     def sizes(self, device: torch.device) -> Tensor:
         """int32 ``[number]``: how many tokens each tile has."""
-        return keep_tensor(_sizes, device, self)
+        return self._kept.get("sizes", device, lambda: _sizes(self, device))
 
     def slots(self, block: int, device: torch.device) -> Tensor:
         """int64 ``[tokens]``: the slot of each token in tile order, where each tile owns ``block`` consecutive slots.
@@ -123,9 +108,21 @@ class VideoTiles:
         Raises:
             ValueError: a whole tile has more than ``block`` tokens.
         """
+        self._check_block(block)
+        return self._kept.get(("slots", block), device, lambda: _slots(self, block, device))
+
+    def raster_slots(self, block: int, device: torch.device) -> Tensor:
+        """int64 ``[tokens]``: as :meth:`slots`, of each token in raster order.
+
+        Raises:
+            ValueError: a whole tile has more than ``block`` tokens.
+        """
+        self._check_block(block)
+        return self._kept.get(("raster_slots", block), device, lambda: _raster_slots(self, block, device))
+
+    def _check_block(self, block: int) -> None:
         if block < self.volume:
             raise ValueError(f"VideoTiles: block is {block}, expected at least {self.volume}, the tokens of a tile")
-        return keep_tensor(_slots, device, self, block)
 
 
 class _Axis(NamedTuple):
@@ -183,11 +180,15 @@ def _sizes(tiles: VideoTiles, device: torch.device) -> Tensor:
     return (frames[:, None, None] * rows[:, None] * columns).flatten()
 
 
-def _slots(tiles: VideoTiles, block: int, device: torch.device) -> Tensor:
+def _raster_slots(tiles: VideoTiles, block: int, device: torch.device) -> Tensor:
     time, height, width = _axes(tiles, device)
     _, down, across = tiles.counts
     tile = (time.tile * down + height.tile) * across + width.tile
-    return (tile * block + _places(time, height, width)).flatten()[tiles.order(device)]
+    return (tile * block + _places(time, height, width)).flatten()
+
+
+def _slots(tiles: VideoTiles, block: int, device: torch.device) -> Tensor:
+    return _raster_slots(tiles, block, device)[tiles.order(device)]
 
 
 def _check_length(function: str, x: Tensor, dim: int, expected: int, what: str) -> None:
@@ -196,7 +197,8 @@ def _check_length(function: str, x: Tensor, dim: int, expected: int, what: str) 
 
 
 def _check_tokens(function: str, x: Tensor, dim: int, tiles: VideoTiles) -> None:
-    _check_length(function, x, dim, tiles.tokens, "the tokens of the grid " + "x".join(map(str, tiles.grid)))
+    if x.shape[dim] != tiles.tokens:  # words are for errors alone: Dynamo makes none of a size that may change
+        _check_length(function, x, dim, tiles.tokens, "the tokens of the grid " + "x".join(map(str, tiles.grid)))
 
 
 def tile_tokens(x: Tensor, tiles: VideoTiles, dim: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["call", "check_optional_tensors", "check_tensors", "in_fp32_range", "softmax_scale"]
 
@@ -43,7 +44,12 @@ def check_optional_tensors(operator: str, **tensors: Tensor | None) -> None:
 
 def call(operator: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The operator's result; where no gradient can be asked for, without the way through its autograd in Python."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or forward_ad._current_level >= 0
+    ):
         return operator(*arguments, **named)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments, **named)

@@ -1,25 +1,26 @@
-"""Defines an operator: its schema, what it returns for tensors without data, and its gradient, in one call.
+"""Defines an operator in one call: schema, what it returns for tensors without data, gradient, what autocast casts.
 
 The kernels are the compiled libraries' (load.py); importing them first means that schemas are defined only where there
 are kernels for them. Every operator is functional: none writes its inputs.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from lite_attention.ops.load import WHY_NO_CUDA_KERNELS
+from lite_attention.ops import backends
+from lite_attention.ops.autocast import autocast
 
-__all__ = ["NAMESPACE", "check_fake_inputs", "define", "fake_out_and_lse"]
+__all__ = ["check_fake_inputs", "define", "dense_flops", "fake_out_and_lse"]
 
-NAMESPACE = "lite_attention"
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(backends.NAMESPACE, "DEF")
 
 
 def define(
@@ -28,6 +29,8 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Sequence[Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    autocasts: Sequence[str] = (),
+    flops: Callable[..., int] | None = None,
 ) -> OpOverload:
     """Define the operator of this schema and return it.
 
@@ -35,45 +38,33 @@ def define(
         schema: name, arguments and results, as torch writes them.
         fake: takes the operator's arguments, returns empty results of the right shapes, dtypes and devices.
         backward, setup_context: the gradient, as for :func:`torch.library.register_autograd`: what to remember of a
-            call (``setup_context(ctx, inputs, output)``), and the gradients of all arguments in their order, a list
-            for a list, None for what has none (``backward(ctx, *grads)``, where a result that plays no part has None).
+            call (``setup_context(ctx, inputs, output)``), and the gradients of all positional arguments in their order,
+            a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
+        autocasts: names of the positional arguments that autocast gives its dtype.
+        flops: what ``torch.utils.flop_counter`` counts for a call: takes the arguments, shapes in place of tensors.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    operator: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _register_missing_kernels(name)
+    torch.library.register_fake(f"{backends.NAMESPACE}::{name}", fake, lib=_library)
+    operator: OpOverload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
+    backends.serve(name)
     _register_autograd(operator, _Gradient(name, backward, setup_context))
+    if autocasts:
+        _register_autocast(name, operator, autocasts)
+    if flops is not None:
+        register_flop_formula(operator.overloadpacket)(flops)
     return operator
 
 
-def _register_missing_kernels(name: str) -> None:
-    """A sentence instead of the dispatcher's dump for devices without a kernel."""
-    devices = "'cpu'" if WHY_NO_CUDA_KERNELS else "'cpu' and 'cuda'"
-    missing = dict.fromkeys(("XPU", "MPS"), f" in this build; it has one for {devices}")
-    if WHY_NO_CUDA_KERNELS:
-        missing["CUDA"] = f": {WHY_NO_CUDA_KERNELS}"
-    for key, reason in missing.items():
-
-        def no_kernel(*_: object, device_type: str = key.lower(), reason: str = reason, **__: object) -> NoReturn:
-            raise NotImplementedError(
-                f"{name}: no kernel for device type '{device_type}'{reason}. "
-                "`python -m lite_attention.info` tells what this build can run"
-            )
-
-        _library.impl(name, no_kernel, key)
-
-
-@dataclass(frozen=True)
-class _Gradient:
+class _Gradient(NamedTuple):
     """How an operator is differentiated, or that it is not."""
 
     name: str
     backward: Callable[..., Sequence[Any]] | None
     setup_context: Callable[..., None] | None
 
-    def prepare(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if self.setup_context is not None:
             self.setup_context(ctx, inputs, output)
 
@@ -86,49 +77,35 @@ class _Gradient:
         return self.backward(ctx, *grads)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where each of a call's values stands: torch.autograd.Function sees only tensors that are given to it singly."""
-
-    list_sizes: tuple[int | None, ...]  # of each positional argument, None for what is no list
-    names: tuple[str, ...]
-
-    def unflatten(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        values = iter(flat)
-        arguments = [next(values) if size is None else list(islice(values, size)) for size in self.list_sizes]
-        return tuple(arguments), dict(zip(self.names, values, strict=True))
-
-    def flatten_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        flat: list[Any] = []
-        for size, gradient in zip(self.list_sizes, gradients, strict=True):
-            flat += [gradient] if size is None else size * [None] if gradient is None else gradient
-        return flat + len(self.names) * [None]
-
-
-def _flatten(arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
-    flat: list[Any] = []
-    for argument in arguments:
-        flat += argument if isinstance(argument, list) else [argument]
-    return flat + [*named.values()]
-
-
 class _Differentiated(torch.autograd.Function):
-    """A call some of whose tensors require a gradient."""
+    """A call some of whose tensors require a gradient. Autograd sees them in ``flat``, where lists are unrolled."""
 
     @staticmethod
-    def forward(run: Callable[..., Any], gradient: _Gradient, layout: _Layout, *flat: Any) -> Any:
-        arguments, named = layout.unflatten(flat)
-        return run(*arguments, **named)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.gradient, ctx.layout, *flat = inputs
+    def forward(ctx: Any, gradient: _Gradient, run: Callable[[], Any], inputs: tuple[Any, ...], *flat: Any) -> Any:
+        output = run()
+        ctx.gradient = gradient
+        ctx.list_sizes = [len(value) if isinstance(value, list) else None for value in inputs]
+        ctx.keywords = len(flat) - len(_flatten(inputs))
         ctx.set_materialize_grads(False)
-        ctx.gradient.prepare(ctx, ctx.layout.unflatten(flat)[0], output)
+        gradient.remember(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *ctx.layout.flatten_gradients(ctx.gradient.of_inputs(ctx, grads))
+        flat: list[Any] = []
+        for size, gradient in zip(ctx.list_sizes, ctx.gradient.of_inputs(ctx, grads), strict=True):
+            flat += [gradient] if size is None else size * [None] if gradient is None else gradient
+        return None, None, None, *flat, *(ctx.keywords * [None])
+
+
+def _flatten(values: Iterable[Any]) -> list[Any]:
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _refuse_tangents(name: str, flat: list[Any]) -> None:
+    """Forward-mode differentiation would go on with tangents of zero."""
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in flat):
+        raise NotImplementedError(f"{name}: has no forward-mode gradient (torch.func.jvp); detach its inputs")
 
 
 def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
@@ -136,17 +113,39 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
 
     def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any, **named: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(gradient.name, _flatten((*arguments, *named.values())))
         if torch.is_grad_enabled():
-            flat = _flatten(arguments, named)
+            flat = _flatten((*arguments, *named.values()))
             if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
-                sizes = tuple(len(argument) if isinstance(argument, list) else None for argument in arguments)
-                run = partial(operator.redispatch, below)
-                return _Differentiated.apply(  # type: ignore[no-untyped-call]
-                    run, gradient, _Layout(sizes, tuple(named)), *flat
-                )
+                run = partial(operator.redispatch, below, *arguments, **named)
+                return _Differentiated.apply(gradient, run, arguments, *flat)  # type: ignore[no-untyped-call]
         return operator.redispatch(below, *arguments, **named)
 
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)
+
+
+_AUTOCAST_KEYS = [f"Autocast{kind.upper()}" for kind in backends.DEVICE_TYPES]
+_AUTOCAST = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS))
+
+
+def _register_autocast(name: str, operator: OpOverload, autocasts: Sequence[str]) -> None:
+    """By hand: torch.library.register_autocast casts every floating argument, to a dtype fixed beforehand.
+
+    Calls pass here only where autocast is on.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    places = [names.index(argument) for argument in autocasts]
+
+    def cast_and_run(*arguments: Any, **named: Any) -> Any:
+        inputs = list(arguments)
+        for place in places:
+            (inputs[place],) = autocast(inputs[place])
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(*inputs, **named)
+
+    for key in _AUTOCAST_KEYS:
+        _library.impl(name, cast_and_run, key)
 
 
 def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
@@ -158,8 +157,18 @@ def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
         device = tensor.device if device is None else device
         if tensor.device != device:
             raise RuntimeError(f"{name}: {argument} is on {tensor.device}, expected {device}, every argument's device")
-        if argument in ("q", "k", "v", "keep", "must_keep") and tensor.dim() != 4:
+        if argument in ("q", "k", "v", "keep", "must_keep", "outs[0]") and tensor.dim() != 4:
             raise RuntimeError(f"{name}: {argument} has {tensor.dim()} dimensions, expected 4")
+
+
+def dense_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Attention's products with every key: ``4 B Hq Sq Sk D``, for queries ``[B, Sq, Hq, D]``.
+
+    What a map, lengths or a mask leave out is counted: they are data, which a formula of shapes does not see (and torch
+    counts causal attention so). Multiply by the map's density for what was computed.
+    """
+    batch, query_len, heads, head_dim = q
+    return 4 * batch * heads * query_len * k[1] * head_dim
 
 
 def fake_out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,23 @@
 """Loads the compiled libraries, or says why they do not load and what to do about it.
 
-They register their kernels themselves: _ops those for the CPU (cpp/ops.cpp), _cuda_ops those for CUDA
-(cpp/cuda_ops.cpp). Schemas are defined afterwards (define.py), so an import that fails here leaves nothing behind and a
-second one tells the same story.
+They register their kernels themselves: _ops those for the CPU, _cuda_ops those for CUDA (cpp/operators/register_cpu.cpp
+and register_cuda.cpp). Schemas are defined afterwards (define.py), so an import that fails here leaves nothing behind
+and a second one tells the same story.
 """
 
+import ctypes
 import importlib
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from lite_attention.ops.interface import operator_interface
+
 __all__ = ["WHY_NO_CUDA_KERNELS", "__version__", "host"]
 
 OLDEST_TORCH = (2, 10)
-# Raised whenever an operator's schema or meaning changes: Python files and a library of two builds must not meet.
-OPERATOR_INTERFACE = 3
+OPERATOR_INTERFACE = operator_interface()
 
 
 def _import_failure(problem: str, causes: list[str]) -> ImportError:
@@ -23,6 +25,16 @@ def _import_failure(problem: str, causes: list[str]) -> ImportError:
     lines += [f"  * {cause}" for cause in causes]
     lines.append("Reinstall it from its source folder, in the environment you run: `pip install .`")
     return ImportError("\n".join(lines))
+
+
+def _check_interface(file: str, built: str | None) -> None:
+    """Refuse what was compiled for operators of other schemas than the Python files have."""
+    if built != OPERATOR_INTERFACE:
+        raise _import_failure(
+            f"its {file} was built for operator interface {built}, expected {OPERATOR_INTERFACE}, the hash of the "
+            "schemas in lite_attention/ops",
+            ["the Python files were updated without rebuilding", "two versions of lite_attention are installed"],
+        )
 
 
 def _load_host_module() -> ModuleType:
@@ -44,12 +56,7 @@ def _load_host_module() -> ModuleType:
                 "an editable install whose build failed or was deleted",
             ],
         ) from error
-    built = getattr(host, "OPERATOR_INTERFACE", None)
-    if built != OPERATOR_INTERFACE:
-        raise _import_failure(
-            f"its compiled part implements operator interface {built}, expected {OPERATOR_INTERFACE}",
-            ["the Python files were updated without rebuilding", "two versions of lite_attention are installed"],
-        )
+    _check_interface("compiled part, lite_attention._host,", getattr(host, "OPERATOR_INTERFACE", None))
     try:
         host.selected_cpu_variant()
     except RuntimeError as error:
@@ -71,6 +78,16 @@ def _load_operators(host: ModuleType, file_name: str) -> None:
                 "the file is missing or truncated",
             ],
         ) from error
+    _check_interface(f"operator library {file_name}", _interface_of(path))
+
+
+def _interface_of(library: Path) -> str | None:
+    try:
+        tell = ctypes.CDLL(str(library)).lite_attention_operator_interface
+    except AttributeError:  # from before libraries told it
+        return None
+    tell.restype = ctypes.c_char_p
+    return str(tell().decode())
 
 
 def _load_cuda_operators(host: ModuleType) -> str:

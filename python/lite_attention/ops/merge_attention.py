@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_tensors
-from lite_attention.ops.define import check_fake_inputs, define
+from lite_attention.ops.define import check_fake_inputs, define, fake_out_and_lse
 
 __all__ = ["merge_attention"]
 
@@ -15,26 +18,52 @@ SCHEMA = "merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor l
 
 
 def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    if not outs or len(outs) != len(lses):
-        raise RuntimeError(f"merge_attention: {len(outs)} outs and {len(lses)} lses, expected as many, at least one")
+    if not outs:
+        raise RuntimeError("merge_attention: outs is empty, expected at least one partial result")
     tensors = {f"outs[{part}]": out for part, out in enumerate(outs)}
     tensors |= {f"lses[{part}]": lse for part, lse in enumerate(lses)}
     check_fake_inputs("merge_attention", **tensors)
-    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+    return fake_out_and_lse(outs[0])
 
 
-_OPERATOR = define(SCHEMA, fake=_fake)
+def _remember(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: tuple[Tensor, Tensor]) -> None:
+    outs, lses = inputs
+    ctx.save_for_backward(*outs, *lses)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """dout_i = w_i dout and dlse_i = w_i (dlse + dout.(out_i - out)), where w_i is part i's share, exp(lse_i - lse).
+
+    In torch's operators and fp32: bound by memory as the merge itself, and a compiled graph fuses them. The results are
+    not remembered: the shares are a softmax, and dout.out is the mean of the dout.out_i, without the rounding of out.
+    """
+    saved = ctx.saved_tensors
+    outs, all_lses = saved[: len(saved) // 2], torch.stack(saved[len(saved) // 2 :])
+    no_keys = (all_lses == -math.inf).all(0)
+    shares = all_lses.masked_fill(no_keys, 0.0).softmax(0).masked_fill(no_keys, 0.0)
+    if dout is None:
+        return None, None if dlse is None else list(shares * dlse)
+    wide = dout.float()
+    douts = [(share.mT.unsqueeze(-1) * wide).to(out.dtype) for share, out in zip(shares, outs, strict=True)]
+    dots = torch.stack([(wide * out).sum(-1).mT for out in outs])
+    dots = dots.masked_fill(shares == 0, 0.0)  # whatever the rows of an empty part hold
+    towards = dots - (shares * dots).sum(0)
+    return douts, list(shares * (towards if dlse is None else towards + dlse))
+
+
+_OPERATOR = define(SCHEMA, fake=_fake, backward=_backward, setup_context=_remember)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Exact merge of attention results over disjoint sets of keys.
+    """Exact merge of attention results over disjoint sets of keys. Differentiable in every out and lse.
 
     Args:
         outs: at least one ``[B, Sq, H, D]``, all of one shape and dtype.
         lses: as many fp32 ``[B, H, Sq]``, natural log, as the other operators return them.
 
     Returns:
-        out and lse of attention over all the keys. Rows without any key give out 0 and lse -inf.
+        out and lse of attention over all the keys. Rows without any key give out 0 and lse -inf, and
+        no gradient to any part.
 
     Raises:
         RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.

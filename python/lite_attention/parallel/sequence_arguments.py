@@ -54,13 +54,13 @@ class SequenceArguments(NamedTuple):
         Raises:
             TypeError, ValueError: an argument does not fit; the text begins with ``name``.
         """
-        check_scale(name, scale)
-        check_kv_lens(name, kv_lens, query)
-        check_scalar(name, "start_full", start_full, torch.bool, query)
         if seq_len is None:
             seq_len = tokens
         check_seq_len(f"{name}: seq_len", seq_len, tokens)
         seq_len = operator.index(seq_len)
+        check_scale(name, scale)
+        check_kv_lens(name, kv_lens, query)
+        check_scalar(name, "start_full", start_full, torch.bool, query)
         return cls(
             seq_len,
             scale,

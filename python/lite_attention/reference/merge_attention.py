@@ -24,7 +24,9 @@ def merge_attention(
         out and lse of attention over all the keys, in ``compute_dtype``; rows without any key give 0 and -inf.
     """
     all_lses = torch.stack([lse.to(compute_dtype) for lse in lses])
-    lse = torch.logsumexp(all_lses, 0)
-    weights = torch.exp(all_lses - lse).masked_fill(lse == -math.inf, 0.0)
+    # Masked before logarithm and exponential: their gradients would be NaN, and autograd here is the gradient's oracle.
+    no_keys = (all_lses == -math.inf).all(0)
+    lse = torch.logsumexp(all_lses.masked_fill(no_keys, 0.0), 0).masked_fill(no_keys, -math.inf)
+    weights = torch.exp((all_lses - lse).masked_fill(no_keys, -math.inf))
     weighted = [w.transpose(1, 2).unsqueeze(-1) * out.to(compute_dtype) for w, out in zip(weights, outs, strict=True)]
     return torch.stack(weighted).sum(0), lse

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import parse_ranges
+from lite_attention.maps.ranges import parse_ranges
+from lite_attention.ops.autocast import autocast
 from lite_attention.ops.call import in_fp32_range
 
 __all__ = [
     "CheckedRanges",
     "Ranges",
     "Threshold",
-    "check_inputs",
     "check_kv_lens",
     "check_scalar",
     "check_scale",
+    "checked_inputs",
     "checked_ranges",
     "checked_threshold",
 ]
@@ -29,15 +30,16 @@ CheckedRanges = list[tuple[int, int]] | Tensor
 Threshold = float | Sequence[float] | Tensor
 
 
-def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+def checked_threshold(what: str, threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
+    """A threshold as plain numbers within fp32; errors begin with ``what``."""
     if isinstance(threshold, Tensor):
         if threshold.dim() > 1:
-            raise ValueError(f"threshold has shape {list(threshold.shape)}, expected [] or [heads]")
+            raise ValueError(f"{what} has shape {list(threshold.shape)}, expected [] or [heads]")
         threshold = threshold.tolist()
     many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
     values: list[float] = []
     for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
-        name = f"threshold[{index}]" if many else "threshold"
+        name = f"{what}[{index}]" if many else what
         if isinstance(entry, bool) or not isinstance(entry, (int, float)):
             raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
         if math.isnan(entry):
@@ -49,15 +51,22 @@ def checked_threshold(threshold: Threshold, allow_positive: bool) -> float | tup
             )
         values.append(in_fp32_range(float(entry)))
     if not values:
-        raise ValueError("threshold is empty, expected one number, or one per query head")
+        raise ValueError(f"{what} is empty, expected one number, or one per query head")
     return tuple(values) if many else values[0]
 
 
-def check_inputs(caller: str, query: Tensor, key: Tensor, value: Tensor, max_batch_size: int) -> None:
-    """What a layer's state needs to hold, checked before anything is launched; the operator checks the rest."""
+def checked_inputs(
+    caller: str, query: Tensor, key: Tensor, value: Tensor, max_batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, in autocast's dtype where it is on, if they are what a layer's state needs.
+
+    They are checked before anything is launched; the operator checks the rest.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{caller}: {name} has type {type(tensor).__name__}, expected a tensor")
+    query, key, value = autocast(query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
                 f"{caller}: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"
@@ -87,6 +96,7 @@ def check_inputs(caller: str, query: Tensor, key: Tensor, value: Tensor, max_bat
         raise ValueError(f"{caller}: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
     if value.shape != key.shape:
         raise ValueError(f"{caller}: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
+    return query, key, value
 
 
 def checked_ranges(

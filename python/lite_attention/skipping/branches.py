@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-import torch
-
+from lite_attention.ops.checks import checked_int
 from lite_attention.ops.context import Scoped
 
 __all__ = ["MAX_BRANCHES", "resolved_branch", "skip_branch"]
@@ -46,8 +45,4 @@ def resolved_branch(branch: int | None, name: str) -> int:
     """``branch`` checked, or for None the one of the surrounding :class:`skip_branch`. Errors begin with ``name``."""
     if branch is None:
         return _branch.current or 0
-    if isinstance(branch, bool) or not isinstance(branch, (int, torch.SymInt)):
-        raise TypeError(f"{name}: branch has type {type(branch).__name__}, expected an int")
-    if not 0 <= branch < MAX_BRANCHES:
-        raise ValueError(f"{name}: branch is {branch}, expected 0 to {MAX_BRANCHES - 1}")
-    return branch
+    return checked_int(f"{name}: branch", branch, 0, MAX_BRANCHES - 1)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.branches import resolved_branch
-from lite_attention.skipping.module import LiteAttention
 
-__all__ = ["CapturedStep", "capture_step"]
+__all__ = ["CapturedStep", "SkippingLayer", "capture_step"]
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,16 @@ class _Graph(Protocol):
     def pool(self) -> tuple[int, int]: ...
 
 
+@runtime_checkable
+class SkippingLayer(Protocol):
+    """What a captured step knows of the layers in it: state that may be reset, and a layout that may go out of date."""
+
+    @property
+    def layout_version(self) -> int: ...
+
+    def reset_skip_state(self, branch: int | None = None) -> None: ...
+
+
 class CapturedStep(Generic[Result]):
     """A denoising step in a CUDA graph; made by :func:`capture_step`.
 
@@ -48,7 +59,7 @@ class CapturedStep(Generic[Result]):
         graph: _Graph,
         arguments: _StaticArguments,
         outputs: Result,
-        layers: dict[str, LiteAttention],
+        layers: dict[str, SkippingLayer],
         read_by_graph: object,
     ) -> None:
         self._graph = graph
@@ -135,10 +146,7 @@ def capture_step(
     """
     if not callable(step):
         raise TypeError(f"capture_step: step has type {type(step).__name__}, expected a module or function")
-    if isinstance(warmup_calls, bool) or not isinstance(warmup_calls, int):
-        raise TypeError(f"capture_step: warmup_calls has type {type(warmup_calls).__name__}, expected an int")
-    if warmup_calls < 1:
-        raise ValueError(f"capture_step: warmup_calls is {warmup_calls}, expected at least 1")
+    checked_int("capture_step: warmup_calls", warmup_calls, lowest=1)
     roots = _named_roots(step, modules)
     layers = _layers(roots)
     if not layers:
@@ -180,8 +188,7 @@ class _StaticArguments:
             if tensor.device != self.device:
                 raise ValueError(f"capture_step: {name} is on {tensor.device}, expected {self.device}, as {first} is")
             _refuse_gradient("capture_step", name, tensor)
-        # An inference tensor could not be written outside that mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors(), torch.no_grad():
             self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._versions = {name: tensor._version for name, tensor in self._tensors()}
 
@@ -288,12 +295,12 @@ def _named_roots(step: Callable[..., Any], modules: nn.Module | Sequence[nn.Modu
     return {f"modules[{index}]": module for index, module in enumerate(modules)}
 
 
-def _layers(roots: dict[str, nn.Module]) -> dict[str, LiteAttention]:
+def _layers(roots: dict[str, nn.Module]) -> dict[str, SkippingLayer]:
     return {
         name: module
         for prefix, root in roots.items()
         for name, module in root.named_modules(prefix=prefix)
-        if isinstance(module, LiteAttention)
+        if isinstance(module, SkippingLayer)
     }
 
 

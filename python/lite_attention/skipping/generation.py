@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
 __all__ = ["GenerationClock"]
@@ -48,16 +50,12 @@ class GenerationClock(nn.Module):
 
     def __init__(self, skip_first_steps: int = 0) -> None:
         super().__init__()
-        if isinstance(skip_first_steps, bool) or not isinstance(skip_first_steps, int):
-            raise TypeError(f"skip_first_steps has type {type(skip_first_steps).__name__}, expected an int")
-        if skip_first_steps < 0:
-            raise ValueError(f"skip_first_steps is {skip_first_steps}, expected at least 0")
-        self._skip_first_steps_value = skip_first_steps
+        self._skip_first_steps_value = checked_int("GenerationClock: skip_first_steps", skip_first_steps, lowest=0)
         for name, buffer in self._fresh_buffers(None).items():
             self.register_buffer(name, buffer, persistent=False)
 
     def _fresh_buffers(self, device: torch.device | None) -> dict[str, Tensor]:
-        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+        with ordinary_tensors():
             zeros = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
             return {
                 "start_full": torch.ones((), dtype=torch.bool, device=device),

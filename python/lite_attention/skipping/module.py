@@ -1,125 +1,35 @@
-"""Attention modules that remember, from one denoising step to the next, which tiles may be skipped.
-
-The memory is one keep map per branch, held in registered buffers that stay out of the state_dict. Everything that
-changes between passes (maps, thresholds, resets, which shape a map belongs to) is a tensor that is written in place, so
-a compiled or captured forward reads today's values, and nothing in forward waits for the device.
-
-How a map is found, and why it is never stale:
-
-* A module owns ``MAP_SLOTS`` slots. A slot belongs to one (branch, shape) at a time and holds that pair's map; shape
-  means batch, lengths, heads, head dim, dtype and device.
-* Each (branch, shape) has a fixed number, its stamp. A pass writes its stamp beside the map it wrote and beside its
-  branch. A map counts only while both carry the pass's own stamp; otherwise the pass starts from the full map.
-  So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation.
-"""
+"""LiteAttention: the attention layer that skips what an earlier pass found not to matter."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import dataclasses
 import logging
-import math
 import operator
-import os
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lite_attention import ops
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import (
-    density,
-    keep_map_shape,
-    pack_keep_map,
-    tile_counts,
-    tiles_inside,
-    tiles_touched,
-    unpack_keep_map,
-)
+from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
+from lite_attention.maps.ranges import tiles_inside, tiles_touched
+from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
     Threshold,
-    check_inputs,
     check_scalar,
     check_scale,
+    checked_inputs,
     checked_ranges,
     checked_threshold,
 )
-from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
+from lite_attention.skipping.branches import resolved_branch
+from lite_attention.skipping.policy import SkipPolicy, environment_flag
+from lite_attention.skipping.state import SkipState
 
-__all__ = ["MAP_SLOTS", "LiteAttention"]
-
-# A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
-# graphs that torch.compile keeps of one function by default.
-MAP_SLOTS = 8
-
-_logger = logging.getLogger("lite_attention")
-
-
-class _Shape(NamedTuple):
-    """What a keep map depends on. A map of one shape says nothing about another."""
-
-    batch: int
-    query_len: int
-    kv_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def map_shape(self) -> tuple[int, int, int, int]:
-        return keep_map_shape(self.batch, self.heads, self.query_len, self.kv_len, self.head_dim, self.dtype)
-
-    def kv_tiles(self) -> int:
-        return tile_counts(self.query_len, self.kv_len, self.head_dim, self.dtype)[1]
-
-    def __str__(self) -> str:
-        return (
-            f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
-            f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
-        )
-
-
-@functools.cache
-def _stamp(branch: int, shape: _Shape) -> int:
-    """A positive number that stands for (branch, shape): the same in every layer, process and run."""
-    text = f"{branch}|{tuple(map(str, shape))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
-
-
-class _MapSlot(nn.Module):
-    """Room for one packed keep map. A module of its own so that torch.compile meets it only once it is filled."""
-
-    words: Tensor
-    stamp: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.owner: tuple[int, _Shape] | None = None
-        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("stamp", torch.zeros((), dtype=torch.int64), persistent=False)
-
-    def give_to(self, branch: int, shape: _Shape) -> None:
-        self.owner = branch, shape
-        if self.words.shape != shape.map_shape() or self.words.device != shape.device:
-            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
-        if self.stamp.device != shape.device:
-            self.stamp = torch.zeros((), dtype=torch.int64, device=shape.device)
-        self.stamp.zero_()
-
-    def empty(self, device: torch.device) -> None:
-        self.owner = None
-        self.words = torch.empty(0, dtype=torch.int32, device=device)
-        self.stamp = torch.zeros((), dtype=torch.int64, device=device)
-
-
-# Every living module, so that compiling one layer can make room in its sisters (see LiteAttention._find_slot).
-_instances: weakref.WeakSet[LiteAttention] = weakref.WeakSet()
+__all__ = ["LiteAttention"]
 
 
 class LiteAttention(nn.Module):
@@ -131,10 +41,10 @@ class LiteAttention(nn.Module):
     Meant for the video-to-video self-attention of diffusion transformers. No gradients.
 
     Args:
-        enable_skipping: False runs the dense operator and keeps no state.
-        threshold: in powers of two, at most 0. -10 drops what is below a thousandth of the row's best so far; lower
-            drops less, -inf nothing, 0 keeps only what raises a row's maximum. One number, or one per query head.
+        enable_skipping: True if None; False runs the dense operator and keeps no state.
+        threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.
         max_batch_size: largest batch a call may have.
+        policy: all that the layer is told about skipping, in place of ``enable_skipping`` and ``threshold``.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -144,35 +54,30 @@ class LiteAttention(nn.Module):
         ``LITE_ATTENTION_DEBUG`` permits thresholds above 0.
     """
 
-    layout_version: int
-    """Grows whenever a CUDA graph captured before is out of date: a buffer in use replaced, skipping switched."""
+    state: SkipState
+    """What the layer remembers, in buffers that stay out of the state_dict."""
 
-    _threshold: Tensor
-    _live: Tensor
+    caller = "LiteAttention"
+    """The class that the user calls: errors in a forward begin with it."""
 
-    def __init__(self, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
+        max_batch_size: int = 4,
+        *,
+        policy: SkipPolicy | None = None,
+    ) -> None:
         super().__init__()
-        if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int):
-            raise TypeError(f"LiteAttention: max_batch_size has type {type(max_batch_size).__name__}, expected an int")
-        if max_batch_size < 1:
-            raise ValueError(f"LiteAttention: max_batch_size is {max_batch_size}, expected at least 1")
-        self.max_batch_size = max_batch_size
-        self.layout_version = 0
-        self._enabled = bool(enable_skipping)
-        self.allows_positive_threshold = _flag("LITE_ATTENTION_DEBUG")
-        self._verbose = _flag("LITE_ATTENTION_VERBOSE")
-        if self._verbose:
+        policy = SkipPolicy.resolve("LiteAttention", policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.max_batch_size = checked_int("LiteAttention: max_batch_size", max_batch_size, lowest=1)
+        self._policy = policy
+        self._enabled = policy.enabled
+        self.allows_positive_threshold = environment_flag("LITE_ATTENTION_DEBUG")
+        verbose = environment_flag("LITE_ATTENTION_VERBOSE")
+        if verbose:
             _show_log()
-        self._last_shapes: dict[int, _Shape] = {}
-        self._oldest = 0
-        # Buffers outlive the mode they are made in; an inference tensor could not be written outside that mode.
-        with torch.inference_mode(False):
-            values = checked_threshold(threshold, self.allows_positive_threshold)
-            self._threshold_values = values
-            self.register_buffer("_threshold", torch.tensor(values, dtype=torch.float32), persistent=False)
-            self.register_buffer("_live", torch.zeros(MAX_BRANCHES, dtype=torch.int64), persistent=False)
-            self._slots = nn.ModuleList(_MapSlot() for _ in range(MAP_SLOTS))
-        _instances.add(self)
+        self.state = SkipState(policy, verbose)
 
     def forward(
         self,
@@ -211,24 +116,22 @@ class LiteAttention(nn.Module):
             skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
-            out, of query's shape and dtype; with ``return_softmax_lse`` also lse, fp32 ``[batch, heads, query_len]``,
-            natural log over the keys that were computed. With skipping disabled both are dense, the must lists are
-            only checked, and the state is neither read nor written.
+            out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
+            ``[batch, heads, query_len]``, natural log over the keys that were computed. With skipping disabled both are
+            dense, the must lists are only checked, and the state is neither read nor written.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        check_inputs("LiteAttention", query, key, value, self.max_batch_size)
-        branch = resolved_branch(branch, "LiteAttention")
-        check_scale("LiteAttention", scale)
-        must_do = checked_ranges("LiteAttention", "must_do_list", must_do_list, query, key.shape[1], "keys")
-        must_skip = checked_ranges("LiteAttention", "must_skip_list", must_skip_list, query, key.shape[1], "keys")
-        must_rows = checked_ranges(
-            "LiteAttention", "must_do_queries", must_do_queries, query, query.shape[1], "queries"
-        )
-        check_scalar("LiteAttention", "start_full", start_full, torch.bool, query)
-        check_scalar("LiteAttention", "skip_fraction_out", skip_fraction_out, torch.float32, query)
+        query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
+        branch = resolved_branch(branch, self.caller)
+        check_scale(self.caller, scale)
+        must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
+        must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
+        must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
+        check_scalar(self.caller, "start_full", start_full, torch.bool, query)
+        check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
             out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
             if skip_fraction_out is not None:
@@ -258,7 +161,8 @@ class LiteAttention(nn.Module):
         """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
-        index, stamp = self._find_slot(
+        state = self.state
+        room = state.room_for(
             operator.index(branch),
             batch,
             query_len,
@@ -270,26 +174,22 @@ class LiteAttention(nn.Module):
             query.device,
             torch.compiler.is_compiling(),
         )
-        threshold = self._threshold
+        threshold = state.threshold
         if threshold.dim() == 1 and threshold.shape[0] != heads:
             raise ValueError(
-                f"LiteAttention: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
+                f"{self.caller}: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
             )
-        slot: _MapSlot = self._slots[index]
-        live = self._live[branch]
+        recalled = state.recall(room, branch, start_full)
+        keep = recalled.keep
         # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
         must_skip = _row_of_words(must_skip_ranges, tiles_inside, query, key)
         if must_do_rows is not None:
             tile_m, _ = tiles.tile_shape(head_dim, query.dtype)
             rows = tiles_touched(must_do_rows, query_len, tile_m, query.device)
-            others = torch.zeros_like(live, dtype=torch.int32) if must_do is None else must_do
-            must_do = torch.where(rows[:, None], -1, others).expand(1, 1, -1, slot.words.shape[-1])
+            others = torch.zeros((), dtype=torch.int32, device=query.device) if must_do is None else must_do
+            must_do = torch.where(rows[:, None], -1, others).expand(1, 1, -1, keep.shape[-1])
 
-        current = (live == stamp) & (slot.stamp == stamp)
-        if start_full is not None:
-            current = current & ~start_full
-        keep = torch.where(current, slot.words, -1)
         visible = keep
         if must_skip is not None:
             visible = keep & ~must_skip  # must-do tiles among them are computed all the same: must_keep wins
@@ -298,102 +198,13 @@ class LiteAttention(nn.Module):
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)
-        slot.words.copy_(next_keep)
-        slot.stamp.fill_(stamp)
-        live.fill_(stamp)
+        state.remember(recalled, branch, next_keep, start_full)
         return out, lse, visible if must_do is None else visible | must_do
 
-    @torch.compiler.assume_constant_result
-    def _find_slot(
-        self,
-        branch: int,
-        batch: int,
-        query_len: int,
-        kv_len: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compiling: bool,
-    ) -> tuple[int, int]:
-        """(slot, stamp) of this branch and shape, making room for its map if there is none yet.
-
-        Under torch.compile this runs while the graph is traced and its result is a constant of the graph. What it says
-        never goes out of date for the shapes that the graph is guarded on: a slot taken by another pair since then has
-        another size, which retraces, or another stamp, which the graph sees as a full map.
-
-        A layer that makes room while it is traced makes the same room in the layers that have so far seen the same
-        shapes. Otherwise each of them would fail the guards of the one graph that fits them all, and be traced again.
-        """
-        shape = _Shape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device)
-        owner = (branch, shape)
-        stamp = _stamp(branch, shape)
-        last = self._last_shapes.get(branch)
-        if self._verbose and last is not None and last != shape:
-            _logger.info("branch %d: skip state reset, the inputs changed from (%s) to (%s)", branch, last, shape)
-        self._last_shapes[branch] = shape
-
-        if self._live.is_inference() and not torch.is_inference_mode_enabled():
-            self._start_over(self._device())  # a copy made in inference mode: its state could not be written here
-        owners = self._owners()
-        if owner in owners:
-            return owners.index(owner), stamp
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once on "
-                "inputs of this shape and branch before torch.export"
-            )
-        layers = [self]
-        if compiling:
-            layers += [
-                other
-                for other in _instances
-                if other is not self and other._owners() == owners and other._device() == self._device()
-            ]
-        with torch.inference_mode(False):
-            for layer in layers:
-                layer._make_room(branch, shape)
-        return self._owners().index(owner), stamp
-
-    def _owners(self) -> list[tuple[int, _Shape] | None]:
-        return [slot.owner for slot in self._all_slots()]
-
-    def _all_slots(self) -> list[_MapSlot]:
-        return list(self._slots)  # type: ignore[arg-type]
-
-    def _device(self) -> torch.device:
-        return self._live.device
-
-    def _make_room(self, branch: int, shape: _Shape) -> None:
-        if self._device() != shape.device:
-            self._start_over(shape.device)
-        owners = self._owners()
-        index = owners.index(None) if None in owners else self._slot_to_give_away(branch)
-        slot = self._all_slots()[index]
-        if slot.owner is not None:
-            self.outdate_captured_graphs()
-        slot.give_to(branch, shape)
-
-    def _slot_to_give_away(self, branch: int) -> int:
-        """The oldest slot of the same branch, whose map of another shape is out of date; else the oldest of all."""
-        by_age = [(self._oldest + age) % MAP_SLOTS for age in range(MAP_SLOTS)]
-        owners = self._owners()
-        index = next((i for i in by_age if owners[i] is not None and owners[i][0] == branch), by_age[0])  # type: ignore[index]
-        if self._verbose:
-            _logger.info("all %d slots are taken: the map of branch and shape %s makes room", MAP_SLOTS, owners[index])
-        self._oldest = (index + 1) % MAP_SLOTS
-        return index
-
-    def _start_over(self, device: torch.device) -> None:
-        """Threshold and empty state on a device, from what Python knows alone."""
-        with torch.inference_mode(False):
-            self._threshold = torch.tensor(self._threshold_values, dtype=torch.float32, device=device)
-            self._live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
-            self._oldest = 0
-            self.outdate_captured_graphs()
-            for slot in self._all_slots():
-                slot.empty(device)
+    @property
+    def policy(self) -> SkipPolicy:
+        """What the layer is told about skipping, as it is now."""
+        return dataclasses.replace(self._policy, threshold=self.threshold, enabled=self._enabled)
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
@@ -404,36 +215,28 @@ class LiteAttention(nn.Module):
         Raises:
             TypeError, ValueError: not numbers, NaN, or above 0 without ``LITE_ATTENTION_DEBUG``.
         """
-        values = checked_threshold(threshold, self.allows_positive_threshold)
-        if isinstance(values, float) and self._threshold.dim() == 0:
-            self._threshold.fill_(values)
-        else:
-            with torch.inference_mode(False):
-                new = torch.tensor(values, dtype=torch.float32, device=self._device())
-            if new.shape == self._threshold.shape:
-                self._threshold.copy_(new)
-            else:
-                self._threshold = new
-                self.outdate_captured_graphs()
-        self._threshold_values = values
+        self.state.set_threshold(checked_threshold("set_threshold", threshold, self.allows_positive_threshold))
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
         """The threshold in powers of two: one number, or one per query head."""
-        return self._threshold_values
+        return self.state.threshold_values
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them: the next pass computes every tile.
 
         Call it whenever a new video (or prompt) starts.
         """
-        live = self._live if branch is None else self._live[resolved_branch(branch, "reset_skip_state")]
-        # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
-        live.abs_().neg_()
+        self.state.reset(None if branch is None else resolved_branch(branch, "reset_skip_state"))
+
+    @property
+    def layout_version(self) -> int:
+        """Grows whenever a CUDA graph captured before is out of date: a buffer in use replaced, skipping switched."""
+        return self.state.layout_version
 
     def outdate_captured_graphs(self) -> None:
         """Let CUDA graphs captured before refuse to run: something they hold of this layer has changed."""
-        self.layout_version += 1
+        self.state.outdate_captured_graphs()
 
     @property
     def skipping(self) -> bool:
@@ -451,7 +254,7 @@ class LiteAttention(nn.Module):
 
         0 before the first pass and after a reset. ``branch`` None means the one of :class:`skip_branch`, or 0.
         """
-        skipped, tiles_of_map = self.skipped_tiles(branch)
+        skipped, tiles_of_map = self.state.skipped_tiles(resolved_branch(branch, "skip_fraction"))
         fraction: Tensor = skipped / tiles_of_map.clamp(min=1)
         return fraction
 
@@ -460,14 +263,7 @@ class LiteAttention(nn.Module):
 
         Both are 0 before the first pass and after a reset.
         """
-        branch = resolved_branch(branch, "skip_fraction")
-        counts = torch.zeros(2, device=self._device())
-        for slot, shape in self._maps_of(branch):
-            all_tiles = math.prod(shape.map_shape()[:-1]) * shape.kv_tiles()
-            skipped = (1.0 - density(slot.words, shape.kv_tiles())) * all_tiles
-            both = torch.stack([skipped, torch.full_like(skipped, all_tiles)])
-            counts = torch.where(self._is_current(slot, branch, shape), both, counts)
-        return counts
+        return self.state.skipped_tiles(resolved_branch(branch, "skipped_tiles"))
 
     def keep_map(self, branch: int | None = None) -> Tensor:
         """The map that the branch's next pass will use: bool ``[batch, heads, query_tiles, kv_tiles]``.
@@ -477,11 +273,7 @@ class LiteAttention(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet, so its shape is unknown.
         """
-        branch = resolved_branch(branch, "keep_map")
-        slot, shape = self._last_map(branch, "keep_map")
-        if bool(self._is_current(slot, branch, shape)):
-            return unpack_keep_map(slot.words, shape.kv_tiles())
-        return slot.words.new_ones(*shape.map_shape()[:-1], shape.kv_tiles(), dtype=torch.bool)
+        return self.state.keep_map(resolved_branch(branch, "keep_map"), "keep_map")
 
     def set_keep_map(self, keep_map: Tensor, branch: int | None = None) -> None:
         """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
@@ -496,16 +288,7 @@ class LiteAttention(nn.Module):
             RuntimeError: the branch has not run yet, so its shape is unknown.
             TypeError, ValueError: ``keep_map`` is not bool or does not broadcast to the branch's map.
         """
-        branch = resolved_branch(branch, "set_keep_map")
-        slot, shape = self._last_map(branch, "set_keep_map")
-        expected = (*shape.map_shape()[:-1], shape.kv_tiles())
-        sizes = list(keep_map.shape)
-        if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, expected, strict=True)):
-            raise ValueError(f"set_keep_map: keep_map has shape {sizes}, expected {list(expected)} or sizes of 1")
-        slot.words.copy_(pack_keep_map(keep_map.expand(expected).to(shape.device)))
-        stamp = _stamp(branch, shape)
-        slot.stamp.fill_(stamp)
-        self._live[branch].fill_(stamp)
+        self.state.set_keep_map(keep_map, resolved_branch(branch, "set_keep_map"), "set_keep_map")
 
     def tile_shape(self, branch: int | None = None) -> tuple[int, int]:
         """Rows of a query tile and keys of a KV tile in the branch's map. Waits for the device.
@@ -513,13 +296,11 @@ class LiteAttention(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet, so its head dim and dtype are unknown.
         """
-        branch = resolved_branch(branch, "tile_shape")
-        _, shape = self._last_map(branch, "tile_shape")
-        return tiles.tile_shape(shape.head_dim, shape.dtype)
+        return self.state.tile_shape(resolved_branch(branch, "tile_shape"), "tile_shape")
 
     def used_branches(self) -> list[int]:
         """Branches that have had a skipping pass. Waits for the device."""
-        return [branch for branch, live in enumerate(self._live.tolist()) if live != 0]
+        return self.state.used_branches()
 
     def query_heads_per_key(self, branch: int | None = None) -> int:
         """How many query heads shared a key head in the branch's latest pass. Waits for the device.
@@ -527,37 +308,8 @@ class LiteAttention(nn.Module):
         Raises:
             RuntimeError: the branch has not run yet.
         """
-        _, shape = self._last_map(resolved_branch(branch, "query_heads_per_key"), "query_heads_per_key")
+        shape = self.state.last_shape(resolved_branch(branch, "query_heads_per_key"), "query_heads_per_key")
         return shape.heads // shape.kv_heads
-
-    def _last_map(self, branch: int, name: str) -> tuple[_MapSlot, _Shape]:
-        """The slot and shape of the branch's latest pass, whether its map still counts or was reset."""
-        live = abs(int(self._live[branch]))
-        for slot, shape in self._maps_of(branch):
-            if live == _stamp(branch, shape):
-                return slot, shape
-        raise RuntimeError(f"{name}: branch {branch} has no keep map yet, expected a skipping pass before")
-
-    def _maps_of(self, branch: int) -> list[tuple[_MapSlot, _Shape]]:
-        return [(slot, slot.owner[1]) for slot in self._all_slots() if slot.owner and slot.owner[0] == branch]
-
-    def _is_current(self, slot: _MapSlot, branch: int, shape: _Shape) -> Tensor:
-        stamp = _stamp(branch, shape)
-        return (self._live[branch] == stamp) & (slot.stamp == stamp)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiteAttention:
-        """As nn.Module's, but the threshold stays fp32 and a map that was moved starts over (``.to``, ``to_empty``)."""
-        threshold, live = self._threshold, self._live
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._live is not live:
-            self._start_over(self._live.device)
-        elif self._threshold is not threshold:
-            self._threshold = threshold
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _instances.add(self)
 
     def __repr__(self) -> str:
         return (
@@ -566,16 +318,13 @@ class LiteAttention(nn.Module):
         )
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "FALSE") not in ("", "FALSE")
-
-
 def _show_log() -> None:
     """Let info messages reach the terminal if the application has not set up logging for them."""
-    if not _logger.hasHandlers():
-        _logger.addHandler(logging.StreamHandler())
-    if not _logger.isEnabledFor(logging.INFO):
-        _logger.setLevel(logging.INFO)
+    logger = logging.getLogger("lite_attention")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
 
 
 def _row_of_words(

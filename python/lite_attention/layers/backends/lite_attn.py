@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, PlainMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments, refuse_causal
-from lite_attention.maps.tiles import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
+from lite_attention.layers.backends._checks import refuse_causal
+from lite_attention.maps.tiles import HEAD_DIMS
+from lite_attention.ops.backends import supported_dtypes
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
-__all__ = ["HEAD_SIZES", "KERNEL_DTYPES", "LiteAttentionBackend", "LiteAttentionImpl"]
+__all__ = ["BACKEND", "LiteAttentionBackend", "LiteAttentionImpl"]
 
-# What this package's kernels take; fp32 on the CPU alone.
-HEAD_SIZES = range(HEAD_DIM_MULTIPLE, MAX_HEAD_DIM + 1, HEAD_DIM_MULTIPLE)
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NAME = "LITE_ATTN"
 
 
 class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
@@ -28,7 +24,7 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
 
     Args:
         threshold: as for LiteAttention; if one value a head, then for all heads of the layer.
-        enable_skipping, max_batch_size: as for LiteAttention.
+        enable_skipping, max_batch_size, policy: as for LiteAttention.
     """
 
     attention: LiteAttention
@@ -43,19 +39,19 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         num_kv_heads: int | None = None,
         prefix: str = "",
         *,
-        enable_skipping: bool = True,
-        threshold: Threshold = -10.0,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
         max_batch_size: int = 4,
-        **extra_impl_args: Any,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
-        check_extra_arguments("LITE_ATTN", extra_impl_args)
-        refuse_causal("LITE_ATTN", causal)
+        refuse_causal(_NAME, causal)
         self.softmax_scale = softmax_scale
-        self.attention = LiteAttention(enable_skipping, threshold, max_batch_size)
-        thresholds = self.attention.threshold
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.attention = LiteAttention(max_batch_size=max_batch_size, policy=policy)
+        thresholds = policy.threshold
         if isinstance(thresholds, tuple) and len(thresholds) != num_heads:
-            raise ValueError(f"LITE_ATTN: threshold has {len(thresholds)} values, expected {num_heads}, one per head")
+            raise ValueError(f"{_NAME}: threshold has {len(thresholds)} values, expected {num_heads}, one per head")
 
     def set_local_heads(self, first: int, count: int) -> None:
         """Keep the thresholds of these heads."""
@@ -86,35 +82,5 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         return out
 
 
-class LiteAttentionBackend(AttentionBackend):
-    """Attention with a skip state."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return "LITE_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> type[LiteAttentionImpl]:
-        """The attention of a layer."""
-        return LiteAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[AttentionMetadata]:
-        """The step alone."""
-        return AttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[PlainMetadataBuilder]:
-        """Makes metadata of the step alone."""
-        return PlainMetadataBuilder
-
-    @staticmethod
-    def get_supported_head_sizes() -> Collection[int]:
-        """Those of the kernels."""
-        return HEAD_SIZES
-
-    @staticmethod
-    def get_supported_dtypes() -> Collection[torch.dtype]:
-        """Those of the kernels."""
-        return KERNEL_DTYPES
+BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=supported_dtypes)
+LiteAttentionBackend = BACKEND.face

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lite_attention.families import sliding_tile
 from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
-from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
-from lite_attention.maps.video_tiles import Size, VideoTiles, check_size, keep_tensor
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
+from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
+from lite_attention.maps.kept import KeptTensors, current_place
+from lite_attention.maps.tiles import HEAD_DIMS
+from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.backends import supported_dtypes
+from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = [
+    "BACKEND",
     "SlidingTileAttentionBackend",
     "SlidingTileAttentionImpl",
     "SlidingTileAttentionMetadata",
@@ -62,10 +67,12 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
     def __init__(self) -> None:
         """A builder for one model."""
         self._table: _Table | None = None
+        self._text_lengths = KeptTensors()
 
     def prepare(self) -> None:
         """Forget the maps that were made."""
         self._table = None
+        self._text_lengths = KeptTensors()
 
     def build(  # type: ignore[override]
         self,
@@ -98,7 +105,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
             TypeError, ValueError: an argument does not fit; the text names it.
         """
         device = torch.empty(0, device=device).device  # with its index
-        arguments = (canvas, head_size, dtype, tile, text_tokens, device)
+        arguments = (canvas, head_size, dtype, tile, text_tokens, device, current_place(device))
         table = self._table
         if table is None or table.source is not STA_param or table.arguments != arguments:
             table = self._table = _make_table(STA_param, arguments)
@@ -110,7 +117,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         if isinstance(text_length, int):
             if not 0 <= text_length <= text_tokens:
                 raise ValueError(f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the text_tokens")
-            text_length = keep_tensor(_text_length, device, text_length)
+            length = text_length
+            text_length = self._text_lengths.get(length, device, lambda: _text_length(length, device))
         return SlidingTileAttentionMetadata(
             current_timestep=current_timestep,
             window_of_head=table.window_of_head[current_timestep],
@@ -121,7 +129,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
 
 
 def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
-    canvas, head_size, dtype, tile, text_tokens, device = arguments
+    canvas, head_size, dtype, tile, text_tokens, device, _ = arguments
     tiles = VideoTiles(check_size(f"{_NAME}: canvas", canvas), check_size(f"{_NAME}: tile", tile))
     numbers: dict[Size, int] = {}
     window_of_head = [
@@ -143,7 +151,7 @@ def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
                     f"{_NAME}: STA_param[{step}] has {len(layers)} layers and STA_param[{step}][{layer}] {len(heads)} "
                     f"heads, expected {len(window_of_head[0])} and {len(window_of_head[0][0])} like the first"
                 )
-    with torch.inference_mode(False):
+    with ordinary_tensors():
         made = sliding_tile_map(
             list(numbers), canvas, tile=tile, text_tokens=text_tokens, head_dim=head_size, dtype=dtype, device=device
         )
@@ -176,7 +184,7 @@ def _window(window: Sequence[int], where: tuple[int, int, int]) -> Size:
 
 
 class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMetadata]):
-    """:func:`lite_attention.sliding_tile_attention` on tokens in raster order, text after them.
+    """:func:`lite_attention.families.sliding_tile.attention` on tokens in raster order, text after them.
 
     Args:
         layer_index: number of the layer in STA_param; by default n of ``"blocks.<n>."`` in the prefix.
@@ -194,10 +202,8 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         prefix: str = "",
         *,
         layer_index: int | None = None,
-        **extra_impl_args: Any,
     ) -> None:
         super().__init__()
-        check_extra_arguments(_NAME, extra_impl_args)
         refuse_causal(_NAME, causal)
         if layer_index is None:
             found = _LAYER_INDEX.search(prefix)
@@ -213,13 +219,13 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         self.layer_index = layer_index
         self._heads = 0, num_heads
         # A tensor: as a number it would make a graph for each layer of a model that is compiled block by block.
-        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+        with ordinary_tensors():
             self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlidingTileAttentionImpl:
         """As nn.Module's, but the number of the layer survives ``to_empty``."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self._layer = torch.tensor([self.layer_index], device=self._layer.device)
         return self
 
@@ -250,45 +256,23 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
         text_length = metadata.text_length
-        out = sliding.attend(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+        out, _ = sliding_tile.attention_in_slots(
+            query,
+            key,
+            value,
+            sliding,
             None if text_length is None else text_length.expand(query.shape[0]),
             scale=self.softmax_scale,
         )
-        return out.transpose(1, 2)
+        return sliding.into_tokens(out)
 
 
-class SlidingTileAttentionBackend(AttentionBackend):
-    """Sliding Tile Attention."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return _NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[SlidingTileAttentionImpl]:
-        """The attention of a layer."""
-        return SlidingTileAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[SlidingTileAttentionMetadata]:
-        """The windows of a step."""
-        return SlidingTileAttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[SlidingTileAttentionMetadataBuilder]:
-        """Makes maps of windows."""
-        return SlidingTileAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_head_sizes() -> Collection[int]:
-        """Those of the kernels."""
-        return HEAD_SIZES
-
-    @staticmethod
-    def get_supported_dtypes() -> Collection[torch.dtype]:
-        """Those of the kernels."""
-        return KERNEL_DTYPES
+BACKEND = Backend(
+    _NAME,
+    SlidingTileAttentionImpl,
+    SlidingTileAttentionMetadata,
+    SlidingTileAttentionMetadataBuilder,
+    head_sizes=HEAD_DIMS,
+    dtypes=supported_dtypes,
+)
+SlidingTileAttentionBackend = BACKEND.face

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, PlainMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
 
-__all__ = ["TorchSDPABackend", "TorchSDPAImpl"]
+__all__ = ["BACKEND", "TorchSDPABackend", "TorchSDPAImpl"]
 
 
 class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
@@ -24,9 +21,7 @@ class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
         causal: bool = False,
         num_kv_heads: int | None = None,
         prefix: str = "",
-        **extra_impl_args: Any,
     ) -> None:
-        check_extra_arguments("TORCH_SDPA", extra_impl_args)
         self.softmax_scale = softmax_scale
         self.causal = causal
 
@@ -43,25 +38,5 @@ class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
         return out.transpose(1, 2)
 
 
-class TorchSDPABackend(AttentionBackend):
-    """Dense attention."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return "TORCH_SDPA"
-
-    @staticmethod
-    def get_impl_cls() -> type[TorchSDPAImpl]:
-        """The attention of a layer."""
-        return TorchSDPAImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[AttentionMetadata]:
-        """The step alone."""
-        return AttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[PlainMetadataBuilder]:
-        """Makes metadata of the step alone."""
-        return PlainMetadataBuilder
+BACKEND = Backend("TORCH_SDPA", TorchSDPAImpl)
+TorchSDPABackend = BACKEND.face

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lite_attention.families.video_sparse import topk_of_sparsity, video_sparse_attn
-from lite_attention.layers.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from lite_attention.layers.backends._arguments import check_extra_arguments, expect_metadata, refuse_causal
-from lite_attention.layers.backends.lite_attn import HEAD_SIZES, KERNEL_DTYPES
-from lite_attention.maps.video_tiles import VideoTiles, keep_tensor
+from lite_attention.families import video_sparse
+from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, Backend
+from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
+from lite_attention.maps.blocks import topk_of_sparsity
+from lite_attention.maps.tiles import HEAD_DIMS
+from lite_attention.maps.video_tiles import VideoTiles
+from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
+    "BACKEND",
     "VSA_TILE_SIZE",
     "VideoSparseAttentionBackend",
     "VideoSparseAttentionImpl",
@@ -47,10 +50,12 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
     """Cuts the video of a step into blocks of 4 x 4 x 4 tokens."""
 
     def __init__(self) -> None:
-        """There is nothing to set up."""
+        """A builder for one model."""
+        self._tiles: VideoTiles | None = None
 
     def prepare(self) -> None:
-        """Does nothing: what is made is kept for all videos of a shape."""
+        """Forget the tensors that were made."""
+        self._tiles = None
 
     def build(  # type: ignore[override]
         self,
@@ -80,23 +85,22 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
                 )
         time, height, width = (latents // patch for latents, patch in zip(raw_latent_shape, patch_size, strict=True))
         tiles = VideoTiles((time, height, width), VSA_TILE_SIZE)
+        if tiles == self._tiles:
+            tiles = self._tiles  # which keeps its tensors for the steps of a video
+        self._tiles = tiles
         device = torch.empty(0, device=device).device  # with its index
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             VSA_sparsity=VSA_sparsity,
             topk=topk_of_sparsity(VSA_sparsity, tiles.number),
             slots=tiles.number * tiles.volume,
-            slot_of_token=keep_tensor(_slot_of_token, device, tiles),
+            slot_of_token=tiles.raster_slots(tiles.volume, device),
             variable_block_sizes=tiles.sizes(device),
         )
 
 
-def _slot_of_token(tiles: VideoTiles, device: torch.device) -> Tensor:
-    return tiles.slots(tiles.volume, device)[tiles.positions(device)]
-
-
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
-    """:func:`lite_attention.video_sparse_attn` on tokens in raster order."""
+    """:func:`lite_attention.families.video_sparse.attention` on tokens in raster order."""
 
     travels_beside = ("gate_compress",)
 
@@ -108,9 +112,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         causal: bool = False,
         num_kv_heads: int | None = None,
         prefix: str = "",
-        **extra_impl_args: Any,
     ) -> None:
-        check_extra_arguments(_NAME, extra_impl_args)
         refuse_causal(_NAME, causal)
         self.softmax_scale = softmax_scale
 
@@ -141,48 +143,25 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     ) -> Tensor:
         """Attention between slots, ``[B, slots, heads, D]``."""
         metadata = expect_metadata(_NAME, attn_metadata, VideoSparseAttentionMetadata)
-        out = video_sparse_attn(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+        out, _ = video_sparse.attention(
+            query,
+            key,
+            value,
             metadata.variable_block_sizes,
             metadata.topk,
-            VSA_TILE_SIZE,
-            None if gate_compress is None else gate_compress.transpose(1, 2),
+            volume=math.prod(VSA_TILE_SIZE),
+            gate=gate_compress,
             scale=self.softmax_scale,
         )
-        return out.transpose(1, 2)
+        return out
 
 
-class VideoSparseAttentionBackend(AttentionBackend):
-    """Video Sparse Attention."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Its name in AttentionBackendEnum."""
-        return _NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[VideoSparseAttentionImpl]:
-        """The attention of a layer."""
-        return VideoSparseAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[VideoSparseAttentionMetadata]:
-        """The blocks of a video."""
-        return VideoSparseAttentionMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[VideoSparseAttentionMetadataBuilder]:
-        """Cuts videos into blocks."""
-        return VideoSparseAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_head_sizes() -> Collection[int]:
-        """Those of the kernels."""
-        return HEAD_SIZES
-
-    @staticmethod
-    def get_supported_dtypes() -> Collection[torch.dtype]:
-        """Those of the kernels."""
-        return KERNEL_DTYPES
+BACKEND = Backend(
+    _NAME,
+    VideoSparseAttentionImpl,
+    VideoSparseAttentionMetadata,
+    VideoSparseAttentionMetadataBuilder,
+    head_sizes=HEAD_DIMS,
+    dtypes=supported_dtypes,
+)
+VideoSparseAttentionBackend = BACKEND.face

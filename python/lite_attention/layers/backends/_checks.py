@@ -1,28 +1,14 @@
-"""What the backends of this package accept besides the arguments that all have."""
+"""What several backends of this package refuse."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lite_attention.layers.abstract import AttentionMetadata
 
-__all__ = ["check_extra_arguments", "expect_metadata", "refuse_causal"]
-
-# A layer may name the arguments of every backend that it can be given; each backend takes its own.
-EXTRA_ARGUMENTS = ("enable_skipping", "layer_index", "max_batch_size", "threshold")
+__all__ = ["expect_metadata", "refuse_causal"]
 
 MetadataT = TypeVar("MetadataT", bound=AttentionMetadata)
-
-
-def check_extra_arguments(backend: str, given: dict[str, Any]) -> None:
-    """That every argument is one of some backend.
-
-    Raises:
-        TypeError: it is not.
-    """
-    for name in given:
-        if name not in EXTRA_ARGUMENTS:
-            raise TypeError(f"{backend}: got the argument {name!r}, expected one of {', '.join(EXTRA_ARGUMENTS)}")
 
 
 def refuse_causal(backend: str, causal: bool) -> None:

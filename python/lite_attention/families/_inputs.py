@@ -1,0 +1,24 @@
+"""What the families ask of q, k and v before they count blocks and heads; the operators check the rest."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """That these are ``[B, Sq, Hq, D]`` and two of ``[B, Sk, Hkv, D]``, with ``Hq % Hkv == 0``.
+
+    Raises:
+        ValueError: they are not; the text begins with ``function``.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{function}: {name} has {x.dim()} dimensions, expected 4, [B, S, H, D]")
+    batch, _, heads, head_dim = q.shape
+    kv_len, kv_heads = k.shape[1:3]
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != (batch, kv_len, kv_heads, head_dim):
+            expected = f"[{batch}, kv_len, kv_heads, {head_dim}] like q" if x is k else f"{list(k.shape)} like k"
+            raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected {expected}, as [B, S, H, D]")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"{function}: q has {heads} heads, expected a multiple of the {kv_heads} of k")

@@ -1,0 +1,157 @@
+"""Every name that diffusers, accelerate and torch keep to themselves and this door needs: one function for each.
+
+``tests/integrations/test_diffusers_internals.py`` fails for each name that is renamed. Where they were seen:
+
+=============================================  =====================  ===========================================
+name                                           seen in                read or written by
+=============================================  =====================  ===========================================
+processor._attention_backend                   diffusers 0.36 - 0.42  use_torch_attention
+attention_dispatch.AttentionBackendName        diffusers 0.36 - 0.42  use_torch_attention
+processor._parallel_config                     diffusers 0.36 - 0.42  ParallelProcessor, parallel_config, and its
+                                                                      setter
+transformer._parallel_config                   diffusers 0.36 - 0.42  parallel_config, forget_parallel_config
+_parallel_config.context_parallel_config       diffusers 0.36 - 0.42  context_parallel_config
+ContextParallelConfig.ulysses_anything         diffusers 0.37 - 0.42  unequal_shards
+ContextParallelConfig.ring_anything            diffusers 0.38 - 0.42  unequal_shards
+ContextParallelConfig(mesh=)                   diffusers 0.38 - 0.42  context_parallelism_takes_a_mesh
+ContextParallelConfig._mesh                    diffusers 0.36 - 0.42  mesh_of
+transformer._cp_plan                           diffusers 0.36 - 0.42  split_plan
+hooks.context_parallel.remove_context_parallel diffusers 0.36 - 0.42  remove_split_hooks
+module._diffusers_hook.hooks                   diffusers 0.36 - 0.42  hooks_of
+"group_offloading" in the name of a hook       diffusers 0.36 - 0.42  is_group_offloaded
+hook.module_forward_metadata                   diffusers 0.36 - 0.42  look_signatures_up
+metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signatures_up
+module._old_forward                            accelerate 0.31 - 1.15 forward_slot
+compiled._orig_mod                             torch 2.10 - 2.13      uncompiled
+=============================================  =====================  ===========================================
+
+What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
+``cache_context`` of transformers, ``set_timesteps`` of schedulers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# diffusers is imported where it is needed, so that the names of this package can be read without it.
+
+# Attention of one layer
+
+
+def use_torch_attention(processor: Any) -> None:
+    """Let a processor's call reach torch's function, whatever backend is chosen for the rest of the model."""
+    if hasattr(processor, "_attention_backend"):
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        processor._attention_backend = AttentionBackendName.NATIVE
+
+
+# Context parallelism
+
+
+class ParallelProcessor:
+    """Base of processors that diffusers tells of context parallelism: it writes to those that have this attribute."""
+
+    _parallel_config: object | None = None
+
+
+def parallel_config(owner: object) -> object | None:
+    """What diffusers was told of parallelism: tensor or context, of a transformer or of one processor."""
+    return getattr(owner, "_parallel_config", None)
+
+
+def set_parallel_config(processor: Any, config: object | None) -> None:
+    """Tell a processor of context parallelism, or that there is none; nothing where it does not listen."""
+    if hasattr(processor, "_parallel_config"):
+        processor._parallel_config = config
+
+
+def forget_parallel_config(transformer: nn.Module) -> object | None:
+    """Take the transformer's own configuration off it, leaving the None of its class; what it was."""
+    config: object | None = vars(transformer).pop("_parallel_config", None)
+    return config
+
+
+def context_parallel_config(transformer: nn.Module) -> object | None:
+    """The part of the configuration that is about splitting tokens, or None."""
+    return getattr(parallel_config(transformer), "context_parallel_config", None)
+
+
+def unequal_shards(config: object) -> str | None:
+    """The option of a context-parallel configuration that makes shards of unequal length, or None."""
+    options = ("ulysses_anything", "ring_anything")
+    return next((option for option in options if getattr(config, option, False)), None)
+
+
+def mesh_of(config: Any) -> DeviceMesh:
+    """The ranks that a context-parallel configuration splits tokens over, once it is enabled."""
+    mesh: DeviceMesh = config._mesh
+    return mesh
+
+
+def context_parallelism_takes_a_mesh() -> bool:
+    """Whether this version of diffusers splits tokens over a mesh that it is given."""
+    from diffusers import ContextParallelConfig
+
+    return "mesh" in inspect.signature(ContextParallelConfig).parameters
+
+
+def split_plan(transformer: nn.Module) -> dict[str, Any] | None:
+    """Diffusers' plan of what to split and gather in which module of the transformer, or None."""
+    plan: dict[str, Any] | None = getattr(transformer, "_cp_plan", None)
+    return plan
+
+
+def remove_split_hooks(transformer: nn.Module) -> None:
+    """Take out the hooks that split and gather tokens by the transformer's plan."""
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    remove_context_parallel(transformer, split_plan(transformer))  # type: ignore[arg-type]
+
+
+# Hooks
+
+
+def hooks_of(module: nn.Module) -> Mapping[str, Any]:
+    """The hooks that diffusers put on a module, by name."""
+    hooks: Mapping[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return hooks
+
+
+def is_group_offloaded(module: nn.Module) -> bool:
+    """Whether diffusers moves the module's tensors to and fro by groups."""
+    return any("group_offloading" in name for name in hooks_of(module))
+
+
+def look_signatures_up(transformer: nn.Module) -> None:
+    """Do what hooks that split tokens do in their first call, where torch.compile could not trace it."""
+    for module in transformer.modules():
+        for hook in hooks_of(module).values():
+            metadata = getattr(hook, "module_forward_metadata", None)
+            if metadata is not None and metadata.cached_parameter_indices is None:
+                _, *parameters = inspect.signature(metadata._cls.forward).parameters
+                metadata.cached_parameter_indices = {name: index for index, name in enumerate(parameters)}
+
+
+def forward_slot(module: nn.Module) -> str:
+    """Under which name a module keeps the forward that hooks end up calling.
+
+    accelerate's hooks put theirs in the place of ``forward``, call what they keep aside, and put it back when they go.
+    """
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+# torch.compile
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the module itself."""
+    original = getattr(module, "_orig_mod", module)
+    return original if isinstance(original, nn.Module) else module

@@ -1,0 +1,201 @@
+"""What users call: LiteAttention for a transformer or pipeline, its settings, its figures, and the way back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.integrations.diffusers import _internals
+from lite_attention.integrations.diffusers.context_parallel import common_mesh
+from lite_attention.integrations.diffusers.generation import checked_pairs
+from lite_attention.integrations.diffusers.guidance import BranchNames, Guidance, check_guidance
+from lite_attention.integrations.diffusers.patching import PatchedTransformer, watched_scheduler
+from lite_attention.integrations.diffusers.processor import LiteAttentionProcessor, layer_attention
+from lite_attention.parallel.distributed import DistributedLiteAttention
+from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.branches import resolved_branch
+from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.state import share_room
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["LiteAttentionHandle", "enable_lite_attention"]
+
+
+def enable_lite_attention(
+    transformer_or_pipeline: Any,
+    threshold: Threshold | None = None,
+    skip_first_steps: int | None = None,
+    must_do: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    mesh: DeviceMesh | None = None,
+    guidance: Guidance | None = None,
+    *,
+    policy: SkipPolicy | None = None,
+) -> LiteAttentionHandle:
+    """Let the video self-attention of a diffusers model skip what earlier denoising steps found negligible.
+
+    Guidance branches are kept apart, whether they are batched or run one after the other inside
+    ``transformer.cache_context``, as pipelines run them. A new generation is noticed by its timesteps, in a pipeline
+    also by ``scheduler.set_timesteps``.
+
+    Args:
+        transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
+            pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
+        threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.SkipPolicy`.
+            -10 if None.
+        skip_first_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
+        must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
+        layers: numbers of the self-attention layers that skip, in the order of the model, negative ones from its end;
+            None for all. The others are left as they are.
+        mesh: the ranks that make one video together, a DeviceMesh with the dimensions "ring" and "ulysses", of size 1
+            where not used. Diffusers' context parallelism over it is enabled, until
+            :meth:`LiteAttentionHandle.disable`, or was before. None takes the mesh of the context parallelism that was
+            enabled before, if any.
+        guidance: how a pipeline runs its guidance branches. "named": each inside the transformer's ``cache_context``;
+            "batched": all in one call, or there is one branch only. None for a transformer, and for the pipelines of
+            diffusers that are known to name them.
+        policy: all that the layers are told about skipping, in place of ``threshold`` and ``skip_first_steps``.
+
+    Returns:
+        A handle to change settings, read what was skipped, and go back.
+
+    Raises:
+        TypeError: no transformer of a known class, or an argument is of another type.
+        ValueError: an argument is not what it should be, LiteAttention is in the model already, the tokens of this
+            model cannot be split, or ``guidance`` must be told.
+        RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
+    """
+    policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, skip_first_steps=skip_first_steps)
+    transformers = _transformers_of(transformer_or_pipeline)
+    check_guidance(transformer_or_pipeline, transformers.values(), guidance)
+    is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
+    scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
+    return LiteAttentionHandle(transformers, scheduler, policy, must_do, layers, mesh)
+
+
+def _transformers_of(model: Any) -> dict[str, nn.Module]:
+    """The transformers to change, by the prefix that their layers' names get."""
+    if isinstance(model, nn.Module):
+        return {"": _internals.uncompiled(model)}
+    found = {
+        f"{name}.": _internals.uncompiled(component)
+        for name in ("transformer", "transformer_2")
+        if isinstance(component := getattr(model, name, None), nn.Module)
+    }
+    if not found:
+        raise TypeError(
+            f"enable_lite_attention: transformer_or_pipeline is a {type(model).__name__}, expected a video transformer "
+            "or a pipeline that has one as its component transformer"
+        )
+    return found
+
+
+class LiteAttentionHandle:
+    """What :func:`enable_lite_attention` returns: settings, state and figures of all layers, and the way back."""
+
+    layers: dict[str, LiteAttention | DistributedLiteAttention]
+    """The attention of each layer, by the name of its module (in a pipeline: component name, dot, module name)."""
+
+    def __init__(
+        self,
+        transformers: dict[str, nn.Module],
+        scheduler: object | None,
+        policy: SkipPolicy,
+        must_do: Sequence[int] | None,
+        layers: Sequence[int] | None,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        mesh = common_mesh(transformers, mesh)
+        make_attention = functools.partial(layer_attention, policy, mesh)
+        self._branches = BranchNames()
+        self._patched: list[PatchedTransformer] = []
+        self.layers = {}
+        self._processors: dict[str, LiteAttentionProcessor] = {}
+        try:
+            for prefix, transformer in transformers.items():
+                # The first steps of a generation are the first transformer's, where there are two for its two phases.
+                steps = policy.dense_steps if not self._patched else 0
+                patched = PatchedTransformer(transformer, self._branches, make_attention, steps, layers, mesh)
+                self._patched.append(patched)
+                for name, processor in patched.processors.items():
+                    self.layers[f"{prefix}{name}"] = processor.attention
+                    self._processors[f"{prefix}{name}"] = processor
+            self.set_must_do(must_do)
+            share_room(*transformers.values())
+        except Exception:
+            self._restore_transformers()
+            raise
+        self._scheduler = None if scheduler is None else watched_scheduler(scheduler, self._start_generation)
+
+    def _start_generation(self) -> None:
+        for patched in self._patched:
+            patched.keep_ticking()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new generation: the next call of every branch computes every tile.
+
+        Needed only where nothing else tells: see the page on diffusers. Never recompiles.
+        """
+        for patched in self._patched:
+            patched.generation.clock.reset()
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`."""
+        for layer in self.layers.values():
+            layer.set_threshold(threshold)
+
+    def set_must_do(self, ranges: Sequence[int] | None) -> None:
+        """Choose video tokens whose keys every query attends to, whatever the maps say.
+
+        Args:
+            ranges: flat list ``[start, end, ...]`` of positions among the video tokens, end exclusive, at most
+                ``MAX_MUST_DO_RANGES`` pairs; None or [] for no tokens. Positions past the last token are cut off.
+
+        Changes of the ranges never recompile; the first ones given do, once.
+
+        Raises:
+            TypeError, ValueError: the list is not of that form.
+        """
+        pairs = checked_pairs(ranges)
+        for patched in self._patched:
+            patched.set_must_do(pairs)
+
+    def skip_fraction(self, branch: str | int = 0) -> Tensor:
+        """Share of the tiles that each layer skipped in each step of its latest generation. Waits for the device.
+
+        Args:
+            branch: name given to ``cache_context`` ("cond", "uncond", ...), or number of the branch.
+
+        Returns:
+            fp32 ``[layers, steps]`` on the CPU, layers in the order of :attr:`layers`; NaN where a layer did not run.
+            At most ``RECORDED_STEPS`` steps. On many GPUs: of this rank's share of the work.
+
+        Raises:
+            TypeError, ValueError: no such branch, or none of that name has run.
+        """
+        number = self._branches.known_number(branch) if isinstance(branch, str) else branch
+        index = resolved_branch(number, "skip_fraction")
+        rows = [processor.skip_fractions(index) for processor in self._processors.values()]
+        table = torch.full((len(rows), max(map(len, rows))), torch.nan)
+        for row, fractions in zip(table, rows, strict=True):
+            row[: len(fractions)] = fractions
+        return table
+
+    def disable(self) -> None:
+        """Give the layers their own processors back and forget the state. The handle is of no use afterwards."""
+        self._restore_transformers()
+        if self._scheduler is not None:
+            self._scheduler.restore()
+
+    def _restore_transformers(self) -> None:
+        for patched in self._patched:
+            patched.restore()
+        self._patched.clear()
