@@ -83,7 +83,8 @@ void forward(const ForwardParams& given, void* workspace, cudaStream_t stream) {
   kernel.scale_log2 = to_log2(problem.scale);
   if (traversal.planned()) {
     kernel.workspace = lay_out(params, workspace);
-    check(launch_plan(kernel, stream), "launching the plan of the keep map");
+    const PlanParams plan{params, kernel.workspace, kernel.groups, kernel.work_items, kernel.words};
+    check(launch_plan(plan, stream), "launching the plan of the keep map");
   } else {
     kernel.workspace.taken = static_cast<int32_t*>(workspace);
     check(cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream), "clearing the count of work taken");

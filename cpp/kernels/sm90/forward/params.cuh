@@ -9,11 +9,14 @@
 
 namespace lite_attention::sm90 {
 
-struct TensorMaps {
+// Flat: with a PlanParams inside, nvcc schedules the producer in another way.
+struct KernelParams {
   CUtensorMap q, k, v, out;
-};
-
-struct KernelParams : TensorMaps, PlanParams {
+  ForwardParams forward;
+  Workspace workspace;
+  int32_t groups;      // as in PlanParams
+  int32_t work_items;  // all that there is to do: visit groups, or pairs of them for pairs of CTAs
+  int32_t words;       // of one row of the keep map
   int32_t heads_per_kv_head;
   float scale_log2;  // from q.k to powers of two
 };

@@ -27,12 +27,12 @@ struct Workspace {
   int32_t* taken;     // how many were taken, beyond those that the CTAs begin with
 };
 
-// Aligned as what follows it in KernelParams, without which nvcc reads the parameters in other words.
+// Aligned as a launch with tensor maps is, without which nvcc reads the parameters in other words.
 struct alignas(64) PlanParams {
   ForwardParams forward;
   Workspace workspace;
   int32_t groups;      // visit groups of one head
-  int32_t work_items;  // all that there is to do: visit groups, or pairs of them for pairs of CTAs
+  int32_t work_items;  // visit groups of all
   int32_t words;       // of one row of the keep map
 };
 
