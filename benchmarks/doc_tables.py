@@ -1,6 +1,6 @@
 """The tables of docs/ that come from the committed results or from the package; readme_tables.py writes them there."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -8,18 +8,9 @@ import torch
 
 from attention_record import FA3, OURS, Row
 from lite_attention.maps.tiles import HEAD_DIMS, tile_shape, visit_rows
-from sequence_parallel_record import (
-    DENSE_GOAL,
-    METHODS,
-    MODEL,
-    SPARSE_GOAL,
-    best_layer,
-    densities,
-    density_name,
-    model_efficiency,
-    rank_counts,
-)
+from sequence_parallel_tables import efficiency_table
 from sparse_families_record import goals as family_goals
+from table_cells import markdown_table
 
 
 class Place(NamedTuple):
@@ -27,36 +18,6 @@ class Place(NamedTuple):
 
     make: Callable[..., str]
     records: tuple[str, ...] = ()
-
-
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    head = list(header)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def efficiency_table(record: dict[str, Any]) -> str:
-    """How much of the ideal each method reaches in its fastest configuration, and a step of a model by it."""
-    columns = [(ranks, density) for ranks in rank_counts(record) for density in densities(record)]
-    header = ["one GPU's time / (GPUs * their time)", *(f"{ranks} GPUs, {density_name(d)}" for ranks, d in columns)]
-    lines = [["goal", *(f"{DENSE_GOAL if density == 1 else SPARSE_GOAL:.0%}" for _, density in columns)]]
-    for method in METHODS:
-        best = [best_layer(record, ranks, method, density) for ranks, density in columns]
-        lines.append([method, *(_percent(None if found is None else found[1]["efficiency"]) for found in best)])
-    several = [row for row in record.get(MODEL, []) if row["ranks"] > 1]
-    for method in dict.fromkeys(row["method"] for row in several):
-        of_ranks = {row["ranks"]: row for row in several if row["method"] == method}
-        first = next(iter(of_ranks.values()))
-        reached = [
-            model_efficiency(record, of_ranks[ranks], density) if ranks in of_ranks else None
-            for ranks, density in columns
-        ]
-        name = f"{method}, a step of Wan {first['model']['name']} {first['clip']['name']}"
-        lines.append([name, *map(_percent, reached)])
-    return _table(header, lines)
 
 
 def ring_maxima_table(record: dict[str, Any]) -> str:
@@ -71,7 +32,7 @@ def ring_maxima_table(record: dict[str, Any]) -> str:
         of_ranks = {row["ranks"]: f"{row['kept_in_last_step']:.1%}, {row['relative_error']:.4f}" for row in rows}
         how = "own maximum" if maximum == "own" else "carried (not built)"
         lines.append([f"threshold {threshold:g}, {how}", *(of_ranks.get(count, "") for count in ranks)])
-    return _table(["tiles kept, error of attention in the last step", *names], lines)
+    return markdown_table(["tiles kept, error of attention in the last step", *names], lines)
 
 
 class _Measured(NamedTuple):
@@ -138,7 +99,7 @@ def kernel_goals_table(attention: dict[str, Any], families: dict[str, Any]) -> s
                 f"{sum(one.met for one in ones)} of {len(ones)}",
             ]
         )
-    return _table(["figure", "goal", "worst", "met"], lines)
+    return markdown_table(["figure", "goal", "worst", "met"], lines)
 
 
 def tile_table() -> str:
@@ -149,7 +110,7 @@ def tile_table() -> str:
     ):
         first, *_, last = dims
         lines.append([f"{first} to {last}", *map(str, shape)])
-    return _table(["head dim", "tile_m", "tile_n", "visit_rows"], lines)
+    return markdown_table(["head dim", "tile_m", "tile_n", "visit_rows"], lines)
 
 
 PAGES: dict[str, dict[str, Place]] = {

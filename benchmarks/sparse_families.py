@@ -29,8 +29,7 @@ import peers
 from attention import Shape
 from attention_record import ATTENTION, DENSE, FA3, Row
 from keep_maps import random_tiles
-from lite_attention.families import block_sparse, sliding_tile, video_sparse
-from lite_attention.families.streaming import streaming_attention
+from lite_attention.families import block_sparse, sliding_tile, streaming, video_sparse
 from lite_attention.maps.blocks import block_means, block_scores, choose_blocks, topk_of_sparsity
 from lite_attention.maps.tiles import FINE_TILE_N, UNLIMITED
 from lite_attention.maps.video_tiles import Size, VideoTiles
@@ -386,7 +385,7 @@ class Benchmark(Run):
             )
 
         peer, causal = self.causal_candidates(shape, qkv)
-        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming_attention(*qkv, *window), rule)
+        ours = Candidate(STREAMING_ATTENTION, STREAMING, lambda: streaming.attention(*qkv, *window), rule)
         default_grain = lite_attention.tile_shape(shape.head_dim, DTYPE)[1]
         grains = [with_grain(tile_n) for tile_n in (default_grain, FINE_TILE_N)]
         loops, absent = self.measured(STREAMING, shape, qkv, peer, [causal, ours, *grains])

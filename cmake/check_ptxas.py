@@ -4,8 +4,8 @@ ptxas takes it for no failure to give up things that a Hopper kernel lives on: i
 register budget (setmaxnreg), or makes asynchronous matrix instructions (wgmma) wait for one another. Here each is a
 warning, or an error that fails the build.
 
-    check_ptxas.py error nvcc ... -o kernel.o      compiler launchers, which also
-    check_ptxas.py warning nvcc ... -o kernel.o    keep what nvcc said in kernel.o.ptxas
+    check_ptxas.py error nvcc ... -o kernel.o      compiler launchers, which also keep what nvcc said in
+    check_ptxas.py warning nvcc ... -o kernel.o    kernel.o.ptxas; another one may stand before nvcc
     check_ptxas.py table build                     prints one table of all kernels compiled below a folder
 """
 

@@ -119,21 +119,21 @@ KeepMapView view_map(const Call& call, const char* argument, const Tensor& map, 
   if (map.dim() != 4) {
     fail(call.op, argument, " has ", map.dim(), " dimensions, expected 4: [batch, query heads, query tiles, words]");
   }
-  const int64_t expected[] = {params.batch, params.query_heads, params.query_tiles()};
+  const int64_t expected[] = {params.problem.batch, params.problem.query_heads, params.problem.query_tiles()};
   const char* dimensions[] = {"batch", "heads", "query tiles"};
   int64_t strides[3];
   for (int64_t dim = 0; dim < 3; ++dim) {
     const bool broadcasts = broadcast && map.size(dim) == 1;
     if (map.size(dim) != expected[dim] && !broadcasts) {
       fail(call.op, argument, " has ", dimensions[dim], " ", map.size(dim), ", expected ", broadcast ? "1 or " : "",
-           expected[dim], dim == 2 ? " for Sq=" : "", dim == 2 ? std::to_string(params.query_len) : "",
-           dim == 2 ? " and tile_m=" : "", dim == 2 ? std::to_string(params.tile.tile_m) : "");
+           expected[dim], dim == 2 ? " for Sq=" : "", dim == 2 ? std::to_string(params.problem.query_len) : "",
+           dim == 2 ? " and tile_m=" : "", dim == 2 ? std::to_string(params.problem.tile.tile_m) : "");
     }
     strides[dim] = map.size(dim) == 1 ? 0 : map.stride(dim);
   }
-  if (map.size(3) != params.words()) {
-    fail(call.op, argument, " has ", map.size(3), " words per row, expected ", params.words(),
-         " for Sk=", params.kv_len, " and tile_n=", params.tile.tile_n);
+  if (map.size(3) != params.problem.words()) {
+    fail(call.op, argument, " has ", map.size(3), " words per row, expected ", params.problem.words(),
+         " for Sk=", params.problem.kv_len, " and tile_n=", params.problem.tile.tile_n);
   }
   return {map.const_data_ptr<int32_t>(), strides[0], strides[1], strides[2], map.stride(3)};
 }
@@ -156,63 +156,66 @@ void fill_qkv(const Call& call, const Tensor& q, const Tensor& k, const Tensor& 
   check_bshd(call, "q", q);
   check_bshd(call, "k", k);
   check_bshd(call, "v", v);
-  params.dtype = data_type(call, "q", q, is_host(call));
+  params.problem.dtype = data_type(call, "q", q, is_host(call));
   check_dtype(call, "k", k, q.scalar_type());
   check_dtype(call, "v", v, q.scalar_type());
-  params.batch = q.size(0);
-  params.query_len = q.size(1);
-  params.query_heads = q.size(2);
-  params.head_dim = q.size(3);
-  params.kv_len = k.size(1);
-  params.kv_heads = k.size(2);
-  if (params.head_dim > kMaxHeadDim || params.head_dim % kHeadDimMultiple != 0) {
-    fail(call.op, "q has head_dim ", params.head_dim, ", expected a multiple of ", kHeadDimMultiple, " up to ",
+  params.problem.batch = q.size(0);
+  params.problem.query_len = q.size(1);
+  params.problem.query_heads = q.size(2);
+  params.problem.head_dim = q.size(3);
+  params.problem.kv_len = k.size(1);
+  params.problem.kv_heads = k.size(2);
+  if (params.problem.head_dim > kMaxHeadDim || params.problem.head_dim % kHeadDimMultiple != 0) {
+    fail(call.op, "q has head_dim ", params.problem.head_dim, ", expected a multiple of ", kHeadDimMultiple, " up to ",
          kMaxHeadDim);
   }
-  if (k.size(0) != params.batch) fail(call.op, "k has batch ", k.size(0), ", expected ", params.batch, " as q");
-  if (k.size(3) != params.head_dim)
-    fail(call.op, "k has head_dim ", k.size(3), ", expected ", params.head_dim, " as q");
-  if (params.query_heads % params.kv_heads != 0) {
-    fail(call.op, "k has ", params.kv_heads, " heads, expected a divisor of q's ", params.query_heads);
+  if (k.size(0) != params.problem.batch)
+    fail(call.op, "k has batch ", k.size(0), ", expected ", params.problem.batch, " as q");
+  if (k.size(3) != params.problem.head_dim)
+    fail(call.op, "k has head_dim ", k.size(3), ", expected ", params.problem.head_dim, " as q");
+  if (params.problem.query_heads % params.problem.kv_heads != 0) {
+    fail(call.op, "k has ", params.problem.kv_heads, " heads, expected a divisor of q's ", params.problem.query_heads);
   }
-  check_shape(call, "v", v, {params.batch, params.kv_len, params.kv_heads, params.head_dim}, "k's shape");
-  for (const auto& [name, length] : {std::pair{"q", params.query_len}, std::pair{"k", params.kv_len}}) {
+  check_shape(call, "v", v,
+              {params.problem.batch, params.problem.kv_len, params.problem.kv_heads, params.problem.head_dim},
+              "k's shape");
+  for (const auto& [name, length] : {std::pair{"q", params.problem.query_len}, std::pair{"k", params.problem.kv_len}}) {
     if (length > kMaxLength) fail(call.op, name, " has length ", length, ", expected at most ", kMaxLength);
   }
-  params.scale = static_cast<float>(scale);
-  if (!std::isnormal(params.scale) || !(params.scale > 0.0f)) {
+  params.problem.scale = static_cast<float>(scale);
+  if (!std::isnormal(params.problem.scale) || !(params.problem.scale > 0.0f)) {
     fail(call.op, "scale is ", scale, ", expected a number above 0 that is finite in fp32");
   }
-  params.tile = tile_shape(params.head_dim);
-  params.q = view_bshd(q);
-  params.k = view_bshd(k);
-  params.v = view_bshd(v);
+  params.problem.tile = tile_shape(params.problem.head_dim);
+  params.operands.q = view_bshd(q);
+  params.operands.k = view_bshd(k);
+  params.operands.v = view_bshd(v);
 }
 
 void fill_kv_lens(const Call& call, const std::optional<Tensor>& kv_lens, ForwardParams& params) {
   if (!kv_lens.has_value()) return;
   check_device(call, "kv_lens", *kv_lens);
   check_dtype(call, "kv_lens", *kv_lens, ScalarType::Int);
-  check_shape(call, "kv_lens", *kv_lens, {params.batch}, "one length a batch entry");
-  params.kv_lens = kv_lens->const_data_ptr<int32_t>();
-  params.kv_lens_stride = kv_lens->stride(0);
+  check_shape(call, "kv_lens", *kv_lens, {params.problem.batch}, "one length a batch entry");
+  params.visibility.kv_lens = kv_lens->const_data_ptr<int32_t>();
+  params.visibility.kv_lens_stride = kv_lens->stride(0);
   if (!is_host(call)) return;  // to read a value would be to wait for the device
-  for (int64_t entry = 0; entry < params.batch; ++entry) {
-    const int64_t keys = params.existing_keys(entry);
-    if (keys < 0 || keys > params.kv_len) {
-      fail(call.op, "kv_lens[", entry, "] is ", keys, ", expected 0 to ", params.kv_len, ", k's length");
+  for (int64_t entry = 0; entry < params.problem.batch; ++entry) {
+    const int64_t keys = params.visibility.kv_lens[entry * params.visibility.kv_lens_stride];
+    if (keys < 0 || keys > params.problem.kv_len) {
+      fail(call.op, "kv_lens[", entry, "] is ", keys, ", expected 0 to ", params.problem.kv_len, ", k's length");
     }
   }
 }
 
 void choose_tile(const Call& call, std::optional<int64_t> tile_n, ForwardParams& params) {
   if (!tile_n.has_value()) return;
-  const int32_t coarse = params.tile.tile_n;
+  const int32_t coarse = params.problem.tile.tile_n;
   if (*tile_n != coarse && *tile_n != kFineTileN) {
     fail(call.op, "tile_n is ", *tile_n, ", expected ", coarse, coarse == kFineTileN ? "" : " or ",
-         coarse == kFineTileN ? "" : std::to_string(kFineTileN), " for head_dim ", params.head_dim);
+         coarse == kFineTileN ? "" : std::to_string(kFineTileN), " for head_dim ", params.problem.head_dim);
   }
-  params.tile.tile_n = static_cast<int32_t>(*tile_n);
+  params.problem.tile.tile_n = static_cast<int32_t>(*tile_n);
 }
 
 void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_lens, ForwardParams& params) {
@@ -221,22 +224,23 @@ void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_le
   check_device(call, "kv_tile_lens", lens);
   check_dtype(call, "kv_tile_lens", lens, ScalarType::Int);
   const bool per_batch = lens.dim() == 2;
-  if (!has_shape(lens, {params.kv_tiles()}) && !has_shape(lens, {params.batch, params.kv_tiles()})) {
-    fail(call.op, "kv_tile_lens has shape ", shape_of(lens), ", expected [", params.kv_tiles(), "] or [", params.batch,
-         ", ", params.kv_tiles(), "], one length a KV tile, for Sk=", params.kv_len,
-         " and tile_n=", params.tile.tile_n);
+  if (!has_shape(lens, {params.problem.kv_tiles()}) &&
+      !has_shape(lens, {params.problem.batch, params.problem.kv_tiles()})) {
+    fail(call.op, "kv_tile_lens has shape ", shape_of(lens), ", expected [", params.problem.kv_tiles(), "] or [",
+         params.problem.batch, ", ", params.problem.kv_tiles(),
+         "], one length a KV tile, for Sk=", params.problem.kv_len, " and tile_n=", params.problem.tile.tile_n);
   }
-  params.kv_tile_lens = lens.const_data_ptr<int32_t>();
-  params.kv_tile_lens_batch_stride = per_batch ? lens.stride(0) : 0;
-  params.kv_tile_lens_stride = lens.stride(per_batch ? 1 : 0);
+  params.visibility.kv_tile_lens = lens.const_data_ptr<int32_t>();
+  params.visibility.kv_tile_lens_batch_stride = per_batch ? lens.stride(0) : 0;
+  params.visibility.kv_tile_lens_stride = lens.stride(per_batch ? 1 : 0);
   if (!is_host(call)) return;  // as for kv_lens
-  for (int64_t entry = 0; entry < (per_batch ? params.batch : 1); ++entry) {
-    for (int64_t tile = 0; tile < params.kv_tiles(); ++tile) {
-      const int32_t keys =
-          params.kv_tile_lens[entry * params.kv_tile_lens_batch_stride + tile * params.kv_tile_lens_stride];
-      if (keys < 0 || keys > params.tile.tile_n) {
+  for (int64_t entry = 0; entry < (per_batch ? params.problem.batch : 1); ++entry) {
+    for (int64_t tile = 0; tile < params.problem.kv_tiles(); ++tile) {
+      const int32_t keys = params.visibility.kv_tile_lens[entry * params.visibility.kv_tile_lens_batch_stride +
+                                                          tile * params.visibility.kv_tile_lens_stride];
+      if (keys < 0 || keys > params.problem.tile.tile_n) {
         fail(call.op, "kv_tile_lens[", per_batch ? std::to_string(entry) + ", " : "", tile, "] is ", keys,
-             ", expected 0 to ", params.tile.tile_n, ", tile_n");
+             ", expected 0 to ", params.problem.tile.tile_n, ", tile_n");
       }
     }
   }
@@ -244,7 +248,7 @@ void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_le
 
 void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
                      const std::optional<Tensor>& head_windows, ForwardParams& params) {
-  TokenMask& mask = params.token_mask;
+  TokenMask& mask = params.visibility.token_mask;
   if (causal.has_value()) {
     if (*causal == "top-left") {
       mask.alignment = CausalAlignment::kTopLeft;
@@ -257,7 +261,8 @@ void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
   if (!head_windows.has_value()) return;
   check_device(call, "head_windows", *head_windows);
   check_dtype(call, "head_windows", *head_windows, ScalarType::Int);
-  check_shape(call, "head_windows", *head_windows, {params.query_heads, 2}, "sink_size and recent_size of each head");
+  check_shape(call, "head_windows", *head_windows, {params.problem.query_heads, 2},
+              "sink_size and recent_size of each head");
   if (!mask.given()) {
     fail(call.op, "head_windows is given and causal is not, expected causal to be 'top-left' or 'bottom-right'");
   }
@@ -265,7 +270,7 @@ void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
   mask.head_stride = head_windows->stride(0);
   mask.stride = head_windows->stride(1);
   if (!is_host(call)) return;  // as for kv_lens
-  for (int64_t head = 0; head < params.query_heads; ++head) {
+  for (int64_t head = 0; head < params.problem.query_heads; ++head) {
     for (int64_t size = 0; size < 2; ++size) {
       const int32_t value = mask.head_windows[head * mask.head_stride + size * mask.stride];
       if (value < 0) fail(call.op, "head_windows[", head, ", ", size, "] is ", value, ", expected 0 or more keys");
@@ -276,15 +281,15 @@ void fill_token_mask(const Call& call, const std::optional<std::string>& causal,
 void fill_threshold(const Call& call, const Tensor& threshold, ForwardParams& params) {
   check_device(call, "threshold", threshold);
   check_dtype(call, "threshold", threshold, ScalarType::Float);
-  if (threshold.dim() != 0 && !has_shape(threshold, {params.query_heads})) {
-    fail(call.op, "threshold has shape ", shape_of(threshold), ", expected [] or [", params.query_heads,
+  if (threshold.dim() != 0 && !has_shape(threshold, {params.problem.query_heads})) {
+    fail(call.op, "threshold has shape ", shape_of(threshold), ", expected [] or [", params.problem.query_heads,
          "], one a query head");
   }
-  params.threshold = threshold.const_data_ptr<float>();
-  params.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
+  params.decision.threshold = threshold.const_data_ptr<float>();
+  params.decision.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
   if (!is_host(call)) return;  // as for kv_lens
-  for (int64_t head = 0; head < (threshold.dim() == 0 ? 1 : params.query_heads); ++head) {
-    if (std::isnan(params.threshold[head * params.threshold_stride])) {
+  for (int64_t head = 0; head < (threshold.dim() == 0 ? 1 : params.problem.query_heads); ++head) {
+    if (std::isnan(params.decision.threshold[head * params.decision.threshold_stride])) {
       fail(call.op, "threshold is NaN", threshold.dim() == 0 ? "" : " for head ",
            threshold.dim() == 0 ? "" : std::to_string(head), ", expected a number in log2 units");
     }
@@ -378,10 +383,13 @@ Tensor allocate(const Call& call, ScalarType dtype, const std::vector<int64_t>& 
 }
 
 std::tuple<Tensor, Tensor> allocate_results(const Call& call, const Tensor& q, ForwardParams& params) {
-  Tensor out = allocate(call, q.scalar_type(), {params.batch, params.query_len, params.query_heads, params.head_dim});
-  Tensor lse = allocate(call, ScalarType::Float, {params.batch, params.query_heads, params.query_len});
-  params.out = out.mutable_data_ptr();
-  params.lse = lse.mutable_data_ptr<float>();
+  Tensor out =
+      allocate(call, q.scalar_type(),
+               {params.problem.batch, params.problem.query_len, params.problem.query_heads, params.problem.head_dim});
+  Tensor lse =
+      allocate(call, ScalarType::Float, {params.problem.batch, params.problem.query_heads, params.problem.query_len});
+  params.outputs.out = out.mutable_data_ptr();
+  params.outputs.lse = lse.mutable_data_ptr<float>();
   return {std::move(out), std::move(lse)};
 }
 

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   fill_kv_lens(call, kv_lens, params);
   fill_kv_tile_lens(call, kv_tile_lens, params);
   fill_token_mask(call, causal, head_windows, params);
-  if (keep.has_value()) params.keep = view_keep_map(call, "keep", *keep, params);
+  if (keep.has_value()) params.visibility.keep = view_keep_map(call, "keep", *keep, params);
   auto results = allocate_results(call, q, params);
   Backend::forward(call, params);
   return results;

@@ -29,7 +29,8 @@ struct Cpu {
     try {
       cpu::forward(params, torch::stable::get_num_threads(), parallel_run);
     } catch (const std::bad_alloc&) {
-      fail(call.op, "k has length ", params.kv_len, ", too long: a working copy of its heads does not fit into memory");
+      fail(call.op, "k has length ", params.problem.kv_len,
+           ", too long: a working copy of its heads does not fit into memory");
     }
   }
 

@@ -1,4 +1,4 @@
-// What tensors are to a kernel: plain pointers, dtypes and strides.
+// What is multiplied: plain pointers and strides.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,10 @@ struct TensorView {
   int64_t batch_stride = 0;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
+};
+
+struct Operands {
+  TensorView q, k, v;
 };
 
 }  // namespace lite_attention

@@ -42,10 +42,18 @@ struct KeepMapRow {
 
   LITE_ATTENTION_INLINE bool given() const { return words != nullptr; }
 
+  LITE_ATTENTION_INLINE uint32_t word(int64_t index) const { return static_cast<uint32_t>(words[index * word_stride]); }
+
   LITE_ATTENTION_INLINE bool bit(int64_t tile) const {
-    return (static_cast<uint32_t>(words[(tile / kTilesPerWord) * word_stride]) >> (tile % kTilesPerWord)) & 1u;
+    return word(tile / kTilesPerWord) >> (tile % kTilesPerWord) & 1u;
   }
 };
+
+// Bits of word `word` that stand for tiles below `end`.
+LITE_ATTENTION_INLINE constexpr uint32_t tiles_below(int64_t end, int64_t word) {
+  const int64_t bits = end - word * kTilesPerWord;
+  return bits <= 0 ? 0u : bits >= kTilesPerWord ? ~0u : (1u << bits) - 1;
+}
 
 // The KV tile a query tile visits first: the one on the diagonal of its visit group.
 LITE_ATTENTION_INLINE constexpr int64_t first_visited_tile(int64_t query_tile, int64_t tile_m, int64_t tile_n,

@@ -25,6 +25,11 @@ struct TokenMask {
   int64_t stride = 1;
 
   LITE_ATTENTION_INLINE bool given() const { return alignment != CausalAlignment::kNone; }
+
+  // Of query row 0, in a batch entry of which so many keys exist.
+  LITE_ATTENTION_INLINE int64_t first_position(int64_t query_len, int64_t keys) const {
+    return alignment == CausalAlignment::kBottomRight ? keys - query_len : 0;
+  }
 };
 
 // The tiles of a query tile that need no mask: those below sink_end, and those from begin up to end.

@@ -31,6 +31,7 @@ STYLE = """
     text { fill: #1b1f24 }
     .name { font-weight: 600 }
     .heading { font-size: 12px; fill: #57606a }
+    .file { font-size: 12px }
     @media (prefers-color-scheme: dark) {
       .page { fill: #14181d }
       .area { fill: #1d232b; stroke: #3d4653 }
@@ -185,14 +186,13 @@ def draw_house() -> str:
     width, line = 980, 16
 
     def lines(folder: Path, columns: int) -> list[str]:
-        names = sorted(path.stem + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("_"))
+        names = sorted({path.stem + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("_")})
         return textwrap.wrap(" · ".join(names), columns)
 
     def room(name: str, folder: Path, purpose: str, x: float, y: float, across: float, height: float) -> list[str]:
-        inside = [label(name, x + 12, y + 21, "name"), label(purpose, x + 24 + 7.6 * len(name), y + 21)]
-        inside += [
-            label(text, x + 12, y + 42 + line * row) for row, text in enumerate(lines(folder, int(across / 6.4)))
-        ]
+        inside = [label(name, x + 12, y + 21, "name"), label(purpose, x + 12, y + 39)]
+        files = lines(folder, int(across / 6.4))
+        inside += [label(text, x + 12, y + 60 + line * row, "file") for row, text in enumerate(files)]
         return [f'<rect class="area" x="{x:g}" y="{y:g}" width="{across:g}" height="{height:g}" rx="6"/>', *inside]
 
     parts, y = [label("Imports go down: what lies on a floor knows the floors below it alone", 24, 30, "name")], 46.0
@@ -200,10 +200,10 @@ def draw_house() -> str:
     for floor in FLOORS:
         there = [name for name in floor if (package / name).is_dir()]
         across = (width - 48 - beside - 12 - 12 * (len(there) - 1)) / len(there)
-        height = 34 + line * max(len(lines(package / name, int(across / 6.4))) for name in there) + 4
+        height = 52 + line * max(len(lines(package / name, int(across / 6.4))) for name in there) + 4
         for place, name in enumerate(there):
             purpose = ast.get_docstring(ast.parse((package / name / "__init__.py").read_text())) or ""
-            first = textwrap.shorten(purpose.partition("\n")[0], int(across / 6.4) - len(name) - 4, placeholder="…")
+            first = textwrap.shorten(purpose.partition("\n")[0], int(across / 6.9), placeholder=" …").replace("`", "")
             parts += room(name, package / name, first, 24 + place * (across + 12), y, across, height)
         y += height + 10
     x, top = width - 24 - beside, 46.0
@@ -211,7 +211,7 @@ def draw_house() -> str:
     parts += [label(BESIDE, x + 12, top + 21, "name"), label("the oracle, in plain torch", x + 12, top + 42)]
     parts += [label(f"{text}", x + 12, top + 66 + line * row) for row, text in enumerate(lines(package / BESIDE, 26))]
     for name, purpose in CPP.items():
-        height = 34 + line * len(lines(ROOT / "cpp" / name, int((width - 48) / 6.4))) + 4
+        height = 52 + line * len(lines(ROOT / "cpp" / name, int((width - 48) / 6.4))) + 4
         parts += room(f"cpp/{name}", ROOT / "cpp" / name, purpose, 24, y, width - 48, height)
         y += height + 10
     return picture(

@@ -2,10 +2,10 @@
 
 from lite_attention import compat, reference
 from lite_attention.compat.fastvideo import block_sparse_attention, sliding_tile_attention, video_sparse_attn
+from lite_attention.compat.light_duo import reorder_weights_for_duo_attn, streaming_sparse_attn_func
 from lite_attention.families import block_sparse, duo, sliding_tile, streaming, video_sparse
-from lite_attention.families.duo import reorder_weights_for_duo_attn
 from lite_attention.families.sliding_tile import sliding_tile_map
-from lite_attention.families.streaming import streaming_attention, streaming_sparse_attn_func
+from lite_attention.families.streaming import attention as streaming_attention
 from lite_attention.maps.keep_map import full_keep_map, pack_keep_map, unpack_keep_map
 from lite_attention.maps.tiles import tile_shape, visit_rows
 from lite_attention.ops import attention, merge_attention, skip_attention, top_k_map

@@ -9,17 +9,97 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from lite_attention import block_sparse_attention, video_sparse_attn
+from lite_attention import block_sparse_attention, sliding_tile_attention, sliding_tile_map, video_sparse_attn
 from lite_attention.compat.fastvideo import build_vsa_metadata
-from lite_attention.families import block_sparse, video_sparse
+from lite_attention.families import block_sparse, sliding_tile, video_sparse
 from lite_attention.maps.blocks import expand_blocks
 from lite_attention.maps.keep_map import pack_keep_map
-from lite_attention.maps.video_tiles import VideoTiles, pad_tiles, tile_tokens
+from lite_attention.maps.video_tiles import Size, VideoTiles, pad_tiles, tile_tokens
 from support.blocks import Video, make_inputs, random_blocks, swapped
 from support.inputs import report
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+# Sliding Tile Attention
+
+CANVAS, TILE, TEXT = (5, 7, 9), (2, 3, 4), 20
+WINDOWS = [(1, 3, 1), (3, 3, 2)]
+
+
+def video_by_heads(text: int = TEXT, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
+    return [torch.randn(batch, heads, math.prod(CANVAS) + text, 40).to(dtype) for heads in (2, 1, 1)]
+
+
+@on_every_device
+@pytest.mark.parametrize(("canvas", "tile"), [(CANVAS, TILE), ((4, 8, 12), (4, 4, 4))], ids=["copied", "in-place"])
+def test_sliding_tile_attention_is_the_native_call_by_heads(canvas: Size, tile: Size, device: str) -> None:
+    tokens = math.prod(canvas) + TEXT
+    q, k, v = (torch.randn(2, heads, tokens, 40).to(device, torch.bfloat16) for heads in (2, 1, 1))
+    lengths = torch.tensor([20, 5], dtype=torch.int32, device=device)
+    out = sliding_tile_attention(q, k, v, WINDOWS, lengths, True, canvas, tile=tile, scale=0.5)
+    windows = sliding_tile_map(WINDOWS, canvas, tile=tile, text_tokens=TEXT, head_dim=40, dtype=q.dtype, device=device)
+    expected, _ = sliding_tile.attention(*map(swapped, (q, k, v)), windows, lengths, scale=0.5)
+    assert out.shape == q.shape
+    assert torch.equal(out, swapped(expected))
+
+
+def test_the_canvas_may_be_written_out_and_one_window_serves_all_heads() -> None:
+    q, k, v = video_by_heads()
+    out = sliding_tile_attention(q, k, v, 2 * [(1, 3, 1)], 7, True, CANVAS, tile=TILE)
+    assert torch.equal(sliding_tile_attention(q, k, v, (1, 3, 1), 7, seq_shape="5x7x9", tile=TILE), out)
+    assert torch.equal(sliding_tile_attention(q, k, v, 2 * [[1, 3, 1]], 7, seq_shape="5x7x9", tile=TILE), out)
+
+
+def test_without_text_the_text_length_is_ignored() -> None:
+    q, k, v = video_by_heads(text=0)
+    given = {"window_size": WINDOWS, "has_text": False, "seq_shape": CANVAS, "tile": TILE}
+    expected = sliding_tile_attention(q, k, v, text_length=0, **given)
+    assert torch.equal(sliding_tile_attention(q, k, v, text_length=77, **given), expected)
+
+
+def test_the_seeds_calls_of_sliding_tiles_run_as_documented() -> None:
+    q, k, v = torch.randn(3, 1, 2, 30 * 48 * 80 + 256, 8)
+    window_size = [(1, 1, 1), (1, 1, 3)]
+    out = sliding_tile_attention(q, k, v, window_size, 77)
+    assert out.shape == q.shape
+    q, k, v = (x[:, :, : 30 * 48 * 80] for x in (q, k, v))
+    assert sliding_tile_attention(q, k, v, window_size, 0, False).shape == q.shape
+
+
+def test_windows_are_traced_into_one_graph() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        return sliding_tile_attention(q, k, v, WINDOWS, lengths, True, "5x7x9", tile=TILE)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for batch, text in ((3, 25), (4, 41), (5, 90)):
+            q, k, v = video_by_heads(text, batch=batch)
+            lengths = torch.arange(batch, dtype=torch.int32)
+            torch.testing.assert_close(compiled(q, k, v, lengths), attend(q, k, v, lengths))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+def test_windows_are_made_on_the_device_in_a_captured_graph() -> None:
+    q, k, v = (x.cuda() for x in video_by_heads(dtype=torch.bfloat16))
+    lengths = torch.tensor([7, 20], dtype=torch.int32, device="cuda")
+
+    def attend() -> Tensor:
+        return sliding_tile_attention(q, k, v, WINDOWS, lengths, True, CANVAS, tile=TILE)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for _ in range(2):
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, attend())
+
 
 # Video Sparse Attention
 
@@ -139,10 +219,16 @@ def test_one_graph_serves_all_inputs(device: str) -> None:
 
 
 def test_errors_name_the_argument_and_those_of_the_native_call_pass() -> None:
-    video = Video(batch=2)
-    q, k, v, gate = make_inputs(video, torch.float32)
+    of_blocks = Video(batch=2)
+    q, k, v, gate = make_inputs(of_blocks, torch.float32)
     assert gate is not None
-    blocks, sizes = random_blocks(video), torch.tensor(video.sizes)
+    blocks, sizes = random_blocks(of_blocks), torch.tensor(of_blocks.sizes)
+
+    video = dict(zip("qkv", video_by_heads(), strict=True))
+
+    def sta(**changed: object) -> object:
+        given = video | {"window_size": WINDOWS, "text_length": 3, "seq_shape": "5x7x9", "tile": TILE}
+        return lambda: sliding_tile_attention(**given | changed)  # type: ignore[arg-type]
 
     def vsa(**changed: object) -> object:
         given = {"q": q, "k": k, "v": v, "variable_block_sizes": sizes, "topk": 3}
@@ -155,6 +241,14 @@ def test_errors_name_the_argument_and_those_of_the_native_call_pass() -> None:
     assert_expected_inline(
         report(
             {
+                "sta: q of rank 3": sta(q=video["q"][0]),
+                "sta: a canvas larger than q": sta(seq_shape="50x7x9"),
+                "sta: a canvas smaller than q, no text": sta(has_text=False),
+                "sta: a canvas in other words": sta(seq_shape="5*7*9"),
+                "sta: a window of size 0": sta(window_size=[(1, 3, 1), (3, 0, 1)]),
+                "sta: three windows for two heads": sta(window_size=3 * [(1, 3, 1)]),
+                "sta: more text than there is": sta(text_length=21),
+                "sta: fewer keys": sta(k=video["k"][:, :, 1:]),
                 "vsa: q without batch": vsa(q=q[0]),
                 "vsa: v of other heads": vsa(v=v[:, :1]),
                 "vsa: block of 48": vsa(block_size=(3, 4, 4)),
@@ -173,6 +267,14 @@ def test_errors_name_the_argument_and_those_of_the_native_call_pass() -> None:
             }
         ),
         """\
+sta: q of rank 3 -> ValueError: sliding_tile_attention: q has 3 dimensions, expected 4, [B, H, S, D]
+sta: a canvas larger than q -> ValueError: sliding_tile_attention: q has 335 tokens, expected at least 3150, the canvas 50x7x9
+sta: a canvas smaller than q, no text -> ValueError: sliding_tile_attention: q has 335 tokens, expected 315, the canvas 5x7x9, as has_text is False
+sta: a canvas in other words -> ValueError: sliding_tile_attention: seq_shape is '5*7*9', expected time x height x width in tokens, such as '30x48x80'
+sta: a window of size 0 -> ValueError: sliding_tile_map: window_size[1] is (3, 0, 1), expected three integers of at least 1: (time, height, width)
+sta: three windows for two heads -> ValueError: sliding_tile.attention: windows has 3 windows, expected 2, one a query head, or one for all
+sta: more text than there is -> ValueError: sliding_tile.attention: text_length is 21, expected 0 to 20, the tokens after the canvas
+sta: fewer keys -> ValueError: sliding_tile.attention: k has shape [2, 334, 1, 40], expected [B, 335, H, D]: 315 tokens of the canvas and 20 of text
 vsa: q without batch -> ValueError: video_sparse_attn: q has 3 dimensions, expected 4, [B, H, S, D]
 vsa: v of other heads -> ValueError: video_sparse.attention: v has shape [2, 512, 1, 16], expected [2, 512, 2, 16] like k, as [B, S, H, D]
 vsa: block of 48 -> ValueError: video_sparse.attention: volume is 48 slots, expected a multiple of 64

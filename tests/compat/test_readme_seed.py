@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, merge_attention
+from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, merge_attention
 from support.inputs import Case, check_attention, correlated_passes
 
 SCALE = 0.11
@@ -27,12 +27,18 @@ def qkv() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_signatures() -> None:
-    assert str(inspect.signature(LiteAttention)).replace("'", "") == (
-        "(enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4) -> None"
-    )
+    # None stands for the README's True and -10.0, so that they can be told from a policy.
+    ours = "enable_skipping: bool | None = None, threshold: Threshold | None = None, max_batch_size: int = 4"
+    policy = "*, policy: SkipPolicy | None = None"
+    assert str(inspect.signature(LiteAttention)).replace("'", "") == f"({ours}, {policy}) -> None"
     assert str(inspect.signature(SeqParallelLiteAttention)).replace("'", "") == (
-        "(num_nodes: int, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4) -> None"
+        f"(num_nodes: int, {ours}, {policy}) -> None"
     )
+    for layer in (LiteAttention(), SeqParallelLiteAttention(2).splits[1]):
+        assert layer.policy == SkipPolicy(enabled=True, threshold=-10.0)
+        assert layer.max_batch_size == 4
+    assert LiteAttention(False, -6.0, 2).policy == SkipPolicy(enabled=False, threshold=-6.0)
+    assert SeqParallelLiteAttention(2, False, -6.0, 2).splits[1].policy == SkipPolicy(enabled=False, threshold=-6.0)
     first = ["query", "key", "value", "scale", "return_softmax_lse", "must_do_list", "must_skip_list"]
     assert list(inspect.signature(LiteAttention.forward).parameters)[1:8] == first
     first.insert(3, "split_idx")

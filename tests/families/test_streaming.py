@@ -1,8 +1,6 @@
-"""Streaming attention: which keys each row sees, mixed heads, Light-DuoAttention's call."""
+"""Streaming attention: which keys each row sees, and mixed heads."""
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +9,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lite_attention import attention
-from lite_attention.families.streaming import head_windows, streaming_attention, streaming_sparse_attn_func
+from lite_attention.families.streaming import attention as streaming_attention
+from lite_attention.families.streaming import head_windows
 from lite_attention.maps.tiles import UNLIMITED
 from lite_attention.ops import CausalAlignment
-from support.inputs import Case, assert_as_good_as_naive, make_qkv, report
+from support.inputs import Case, make_qkv, report
+from support.streaming import check, seen
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICES_AND_DTYPES = [
@@ -32,35 +32,6 @@ ALIGNMENTS: tuple[CausalAlignment, ...] = ("top-left", "bottom-right")
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
     torch._dynamo.reset()
-
-
-def seen(queries: int, keys: int, first_position: int, sink_size: int, recent_size: int) -> Tensor:
-    """bool ``[queries, keys]``, row by row."""
-    mask = torch.zeros(queries, keys, dtype=torch.bool)
-    for row in range(queries):
-        position = row + first_position
-        mask[row, : max(0, min(position + 1, sink_size))] = True
-        mask[row, max(0, position + 1 - recent_size) : max(0, position + 1)] = True
-    return mask
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention under a bool mask that broadcasts to ``[B, Hq, Sq, Sk]``, all in one dtype."""
-    group = q.shape[2] // k.shape[2]
-    query, key, value = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = (query @ key.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~mask.to(q.device), -math.inf)
-    weights = scores.softmax(-1).nan_to_num(0)  # rows without a key
-    return (weights @ value).transpose(1, 2), scores.logsumexp(-1)
-
-
-def check(result: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
-    exact, naive = dense(q, k, v, mask, torch.float64), dense(q, k, v, mask, q.dtype)
-    assert result[0].dtype == q.dtype
-    assert result[1].dtype == torch.float32
-    for name, got, right, low in zip(("out", "lse"), result, exact, naive, strict=True):
-        assert got.shape == right.shape
-        assert_as_good_as_naive(name, got, right, low)
 
 
 @pytest.mark.parametrize("causal", ALIGNMENTS)
@@ -180,81 +151,6 @@ def test_a_needle_is_found_by_full_heads_at_any_depth_and_by_streaming_heads_in_
     assert (streaming[~in_window.to(device)] == 0).all(), "what is not seen has no weight at all"
 
 
-# Light-DuoAttention's call
-
-
-@pytest.mark.parametrize("window_left", [None, 0, 31, 500])
-@pytest.mark.parametrize("sink_size", [None, 0, 4])
-@pytest.mark.parametrize("lengths", [(300, 300), (70, 300), (300, 100)], ids=str)
-@on_every_device
-def test_light_duo_attentions_call_has_its_mask(
-    device: str, lengths: tuple[int, int], sink_size: int | None, window_left: int | None
-) -> None:
-    queries, keys = lengths
-    q, k, v = make_qkv(Case(2, queries, keys, 4, 2, 64), torch.bfloat16, "peaked", device=device)
-    row, key = torch.arange(queries)[:, None], torch.arange(keys)
-    mask = (key <= row) & ((key < (sink_size or 0)) | (key >= row - (keys if window_left is None else window_left)))
-    if window_left is None:
-        mask = key <= row
-    result = streaming_sparse_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=1.0 / math.sqrt(64),
-        causal=True,
-        window_size=(window_left, 0),
-        sink_size=sink_size,
-        enable_streaming=True,
-    )
-    check(result, q, k, v, mask)
-
-
-@on_every_device
-def test_the_seeds_quick_start_runs_as_documented(device: str) -> None:
-    batch_size, seqlen, num_heads, head_dim = 1, 2048, 32, 128
-    q, k, v = (torch.randn(batch_size, seqlen, num_heads, head_dim).to(device, torch.bfloat16) for _ in range(3))
-    output, lse = streaming_sparse_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=1.0 / math.sqrt(head_dim),
-        causal=True,
-        window_size=(31, 0),
-        sink_size=4,
-        enable_streaming=True,
-    )
-    assert output.shape == (1, 2048, 32, 128)
-    assert lse.shape == (1, 32, 2048)
-    expected = streaming_attention(q, k, v, sink_size=4, recent_size=32)
-    assert torch.equal(output, expected[0])
-    assert torch.equal(lse, expected[1])
-
-
-@pytest.mark.parametrize("without_effect", [{"causal": False}, {"enable_streaming": False}, {"window_size": (31, 7)}])
-def test_what_has_no_effect_in_the_original_has_none_here(without_effect: dict[str, Any]) -> None:
-    q, k, v = make_qkv(Case(1, 200, 200, 2, 2, 64), torch.float32)
-    given: dict[str, Any] = {"window_size": (31, 0), "sink_size": 4, "causal": True, "enable_streaming": True}
-    expected = streaming_sparse_attn_func(q, k, v, **given)
-    for one, other in zip(streaming_sparse_attn_func(q, k, v, **given | without_effect), expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_seqused_k_ends_the_keys_and_moves_no_row() -> None:
-    q, k, v = make_qkv(Case(2, 200, 200, 2, 2, 64), torch.float32)
-    used = torch.tensor([200, 90], dtype=torch.int32)
-    mask = torch.stack([seen(200, 200, 0, 4, 32)[None]] * 2)
-    mask[1, ..., 90:] = False
-    check(streaming_sparse_attn_func(q, k, v, window_size=(31, 0), sink_size=4, seqused_k=used), q, k, v, mask)
-
-
-def test_the_originals_other_keywords_may_be_given_at_the_values_that_ask_for_nothing() -> None:
-    q, k, v = make_qkv(Case(1, 100, 100, 2, 2, 64), torch.float32)
-    out, _ = streaming_sparse_attn_func(
-        q, k, v, window_size=(31, 0), cu_seqlens_q=None, page_table=None, softcap=0.0, pack_gqa=None, groupwise=False
-    )
-    assert torch.equal(out, streaming_attention(q, k, v, 0, 32)[0])
-
-
 # torch.compile, CUDA graphs
 
 
@@ -267,8 +163,7 @@ def test_one_graph_whatever_the_heads_are(device: str) -> None:
     def run(full: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         table = head_windows(full.repeat_interleave(2), 4, 31)
         by_table = attention(q, k, v, causal="top-left", head_windows=table)
-        seed = streaming_sparse_attn_func(q, k, v, window_size=(31, 0), sink_size=4)
-        return *streaming_attention(q, k, v, sinks, 31, full_heads=full, kv_lens=kv_lens), *by_table, *seed
+        return *streaming_attention(q, k, v, sinks, 31, full_heads=full, kv_lens=kv_lens), *by_table
 
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for heads in ([True, False], [False, True], [False, False]):
@@ -307,7 +202,6 @@ def test_nothing_waits_for_the_device() -> None:
     full = torch.ones(2, dtype=torch.bool, device=device)
     streaming_attention(q, k, v, 4, 31, full_heads=full)
     head_windows(full, 4, 31)
-    streaming_sparse_attn_func(q, k, v, window_size=(31, 0), sink_size=4)
     with pytest.raises(RuntimeError, match="synchroniz"):  # what a wait would have raised above
         full.any().item()
 
@@ -322,9 +216,6 @@ def _no_waiting() -> Iterator[None]:
 def test_errors() -> None:
     q, k, v = make_qkv(Case(1, 20, 20, 4, 2, 16), torch.float32)
     full, sizes = torch.tensor([True, False]), torch.ones(4, dtype=torch.int32)
-
-    def seed(**given: Any) -> Any:
-        return lambda: streaming_sparse_attn_func(q, k, v, **given)
 
     calls = {
         "negative sink": lambda: streaming_attention(q, k, v, -1, 4),
@@ -341,13 +232,6 @@ def test_errors() -> None:
         "v of another shape": lambda: streaming_attention(q, k, v[:, :5], 4, 4),
         "causal is a bool": lambda: streaming_attention(q, k, v, 4, 4, causal=True),  # type: ignore[arg-type]
         "table of floats": lambda: head_windows(torch.ones(2), 4, 4),
-        "seed: negative window": seed(window_size=(-1, 0)),
-        "seed: position_ids": seed(position_ids=torch.arange(20)[None]),
-        "seed: page_table": seed(page_table=torch.zeros(1, 1, dtype=torch.int32)),
-        "seed: softcap": seed(softcap=30.0),
-        "seed: tile": seed(n_block_size=64),
-        "seed: no keyword of it": seed(windows=(3, 0)),
-        "seed: lengths in place of a scale": lambda: streaming_sparse_attn_func(q, k, v, sizes),  # type: ignore[arg-type]
     }
     assert_expected_inline(
         report(calls),
@@ -365,12 +249,5 @@ q of rank 3 -> ValueError: streaming_attention: q has 3 dimensions, expected 4: 
 3 key heads for 4 query heads -> ValueError: streaming_attention: k has 3 heads, expected a divisor of q's 4
 v of another shape -> RuntimeError: attention: v has shape [1, 5, 2, 16], expected [1, 20, 2, 16] (k's shape)
 causal is a bool -> TypeError: attention: causal has type bool, expected 'top-left', 'bottom-right' or None
-table of floats -> TypeError: head_windows: full_heads has torch.float32, expected a tensor of torch.bool
-seed: negative window -> ValueError: streaming_sparse_attn_func: window_size[0] is -1, expected 0 or more keys, or None
-seed: position_ids -> ValueError: streaming_sparse_attn_func: position_ids is given, expected None: it is not supported here. streaming_attention places the queries at the last keys
-seed: page_table -> ValueError: streaming_sparse_attn_func: page_table is given, expected None: it is not supported here
-seed: softcap -> ValueError: streaming_sparse_attn_func: softcap is given, expected 0.0: it is not supported here
-seed: tile -> ValueError: streaming_sparse_attn_func: n_block_size is given, expected 128: it is not supported here
-seed: no keyword of it -> TypeError: streaming_sparse_attn_func: windows is not one of its keywords
-seed: lengths in place of a scale -> TypeError: streaming_sparse_attn_func: softmax_scale is a tensor, expected a number or None""",
+table of floats -> TypeError: head_windows: full_heads has torch.float32, expected a tensor of torch.bool""",
     )

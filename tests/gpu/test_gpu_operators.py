@@ -22,6 +22,9 @@ from support.inputs import (
     GPU_DTYPES,
     KINDS,
     MAPS,
+    TIE_SCALE,
+    TIE_SCORES,
+    TIES,
     Case,
     check_decisions,
     check_dense_or_mapped,
@@ -29,6 +32,7 @@ from support.inputs import (
     correlated_passes,
     make_map,
     make_qkv,
+    make_ties,
     poisoned_memory,
     random_map,
 )
@@ -259,6 +263,16 @@ def test_a_query_tile_without_kept_tiles_is_empty(head_dim: int, dtype: torch.dt
         assert bool(torch.isfinite(lse[0, 0]).all())
         assert bool(torch.isfinite(lse[0, 1, :128]).all())
     assert bool((results[1][2][0, 1, 2] == 0).all())
+
+
+@dtypes
+@pytest.mark.parametrize("threshold", TIES)
+@instantiated_head_dims
+def test_a_tile_exactly_at_the_threshold_is_dropped(head_dim: int, threshold: float, dtype: torch.dtype) -> None:
+    case, q, k, v = make_ties(head_dim, dtype, GPU)
+    _, _, next_keep = skip_attention(q, k, v, full_map(case), threshold_of(threshold), scale=TIE_SCALE)
+    kept = unpack_keep_map(next_keep, len(TIE_SCORES))[0, 0, 0].nonzero().flatten()
+    assert tuple(kept.tolist()) == TIES[threshold]
 
 
 @instantiated_head_dims

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lite_attention import SkipPolicy
 from lite_attention.integrations.comfyui import (
     NODE_CLASS_MAPPINGS,
     NODE_DISPLAY_NAME_MAPPINGS,
@@ -358,5 +359,5 @@ def test_the_node_follows_comfyui_s_conventions(model: ModelPatcher) -> None:
         outputs = method(model=model, **defaults)
         assert len(outputs) == len(node.RETURN_TYPES)
         override = outputs[0].model_options["transformer_options"]["optimized_attention_override"]
-        assert override.threshold == -10.0
+        assert override.policy == SkipPolicy()
         assert isinstance(node.CATEGORY, str)

@@ -1,7 +1,6 @@
 """The diffusers door, on diffusers' own transformers and pipelines."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook as AccelerateHook
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models import attention_dispatch
 from expecttest import assert_expected_inline
@@ -310,19 +311,8 @@ def fresh() -> tuple[nn.Module, VideoCase]:
 
 
 def accelerate_hook(transformer: nn.Module) -> Callable[[], None]:
-    """As accelerate puts hooks on a module and takes them away."""
-    transformer._old_forward = transformer.forward  # type: ignore[assignment]
-
-    def new_forward(*args: Any, **kwargs: Any) -> Any:
-        return transformer._old_forward(*args, **kwargs)  # type: ignore[operator]
-
-    transformer.forward = functools.update_wrapper(new_forward, transformer.forward)  # type: ignore[method-assign]
-
-    def remove() -> None:
-        transformer.forward = transformer._old_forward  # type: ignore[method-assign,assignment]
-        delattr(transformer, "_old_forward")
-
-    return remove
+    add_hook_to_module(transformer, AccelerateHook())
+    return lambda: remove_hook_from_module(transformer)
 
 
 def diffusers_hook(transformer: nn.Module) -> Callable[[], None]:
@@ -486,8 +476,8 @@ a number as timestep -> TypeError: GenerationClock: timestep has type float, exp
 layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all
-threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
--1 first steps -> ValueError: skip_first_steps is -1, expected at least 0
+threshold above 0 -> ValueError: enable_lite_attention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+-1 first steps -> ValueError: enable_lite_attention: skip_first_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",

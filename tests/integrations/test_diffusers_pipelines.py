@@ -9,7 +9,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
-    WanVideoToVideoPipeline,
 )
 from torch import Tensor
 
@@ -133,9 +132,3 @@ def test_a_copy_of_the_scheduler_is_not_the_scheduler() -> None:
     handle.disable()
     handle.disable()
     assert "set_timesteps" not in vars(pipeline.scheduler)
-
-
-def test_a_pipeline_that_does_not_name_its_branches_is_refused() -> None:
-    parts = {name: part for name, part in wan().components.items() if name not in ("transformer_2",)}
-    with pytest.raises(ValueError, match="WanVideoToVideoPipeline does not name its guidance branches"):
-        enable_lite_attention(WanVideoToVideoPipeline(**parts))

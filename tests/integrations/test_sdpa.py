@@ -197,5 +197,5 @@ def test_errors() -> None:
 a call inside of torch -> NotImplementedError: torch.nn.MultiheadAttention calls its attention out of reach, expected a layer that calls torch.nn.functional.scaled_dot_product_attention itself
 no such layer -> ValueError: LiteSDPA: layers is layers\\.\\d+, expected to match the name of a module of the Model
 two calls in a module -> RuntimeError: LiteSDPA: the model itself makes several self-attention calls in one forward, expected one, to which its skip state belongs. Name its submodules in layers
-threshold above 0 -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG""",
+threshold above 0 -> ValueError: LiteSDPA: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG""",
     )

@@ -373,8 +373,8 @@ def test_errors_of_the_layers_name_the_argument() -> None:
         """\
 heads that do not share evenly -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 3
 no KV head -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 0
-an unknown argument -> TypeError: LocalAttention: got the argument 'treshold', expected one that a backend takes: enable_skipping, max_batch_size, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN)
-a threshold above 0 -> ValueError: LiteAttention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+an unknown argument -> TypeError: LocalAttention: got the argument 'treshold', expected one that a backend takes: enable_skipping, max_batch_size, policy, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN)
+a threshold above 0 -> ValueError: LITE_ATTN: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
 causal skipping -> ValueError: LITE_ATTN: causal is True, expected False: it has no causal mask
 causal blocks -> ValueError: VIDEO_SPARSE_ATTN: causal is True, expected False: it has no causal mask
 causal windows -> ValueError: SLIDING_TILE_ATTN: causal is True, expected False: it has no causal mask

@@ -37,6 +37,7 @@ from lite_attention.layers import (
 )
 from lite_attention.layers.registry import BackendName
 from lite_attention.layers.selector import STR_BACKEND_ENV_VAR
+from lite_attention.ops import backends as kernels
 from support.inputs import report
 from support.layer_models import (
     HEAD_SIZE,
@@ -98,7 +99,7 @@ def test_a_backend_has_the_class_that_code_for_fastvideo_asks(backend: Backend) 
     assert pickle.loads(pickle.dumps(face)) is face, "a name of the file that has its impl"
 
 
-def test_the_kernels_take_fp32_on_the_cpu_alone() -> None:
+def test_dtypes_are_those_of_the_kernels_where_the_layer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(device: str, dtype: torch.dtype, name: AttentionBackendEnum = LITE_ATTN) -> Callable[[], object]:
         def call() -> object:
             with torch.device(device):
@@ -106,14 +107,24 @@ def test_the_kernels_take_fp32_on_the_cpu_alone() -> None:
 
         return call
 
+    def refuse_fp32(problem: kernels.Problem) -> str | None:
+        return "no" if problem.dtype == torch.float32 else None
+
+    on_cpu = [backend for backend in kernels.backends() if backend.device_type == "cpu"]
+    halves = kernels.Backend("halves", "cuda", refuse_fp32, functions=None)
+    monkeypatch.setattr(kernels, "_table", [halves, *on_cpu])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert asked("cpu", dtype)() == "LITE_ATTN"
+        assert asked("cpu", dtype)() == asked("meta", dtype)() == "LITE_ATTN"
         assert asked("cuda:0", dtype, TORCH_SDPA)() == "TORCH_SDPA"
     assert asked("cuda:0", torch.bfloat16)() == "LITE_ATTN"
-    assert asked("meta", torch.float32)() == "LITE_ATTN"
+    found = report({"fp32 on a GPU": asked("cuda:0", torch.float32)})
+    monkeypatch.setattr(kernels, "_table", on_cpu)
+    found += "\n" + report({"a GPU without kernels": asked("cuda:0", torch.bfloat16)})
     assert_expected_inline(
-        report({"fp32": asked("cuda:0", torch.float32)}),
-        """fp32 -> ValueError: get_attn_backend: dtype is torch.float32, expected torch.bfloat16 or torch.float16 for LITE_ATTN on cuda""",
+        found,
+        """\
+fp32 on a GPU -> ValueError: get_attn_backend: dtype is torch.float32, expected torch.bfloat16 or torch.float16 for LITE_ATTN on cuda
+a GPU without kernels -> ValueError: get_attn_backend: dtype is torch.bfloat16, expected none, as no backend runs there, for LITE_ATTN on cuda""",
     )
 
 
@@ -331,7 +342,7 @@ def test_one_line_adds_a_backend_with_an_argument_of_its_own_to_layers_that_may_
         torch.testing.assert_close(other(q, k, v).double(), dense(q, k, v), atol=1e-5, rtol=0)
     assert_expected_inline(
         report({"an argument of none": lambda: layer(LocalAttention, TORCH_SDPA, chunk=15, chunks=4)}),
-        """an argument of none -> TypeError: LocalAttention: got the argument 'chunks', expected one that a backend takes: enable_skipping, max_batch_size, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN); chunk (CHUNK_TEST_ATTN)""",
+        """an argument of none -> TypeError: LocalAttention: got the argument 'chunks', expected one that a backend takes: enable_skipping, max_batch_size, policy, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN); chunk (CHUNK_TEST_ATTN)""",
     )
 
 
@@ -366,7 +377,7 @@ def test_an_impl_takes_what_its_constructor_names_or_what_it_says() -> None:
     assert LinearImpl.arguments == {"gain"}, "a class as FastVideo's code has it"
     assert {backend.name: set(backend.impl.arguments) for backend in backends.BUILTIN} == {
         "TORCH_SDPA": set(),
-        "LITE_ATTN": {"enable_skipping", "max_batch_size", "threshold"},
+        "LITE_ATTN": {"enable_skipping", "max_batch_size", "policy", "threshold"},
         "VIDEO_SPARSE_ATTN": set(),
         "SLIDING_TILE_ATTN": {"layer_index"},
     }

@@ -11,12 +11,16 @@ from lite_attention import attention, full_keep_map, merge_attention, reference,
 from support.inputs import (
     DTYPES,
     KINDS,
+    TIE_SCALE,
+    TIE_SCORES,
+    TIES,
     Case,
     assert_as_good_as_naive,
     check_attention,
     check_skip_attention,
     correlated_passes,
     make_qkv,
+    make_ties,
     random_map,
 )
 
@@ -178,6 +182,17 @@ def test_first_visited_tile_is_always_kept() -> None:
     for head, tile in itertools.product(range(2), range(10)):
         walk = [j for j in order[tile].tolist() if kept[head, tile, j]]
         assert stays[head, tile].nonzero().flatten().tolist() == walk[:1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold", TIES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_tile_exactly_at_the_threshold_is_dropped(head_dim: int, threshold: float, dtype: torch.dtype) -> None:
+    case, q, k, v = make_ties(head_dim, dtype)
+    keep = full_keep_map(1, 1, case.query_len, case.kv_len, head_dim, dtype)
+    _, _, next_keep = skip_attention(q, k, v, keep, threshold_of(threshold), scale=TIE_SCALE)
+    kept = unpack_keep_map(next_keep, len(TIE_SCORES))[0, 0, 0].nonzero().flatten()
+    assert tuple(kept.tolist()) == TIES[threshold]
 
 
 def test_bits_past_the_last_tile_are_ignored_and_cleared() -> None:

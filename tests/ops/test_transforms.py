@@ -1,4 +1,4 @@
-"""The operators under torch.vmap, function transforms and autocast, called as they are: what works, and what is said else."""
+"""The operators under torch.vmap and function transforms, called as they are: what works, and what is said else."""
 
 from collections.abc import Callable
 
@@ -80,38 +80,3 @@ merge_attention -> NotImplementedError: merge_attention: has no forward-mode gra
         )
         around = jvp(lambda q: q + attention(q.detach(), k, v)[0])
     assert torch.equal(around, torch.ones_like(q))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_leaves_the_operators_alone(dtype: torch.dtype) -> None:
-    q, k, v = make_qkv(CASE, torch.float32)
-    keep = random_map(CASE, 0.5)
-    calls = {
-        "attention": lambda: attention(q, k, v),
-        "skip_attention": lambda: skip_attention(q, k, v, keep, -1.0),
-        "merge_attention": lambda: merge_attention([q], [torch.zeros(2, 4, 130)]),
-    }
-    for name, call in calls.items():
-        expected = call()
-        with torch.autocast("cpu", dtype):
-            result = call()
-        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(result, expected, strict=True)), name
-
-
-def test_dtypes_that_autocast_would_have_made_equal_are_named() -> None:
-    q, k, v = make_qkv(CASE, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        text = report(
-            {
-                "attention": lambda: attention(q.bfloat16(), k, v),
-                "skip_attention": lambda: skip_attention(q, k, v.bfloat16(), random_map(CASE, 0.5), -1.0),
-                "merge_attention": lambda: merge_attention([q, q.bfloat16()], 2 * [torch.zeros(2, 4, 130)]),
-            }
-        )
-    assert_expected_inline(
-        text,
-        """\
-attention -> RuntimeError: attention: k has dtype float32, expected bfloat16
-skip_attention -> RuntimeError: skip_attention: v has dtype bfloat16, expected float32
-merge_attention -> RuntimeError: merge_attention: outs[1] has dtype bfloat16, expected float32""",
-    )

@@ -1,6 +1,7 @@
 """DistributedLiteAttention on 2 and 4 ranks, against one process and against the oracle split by split."""
 
 import copy
+import dataclasses
 import time
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lite_attention import (
     DistributedLiteAttention,
     LiteAttention,
+    SkipPolicy,
     attention,
     full_keep_map,
     pack_keep_map,
@@ -25,7 +27,7 @@ from lite_attention import (
 from lite_attention.parallel.collectives import all_gather
 from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
-from support.inputs import Case, check_attention, correlated_passes, score_rounding
+from support.inputs import Case, check_attention, correlated_passes, report, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -374,7 +376,10 @@ def _errors() -> str:
         "mesh": lambda: DistributedLiteAttention("cpu"),  # type: ignore[arg-type]
         "head_chunks type": lambda: DistributedLiteAttention(mesh, head_chunks=True),
         "head_chunks": lambda: DistributedLiteAttention(mesh, head_chunks=0),
+        "max_batch_size": lambda: DistributedLiteAttention(mesh, max_batch_size=0),
+        "enable_skipping": lambda: DistributedLiteAttention(mesh, 1),  # type: ignore[arg-type]
         "threshold": lambda: DistributedLiteAttention(mesh, threshold=1.0),
+        "policy and threshold": lambda: DistributedLiteAttention(mesh, threshold=-1.0, policy=SkipPolicy()),
         "thresholds": lambda: DistributedLiteAttention(mesh, threshold=[-1.0]),
         "query": lambda: layer("q", kv, kv),
         "dimensions": lambda: layer(q[0], kv, kv),
@@ -409,13 +414,7 @@ def _errors() -> str:
         "threshold after balancing": lambda: balanced.set_threshold([-1.0] * 6),
         "heads after balancing": lambda: balanced(q, kv, kv),
     }
-    lines = []
-    for name, call in calls.items():
-        try:
-            call()
-        except (TypeError, ValueError, RuntimeError) as error:
-            lines.append(f"{name} -> {type(error).__name__}: {error}")
-    return "\n".join(lines)
+    return report(calls)
 
 
 def test_errors() -> None:
@@ -427,7 +426,10 @@ def test_errors() -> None:
 mesh -> TypeError: DistributedLiteAttention: mesh has type str, expected a DeviceMesh
 head_chunks type -> TypeError: DistributedLiteAttention: head_chunks has type bool, expected an int
 head_chunks -> ValueError: DistributedLiteAttention: head_chunks is 0, expected at least 1
-threshold -> ValueError: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+max_batch_size -> ValueError: DistributedLiteAttention: max_batch_size is 0, expected at least 1
+enable_skipping -> TypeError: DistributedLiteAttention: enable_skipping has type int, expected a bool
+threshold -> ValueError: DistributedLiteAttention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+policy and threshold -> ValueError: DistributedLiteAttention: policy and threshold are given, expected one or the other
 thresholds -> ValueError: DistributedLiteAttention: threshold has 1 values, expected at least 2: 2 ranks along 'ulysses' times 1 head_chunks
 query -> TypeError: DistributedLiteAttention: query has type str, expected a tensor
 dimensions -> ValueError: DistributedLiteAttention: query has 3 dimensions, expected 4: [batch, length, heads, head_dim]
@@ -453,6 +455,18 @@ map of other heads -> ValueError: set_keep_map: keep_map has shape [1, 7, 4, 2],
 threshold after balancing -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head as when balance_heads() was called
 heads after balancing -> ValueError: DistributedLiteAttention: heads of query, and of those for each key head that is sent, are (4, 2), expected (4, 1) as when balance_heads() was called""",
     )
+
+
+def _policies(policy: SkipPolicy) -> list[SkipPolicy]:
+    layer = DistributedLiteAttention(mesh_of("cpu", 1, 2), policy=policy)
+    return [layer.policy, *(state.policy for state in layer.states.splits)]  # type: ignore[misc]
+
+
+def test_ranks_are_told_the_whole_policy_with_the_thresholds_of_their_heads() -> None:
+    policy = SkipPolicy(threshold=(-1.0, -2.0, -3.0, -4.0), dense_steps=3, enabled=False)
+    for rank, policies in enumerate(run_on_ranks(2, "cpu", _policies, policy)):
+        own = policy.threshold[2 * rank : 2 * rank + 2]  # type: ignore[index]
+        assert policies == [policy, dataclasses.replace(policy, threshold=own)]
 
 
 def _one_rank_fails(rank_of_failure: int, seconds: float) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention import full_keep_map, pack_keep_map, reference, tile_shape, unpack_keep_map, visit_rows
-from support.inputs import Case, make_qkv, random_map
+from support.inputs import TIE_SCALE, TIE_SCORES, TIES, Case, make_qkv, make_ties, random_map
 
 CASES = [
     Case(query_len=200, kv_len=500, heads=2, kv_heads=1),
@@ -108,6 +108,15 @@ def test_drop_rule_equals_the_loops(case: Case, threshold: str) -> None:
         dense_out, dense_lse = reference.attention(q, k, v, pack_keep_map(visited), kv_lens, case.scale)
         assert torch.equal(out, dense_out)
         assert torch.equal(lse, dense_lse)
+
+
+@pytest.mark.parametrize("threshold", TIES)
+def test_a_tile_exactly_at_the_threshold_is_dropped(threshold: float) -> None:
+    case, q, k, _ = make_ties(64, torch.float32)
+    keep = full_keep_map(1, 1, case.query_len, case.kv_len, 64, torch.float32)
+    next_keep, _ = reference.decisions(q, k, keep, None, None, torch.tensor(threshold), TIE_SCALE)
+    kept = unpack_keep_map(next_keep, len(TIE_SCORES))[0, 0, 0].nonzero().flatten()
+    assert tuple(kept.tolist()) == TIES[threshold]
 
 
 def test_a_row_without_keys_gives_zero_and_minus_infinity() -> None:

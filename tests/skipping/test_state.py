@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lite_attention import SkipPolicy, unpack_keep_map
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.state import MAP_SLOTS, PassShape, SkipState, share_room
+from lite_attention.skipping.slots import PassShape
+from lite_attention.skipping.state import MAP_SLOTS, SkipState, share_room
 
 HEADS, QUERIES, KEYS = 2, 300, 700
 

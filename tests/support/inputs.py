@@ -103,6 +103,31 @@ def random_map(
     return pack_keep_map(torch.rand(*sizes, kv_tiles, generator=random, device=device) < density)
 
 
+# scale * log2(e) is 1/8 exactly, in fp32 and in fp64: what follows then is free of rounding on every backend.
+TIE_SCALE = math.log(2) / 8
+# The largest score of each tile, in the order of the walk, and which tiles a threshold keeps, ties being dropped: the
+# first one, and those whose score exceeds the largest before by more than 8 * threshold.
+TIE_SCORES = (0, 0, 8, 0, 1, 8, 9)
+TIES = {0.0: (0, 2, 6), -1.0: (0, 1, 2, 4, 5, 6), -0.875: (0, 1, 2, 5, 6)}
+
+
+def make_ties(
+    head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Case, Tensor, Tensor, Tensor]:
+    """A case and its q, k and v, whose query tile meets a tile for each of ``TIE_SCORES``: every row at one key of it."""
+    tile_n = tile_shape(head_dim, dtype)[1]
+    assert torch.tensor(TIE_SCALE, dtype=torch.float32) * torch.tensor(math.log2(math.e), dtype=torch.float32) == 1 / 8
+    assert TIE_SCALE * math.log2(math.e) == 1 / 8
+    case = Case(query_len=40, kv_len=len(TIE_SCORES) * tile_n - 3, heads=1, kv_heads=1, head_dim=head_dim)
+    q = torch.zeros(1, case.query_len, 1, head_dim, dtype=dtype, device=device)
+    k = torch.zeros(1, case.kv_len, 1, head_dim, dtype=dtype, device=device)
+    q[..., 0] = 1
+    k[..., 0] = -64
+    for tile, score in enumerate(TIE_SCORES):
+        k[:, tile * tile_n + 5 * tile, :, 0] = score
+    return case, q, k, torch.ones_like(k)
+
+
 MAPS = (
     "every tile",
     "no tile",

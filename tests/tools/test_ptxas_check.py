@@ -138,3 +138,14 @@ def test_the_compilers_own_failure_passes_through(tmp_path: Path) -> None:
     done = launch("error", "error: expected a ';'\n", 2, tmp_path / "sums.cu.o")
     assert done.returncode == 2
     assert done.stdout == "error: expected a ';'\n"
+
+
+def test_a_launcher_before_the_compiler_runs_and_what_it_repeats_is_read(tmp_path: Path) -> None:
+    compiled = tmp_path / "sums.cu.o"
+    cache = "import subprocess, sys; sys.stderr.write('from the cache\\n'); sys.exit(subprocess.call(sys.argv[1:]))"
+    compiler = f"import pathlib, sys; sys.stderr.write({SPILLS!r}); pathlib.Path({str(compiled)!r}).touch()"
+    command = [sys.executable, SCRIPT, "error", sys.executable, "-c", cache, sys.executable, "-c", compiler]
+    done = subprocess.run([*command, "-o", compiled], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "from the cache"
+    assert "sums.cu: error: " in done.stdout

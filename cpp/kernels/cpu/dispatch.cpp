@@ -71,7 +71,7 @@ class Scratch {
 
 void forward(const ForwardParams& params, int64_t max_workers, ParallelRun parallel_run) {
   const ForwardKernel& kernel = selected_kernel();
-  const int64_t kv_heads = params.batch * params.kv_heads;
+  const int64_t kv_heads = params.problem.batch * params.problem.kv_heads;
   const int64_t packed_floats = kernel.packed_floats(params);
   const int64_t wave_heads = std::clamp<int64_t>(kMaxPackedFloats / packed_floats, 1, kv_heads);
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/sm90/common/widen.cuh"
 #include "rules/keep_map.h"
 
 namespace lite_attention::sm90 {
@@ -31,10 +32,6 @@ struct MergeKernelParams {
   TensorView outs[kMaxParts];
   TensorView lses[kMaxParts];
 };
-
-__device__ float widen(float value) { return value; }
-__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float widen(__half value) { return __half2float(value); }
 
 template <typename Element>
 __device__ Element narrow(float value) {

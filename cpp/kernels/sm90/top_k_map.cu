@@ -16,15 +16,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/sm90/common/lanes.cuh"
+#include "kernels/sm90/common/widen.cuh"
 #include "rules/rank_key.h"
 
 namespace lite_attention::sm90 {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kThreads = 128;
-constexpr int kRowsPerBlock = kThreads / kWarpSize;
-constexpr unsigned int kAllLanes = 0xffffffffu;
+constexpr int kRowsPerBlock = kThreads / kWarpThreads;
 // What a lane may hold in registers: the build is the smallest that fits the row. 48 is 720p video in blocks of 64.
 constexpr int kKeysPerLane[] = {16, 24, 32, 48, 64, 128};
 
@@ -36,10 +36,6 @@ constexpr int kUnusedBits<__nv_bfloat16> = 16;
 template <>
 constexpr int kUnusedBits<__half> = 13;
 
-__device__ float widen(float value) { return value; }
-__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float widen(__half value) { return __half2float(value); }
-
 // The keys of one lane. Past the last column they are 0: as low as NaN, but with higher indices, so never chosen.
 template <typename Element>
 struct KeysInMemory {
@@ -48,7 +44,7 @@ struct KeysInMemory {
   int lane;
 
   __device__ KeysInMemory(const Element* scores, int columns)
-      : scores(scores), columns(columns), lane(threadIdx.x % kWarpSize) {}
+      : scores(scores), columns(columns), lane(threadIdx.x % kWarpThreads) {}
 
   __device__ uint32_t key(int column) const {
     return column < columns ? rank_key(widen(scores[column])) >> kUnusedBits<Element> : 0u;
@@ -57,8 +53,8 @@ struct KeysInMemory {
   // visit(word, key) for each word of the row's map, in order.
   template <typename Visit>
   __device__ void for_each(Visit visit) const {
-    for (int word = 0; word < ceil_div(columns, kWarpSize); ++word) {
-      visit(word, key(word * kWarpSize + lane));
+    for (int word = 0; word < ceil_div(columns, kWarpThreads); ++word) {
+      visit(word, key(word * kWarpThreads + lane));
     }
   }
 };
@@ -71,7 +67,7 @@ struct KeysInRegisters {
   __device__ KeysInRegisters(const Element* scores, int columns) : columns(columns) {
     const KeysInMemory<Element> memory(scores, columns);
 #pragma unroll
-    for (int word = 0; word < kKeys; ++word) keys[word] = memory.key(word * kWarpSize + memory.lane);
+    for (int word = 0; word < kKeys; ++word) keys[word] = memory.key(word * kWarpThreads + memory.lane);
   }
 
   // Words past the row's last one are visited too.
@@ -100,9 +96,9 @@ template <typename Keys>
 __device__ Choice choose(const Keys& keys, unsigned int chosen) {
   uint32_t low = 0xffffffffu;
   uint32_t high = 0;
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpThreads;
   keys.for_each([&](int word, uint32_t key) {
-    if (word * kWarpSize + lane < keys.columns) low = min(low, key);
+    if (word * kWarpThreads + lane < keys.columns) low = min(low, key);
     high = max(high, key);
   });
   // At least `chosen` keys are in [low, ...), at most as many, namely `above`, in [high, ...).
@@ -124,9 +120,9 @@ __device__ Choice choose(const Keys& keys, unsigned int chosen) {
 
 template <typename Keys>
 __device__ void write_words(const Keys& keys, Choice choice, int32_t* words) {
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpThreads;
   const unsigned int lower_lanes = (1u << lane) - 1;
-  const int row_words = static_cast<int>(ceil_div(keys.columns, kWarpSize));
+  const int row_words = static_cast<int>(ceil_div(keys.columns, kWarpThreads));
   unsigned int own_word = 0;
   keys.for_each([&](int word, uint32_t key) {
     unsigned int bits = __ballot_sync(kAllLanes, key >= choice.sure);
@@ -138,9 +134,9 @@ __device__ void write_words(const Keys& keys, Choice choice, int32_t* words) {
       bits |= first;
     }
     // Each lane keeps one of 32 words, so that they are written together.
-    if (lane == word % kWarpSize) own_word = bits;
-    const int first_word = word - word % kWarpSize;
-    if ((word % kWarpSize == kWarpSize - 1 || word == row_words - 1) && first_word + lane < row_words) {
+    if (lane == word % kWarpThreads) own_word = bits;
+    const int first_word = word - word % kWarpThreads;
+    if ((word % kWarpThreads == kWarpThreads - 1 || word == row_words - 1) && first_word + lane < row_words) {
       words[first_word + lane] = static_cast<int32_t>(own_word);
     }
   });
@@ -148,7 +144,7 @@ __device__ void write_words(const Keys& keys, Choice choice, int32_t* words) {
 
 template <typename Element, typename Keys>
 __global__ void __launch_bounds__(kThreads) top_k_map_kernel(const __grid_constant__ TopKMapParams params) {
-  const int64_t row = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t row = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarpThreads;
   if (row >= params.rows()) return;
   const Keys keys(static_cast<const Element*>(params.scores.data) + params.row_offset(row),
                   static_cast<int>(params.columns));
@@ -169,7 +165,7 @@ template <typename Element, size_t build = 0>
 void launch(const TopKMapParams& params, cudaStream_t stream) {
   if constexpr (build == std::size(kKeysPerLane)) {
     launch_with<Element, KeysInMemory<Element>>(params, stream);
-  } else if (params.columns <= kKeysPerLane[build] * kWarpSize) {
+  } else if (params.columns <= kKeysPerLane[build] * kWarpThreads) {
     launch_with<Element, KeysInRegisters<Element, kKeysPerLane[build]>>(params, stream);
   } else {
     launch<Element, build + 1>(params, stream);

@@ -17,6 +17,7 @@ from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = ["SlidingTileMap", "attention", "attention_in_slots", "sliding_tile_map"]
 
@@ -196,7 +197,7 @@ def sliding_tile_map(
     """
     function = "sliding_tile_map"
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # inference tensors would be refused by a call that records gradients
+        with ordinary_tensors():
             return sliding_tile_map(
                 window_size,
                 seq_shape,
@@ -275,30 +276,27 @@ class _Layout(NamedTuple):
     text_tokens: int
 
 
-def _axis_window(count: int, window: int, device: torch.device) -> Tensor:
-    """Which tiles along an axis (columns) the queries of each tile (rows) attend, bool ``[count, count]``."""
-    half = window // 2
-    if 2 * half + 1 >= count:
-        return torch.ones(count, count, dtype=torch.bool, device=device)
+def _axis_windows(count: int, device: torch.device) -> Tensor:
+    """Of each window (by how far it reaches to both sides) which tiles along an axis (columns) the queries of each tile
+    (rows) attend, bool ``[reaches, count, count]``; the last one covers the axis.
+    """
     tile = torch.arange(count, device=device)
-    centre = tile.clamp(half, count - 1 - half)
-    return (centre.unsqueeze(-1) - tile).abs() <= half
+    reach = tile[: count // 2 + 1].unsqueeze(-1)
+    centre = tile.clamp(reach, count - 1 - reach)
+    return (centre.unsqueeze(-1) - tile).abs() <= reach.unsqueeze(-1)
 
 
 def _window_rows(layout: _Layout, windows: Sequence[Size], device: torch.device) -> Tensor:
     """Packed rows of a head with each window, int32 ``[windows, query_tiles, words]``, all in one set of launches."""
     tiles, block, tile_m, tile_n, text_tokens = layout
-    axes = []
-    for axis, count in enumerate(tiles.counts):
-        masks = {window[axis]: _axis_window(count, window[axis], device) for window in windows}
-        axes.append(torch.stack([masks[window[axis]] for window in windows]))
-    time, height, width = axes
-    attended = (
-        time[:, :, None, None, :, None, None]
-        & height[:, None, :, None, None, :, None]
-        & width[:, None, None, :, None, None, :]
-    )
-    attended = attended.reshape(len(windows), tiles.number, tiles.number).repeat_interleave(block // tile_n, -1)
+    time, height, width = (_axis_windows(count, device) for count in tiles.counts)
+
+    def attended_in(window: Size) -> Tensor:
+        t, h, w = (min(size, count) // 2 for size, count in zip(window, tiles.counts, strict=True))
+        return time[t][:, None, None, :, None, None] & height[h][:, None, None, :, None] & width[w][:, None, None, :]
+
+    attended = torch.stack([attended_in(window) for window in windows])
+    attended = attended.view(len(windows), tiles.number, tiles.number).repeat_interleave(block // tile_n, -1)
     # The text's keys are in every row, and the text's rows have every key.
     text_columns, text_rows = ceil_div(text_tokens, tile_n), ceil_div(text_tokens, tile_m)
     packed = pack_keep_map(F.pad(attended, (0, text_columns, 0, text_rows), value=True))

@@ -9,25 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lite_attention import ops
 from lite_attention.maps.tiles import UNLIMITED
-from lite_attention.ops import CausalAlignment, attention
+from lite_attention.ops import CausalAlignment
 
-__all__ = ["head_windows", "streaming_attention", "streaming_sparse_attn_func"]
+__all__ = ["attention", "head_windows"]
 
-# Light-DuoAttention's other keywords, and the value that asks for nothing.
-_NOT_SUPPORTED: dict[str, object] = {
-    "cu_seqlens_q": None,
-    "cu_seqlens_k": None,
-    "seqused_q": None,
-    "page_table": None,
-    "learnable_sink": None,
-    "softcap": 0.0,
-    "pack_gqa": None,
-    "groupwise": False,
-    "position_ids": None,
-    "m_block_size": 128,
-    "n_block_size": 128,
-}
+_NAME = "streaming_attention"  # as the package exports it
 
 
 def head_windows(full_heads: Tensor, sink_size: int | Tensor, recent_size: int | Tensor) -> Tensor:
@@ -52,7 +40,7 @@ def head_windows(full_heads: Tensor, sink_size: int | Tensor, recent_size: int |
     return table
 
 
-def streaming_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,81 +76,19 @@ def streaming_attention(
         TypeError, ValueError: the sizes or full_heads do not fit; the text names them.
         RuntimeError, TypeError, NotImplementedError: as :func:`lite_attention.attention`.
     """
-    _check_heads("streaming_attention", q, k)
+    _check_heads(_NAME, q, k)
     heads, kv_heads = q.shape[2], k.shape[2]
-    windows = _window_table("streaming_attention", heads, sink_size, recent_size, q.device)
+    windows = _window_table(_NAME, heads, sink_size, recent_size, q.device)
     if full_heads is not None:
-        _check_full_heads("streaming_attention", full_heads)
+        _check_full_heads(_NAME, full_heads)
         if full_heads.shape[0] not in (heads, kv_heads) or full_heads.device != q.device:
             raise ValueError(
-                f"streaming_attention: full_heads has {full_heads.shape[0]} heads on {full_heads.device}, expected "
+                f"{_NAME}: full_heads has {full_heads.shape[0]} heads on {full_heads.device}, expected "
                 f"{heads}, one a query head, or {kv_heads}, one a KV head, on {q.device}"
             )
         group = heads // full_heads.shape[0]
         windows.view(-1, group, 2)[:, :, 1].masked_fill_(full_heads.unsqueeze(-1), UNLIMITED)
-    return attention(q, k, v, kv_lens=kv_lens, scale=scale, causal=causal, head_windows=windows)
-
-
-def streaming_sparse_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = True,
-    window_size: tuple[int | None, int | None] = (None, None),
-    sink_size: int | None = None,
-    enable_streaming: bool = True,
-    *,
-    seqused_k: Tensor | None = None,
-    **others: object,
-) -> tuple[Tensor, Tensor]:
-    """Light-DuoAttention's call with Light-DuoAttention's mask; :func:`streaming_attention` says the same more plainly.
-
-    Row i sees key j if ``j <= i and (j < sink_size or j >= i - window_size[0])``: the window's left side does not count
-    the row's own key. Row i is at position i, however many keys there are.
-
-    Args:
-        q: ``[B, Sq, Hq, D]``.
-        k, v: ``[B, Sk, Hkv, D]``.
-        softmax_scale: ``1/sqrt(D)`` if None.
-        causal: without effect: as in the original, the mask is always causal.
-        window_size: (left, right). Left: so many keys before the row's own, None for all. Right: without effect.
-        sink_size: first keys that are always seen, None for 0.
-        enable_streaming: without effect: as in the original, False leaves the mask as it is.
-        seqused_k: int32 ``[B]``; keys at and past it do not exist.
-        others: the original's other keywords, at the values that ask for nothing.
-
-    Returns:
-        out ``[B, Sq, Hq, D]`` and lse, fp32 ``[B, Hq, Sq]``, which the original returns only for training.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or asks for what is not supported; the text names it.
-        RuntimeError, NotImplementedError: as :func:`lite_attention.attention`.
-    """
-    for name, value in others.items():
-        if name not in _NOT_SUPPORTED:
-            raise TypeError(f"streaming_sparse_attn_func: {name} is not one of its keywords")
-        nothing = _NOT_SUPPORTED[name]
-        if isinstance(value, Tensor) or value != nothing:
-            raise ValueError(
-                f"streaming_sparse_attn_func: {name} is given, expected {nothing}: it is not supported here"
-                + (". streaming_attention places the queries at the last keys" if name == "position_ids" else "")
-            )
-    if isinstance(softmax_scale, Tensor):
-        raise TypeError("streaming_sparse_attn_func: softmax_scale is a tensor, expected a number or None")
-    left, _ = window_size
-    if left is not None and left < 0:
-        raise ValueError(f"streaming_sparse_attn_func: window_size[0] is {left}, expected 0 or more keys, or None")
-    return streaming_attention(
-        q,
-        k,
-        v,
-        0 if sink_size is None else sink_size,
-        UNLIMITED if left is None else left + 1,
-        causal="top-left",
-        kv_lens=seqused_k,
-        scale=softmax_scale,
-    )
+    return ops.attention(q, k, v, kv_lens=kv_lens, scale=scale, causal=causal, head_windows=windows)
 
 
 def _check_heads(function: str, q: Tensor, k: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionHandler", "as_autocast", "reason_to_refuse", "route_sdpa"]
+__all__ = ["AttentionHandler", "reason_to_refuse", "route_sdpa"]
 
 
 class AttentionHandler(Protocol):
@@ -63,15 +63,6 @@ class route_sdpa(TorchFunctionMode):  # noqa: N801 - read as a function, like to
             # only where they are called as methods.
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
-
-
-def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in the dtype that autocast, where it is on, would have given torch's own call."""
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(kind)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def reason_to_refuse(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from lite_attention.maps import tiles
+from lite_attention.ops.autocast import autocast_dtype
 from lite_attention.ops.backends import Problem, choose, supported_dtypes
+from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.generation import GenerationClock
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 __all__ = [
     "NODE_CLASS_MAPPINGS",
@@ -78,11 +82,12 @@ class LiteAttentionOverride:
     :meth:`around_model_call` as a wrapper of each model call.
 
     Args:
-        threshold: as for :class:`lite_attention.LiteAttention`.
+        threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.
         skip_first_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
             is always one of them.
         min_tokens: self-attention over fewer tokens is not taken.
         previous: the override that calls not taken go to; None for the function that ComfyUI passes.
+        policy: all that the layers are told about skipping, in place of ``threshold`` and ``skip_first_steps``.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -93,20 +98,19 @@ class LiteAttentionOverride:
 
     def __init__(
         self,
-        threshold: Threshold = -10.0,
-        skip_first_steps: int = 0,
+        threshold: Threshold | None = None,
+        skip_first_steps: int | None = None,
         min_tokens: int = MIN_TOKENS,
         previous: AttentionOverride | None = None,
+        *,
+        policy: SkipPolicy | None = None,
     ) -> None:
-        if isinstance(min_tokens, bool) or not isinstance(min_tokens, int):
-            raise TypeError(f"min_tokens has type {type(min_tokens).__name__}, expected an int")
-        if min_tokens < 1:
-            raise ValueError(f"min_tokens is {min_tokens}, expected at least 1")
-        LiteAttention(threshold=threshold)  # so that a wrong threshold is told here and not in the first layer
-        self.threshold = threshold
-        self.min_tokens = min_tokens
+        self.policy = SkipPolicy.resolve(
+            "LiteAttentionOverride", policy, threshold=threshold, skip_first_steps=skip_first_steps
+        )
+        self.min_tokens = checked_int("LiteAttentionOverride: min_tokens", min_tokens, lowest=1)
         self.previous = previous
-        self.clock = GenerationClock(skip_first_steps)
+        self.clock = GenerationClock(self.policy.dense_steps)
         self.layers = {}
         self._branches: dict[Hashable, int] = {}
         self._schedule: Tensor | None = None
@@ -239,7 +243,7 @@ class LiteAttentionOverride:
         branch = self._branches[composition]
         sigmas: Tensor = options["sigmas"]
         if self.clock.start_full.device != sigmas.device:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            with ordinary_tensors():
                 self.clock.to(sigmas.device)
         self.clock.tick(sigmas, branch)
         return branch
@@ -258,12 +262,17 @@ class LiteAttentionOverride:
             )
         self._attended.add(name)
         if name not in self.layers:
-            self.layers[name] = LiteAttention(threshold=self.threshold, max_batch_size=ANY_BATCH)
+            self.layers[name] = LiteAttention(max_batch_size=ANY_BATCH, policy=self.policy)
         return self.layers[name]
 
 
 def patch_model(
-    model: ModelPatcher, threshold: Threshold = -10.0, skip_first_steps: int = 0, min_tokens: int = MIN_TOKENS
+    model: ModelPatcher,
+    threshold: Threshold | None = None,
+    skip_first_steps: int | None = None,
+    min_tokens: int = MIN_TOKENS,
+    *,
+    policy: SkipPolicy | None = None,
 ) -> ModelPatcher:
     """A clone of ``model`` with LiteAttention in its video self-attention; ``model`` stays as it is.
 
@@ -271,7 +280,7 @@ def patch_model(
 
     Args:
         model: ComfyUI's patcher of a video model.
-        threshold, skip_first_steps, min_tokens: as for :class:`LiteAttentionOverride`.
+        threshold, skip_first_steps, min_tokens, policy: as for :class:`LiteAttentionOverride`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -281,7 +290,7 @@ def patch_model(
     previous = options.get(OVERRIDE_KEY)
     if isinstance(previous, LiteAttentionOverride):
         previous = previous.previous
-    override = LiteAttentionOverride(threshold, skip_first_steps, min_tokens, previous)
+    override = LiteAttentionOverride(threshold, skip_first_steps, min_tokens, previous, policy=policy)
     options[OVERRIDE_KEY] = override
     patched.remove_wrappers_with_key(APPLY_MODEL, WRAPPER_KEY)
     patched.add_wrapper_with_key(APPLY_MODEL, WRAPPER_KEY, override.around_model_call)
@@ -336,10 +345,10 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    dtypes = supported_dtypes(query.device)
+    dtypes, dtype = supported_dtypes(query.device), autocast_dtype(query.dtype, query.device)
     if not dtypes:
-        choose(Problem("skip_attention", query.device, query.dtype, head_dim))  # says why nothing runs on this device
-    return query.dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
+        choose(Problem("skip_attention", query.device, dtype, head_dim))  # says why nothing runs on this device
+    return dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
 
 
 def _text_ranges(options: dict[str, Any], tokens: int) -> list[int] | None:

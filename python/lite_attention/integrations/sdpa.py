@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.state import share_room
 
 __all__ = ["LiteSDPA"]
 
@@ -35,22 +37,31 @@ class LiteSDPA(nn.Module):
         model: the model that the modules belong to. It is changed only inside the context.
         layers: regular expression that matches the whole name (as in ``model.named_modules()``) of each module to take
             over. Each may make one such call in a forward.
-        threshold: as for :class:`lite_attention.LiteAttention`.
-        max_batch_size: as there.
+        threshold, max_batch_size, policy: as for :class:`lite_attention.LiteAttention`.
 
     Raises:
         ValueError: no module has such a name.
         RuntimeError: in a forward: a module makes several such calls.
     """
 
-    def __init__(self, model: nn.Module, layers: str, threshold: Threshold = -10.0, max_batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str,
+        threshold: Threshold | None = None,
+        max_batch_size: int = 4,
+        *,
+        policy: SkipPolicy | None = None,
+    ) -> None:
         super().__init__()
+        policy = SkipPolicy.resolve("LiteSDPA", policy, threshold=threshold)
         chosen = {name: module for name, module in model.named_modules() if re.fullmatch(layers, name)}
         if not chosen:
             raise ValueError(
                 f"LiteSDPA: layers is {layers}, expected to match the name of a module of the {type(model).__name__}"
             )
-        self._attention = nn.ModuleList(LiteAttention(True, threshold, max_batch_size) for _ in chosen)
+        self._attention = nn.ModuleList(LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in chosen)
+        share_room(self)  # they are no parts of the model
         self.layers: dict[str, LiteAttention] = dict(zip(chosen, self._attention, strict=True))  # type: ignore[arg-type]
         """The attention of each chosen module, by the module's name."""
         # In a tuple, so that the model does not become a part of this module.
@@ -138,6 +149,5 @@ def _attend(
             f"LiteSDPA: {name or 'the model itself'} makes several self-attention calls in one forward, expected one, "
             "to which its skip state belongs. Name its submodules in layers"
         )
-    query, key, value = as_autocast(query, key, value)
     out: Tensor = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
     return out.transpose(1, 2)

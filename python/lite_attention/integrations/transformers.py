@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from lite_attention.families.duo import HEAD_ORDER, HEAD_WINDOWS, HeadTable, attention_layers, head_table
+from lite_attention.families.duo.weights import HEAD_ORDER, HEAD_WINDOWS, HeadTable, attention_layers, head_table
 from lite_attention.families.streaming import head_windows
-from lite_attention.integrations._routing import as_autocast
 from lite_attention.ops import attention
 
 __all__ = ["DuoAttentionHandle", "enable_duo_attention"]
@@ -91,7 +90,7 @@ def enable_duo_attention(
         if hasattr(layer, HEAD_ORDER) and not torch.equal(row, row.sort(descending=True).values):
             raise ValueError(
                 f"enable_duo_attention: full_attention_heads of {name} is {row.int().tolist()}, expected full heads "
-                "first: reorder_weights_for_duo_attn has moved them there"
+                "first: duo.reorder_weights has moved them there"
             )
         full_heads = row.repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
         windows[layer] = head_windows(full_heads.to(next(layer.parameters()).device), sink_size, recent_size)
@@ -126,7 +125,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """What a layer calls. Tensors ``[B, H, S, D]``, ``attention_mask`` from :func:`_visible`; out ``[B, S, H, D]``."""
     _refuse_unsupported(module, dropout, is_causal, others)
-    query, key, value = as_autocast(query, key, value)
     kv_lens = orders = None
     if attention_mask is not None:
         kv_lens, orders = _read_visible(attention_mask, query, key)

@@ -167,7 +167,7 @@ class DistributedAttention(_DistributedLayer):
         Raises:
             RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         """
-        self._check_qkv(q, k, v)
+        q, k, v = self._checked_qkv(q, k, v)
         text = self._checked_text(replicated_q, replicated_k, replicated_v, q.shape[0])
         return self._attend(q, k, v, (), text, original_seq_len, freqs_cis)
 
@@ -180,7 +180,7 @@ class DistributedAttention(_DistributedLayer):
                 f"{type(self).__name__}: {' and '.join(lacking)} is None, expected all of replicated_q, replicated_k "
                 "and replicated_v, or none"
             )
-        self._check_qkv(q, k, v, "replicated_")
+        q, k, v = self._checked_qkv(q, k, v, "replicated_")
         if q.shape[0] != batch:
             raise ValueError(
                 f"{type(self).__name__}: replicated_q has batch size {q.shape[0]}, expected {batch} like q"
@@ -232,9 +232,9 @@ class DistributedAttention_VSA(_DistributedLayer):  # noqa: N801 - FastVideo's n
                     f"{type(self).__name__}: {name} has shape {list(x.shape)}, expected None: there is no text beside "
                     "the video"
                 )
-        self._check_qkv(q, k, v)
+        q, k, v = self._checked_qkv(q, k, v)
         if gate_compress is not None:
-            self._check_tensor("gate_compress", gate_compress, self.num_heads)
+            gate_compress = self._checked_tensor("gate_compress", gate_compress, self.num_heads)
             if gate_compress.shape != q.shape:
                 raise ValueError(
                     f"{type(self).__name__}: gate_compress has shape {list(gate_compress.shape)}, expected "

@@ -12,6 +12,7 @@ from lite_attention.layers.forward_context import current_metadata
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name, own_arguments
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
 from lite_attention.layers.selector import get_attn_backend
+from lite_attention.ops.autocast import autocast, autocast_dtype
 
 __all__ = ["AttentionLayer", "LocalAttention"]
 
@@ -76,10 +77,11 @@ class AttentionLayer(nn.Module):
             **own_arguments(impl_class, extra_impl_args, type(self).__name__),
         )
 
-    def _check_qkv(self, q: Tensor, k: Tensor, v: Tensor, prefix: str = "") -> None:
-        """That they are ``[B, S, heads, D]`` of this layer, k and v of one shape, q of their batch size."""
-        for name, x, heads in (("q", q, self.num_heads), ("k", k, self.num_kv_heads), ("v", v, self.num_kv_heads)):
-            self._check_tensor(prefix + name, x, heads)
+    def _checked_qkv(self, q: Tensor, k: Tensor, v: Tensor, prefix: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """The three, if they are ``[B, S, heads, D]`` of this layer, k and v of one shape, q of their batch size."""
+        q = self._checked_tensor(prefix + "q", q, self.num_heads)
+        k = self._checked_tensor(prefix + "k", k, self.num_kv_heads)
+        v = self._checked_tensor(prefix + "v", v, self.num_kv_heads)
         if k.shape[0] != q.shape[0]:
             raise ValueError(
                 f"{type(self).__name__}: {prefix}k has batch size {k.shape[0]}, expected {q.shape[0]} like {prefix}q"
@@ -88,16 +90,21 @@ class AttentionLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: {prefix}v has shape {list(v.shape)}, expected {list(k.shape)} like {prefix}k"
             )
+        return q, k, v
 
-    def _check_tensor(self, name: str, x: Tensor, heads: int) -> None:
+    def _checked_tensor(self, name: str, x: Tensor, heads: int) -> Tensor:
+        """The tensor, if it is ``[B, S, heads, D]`` of this layer's dtype; in autocast's where it is on."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(self).__name__}: {name} has type {type(x).__name__}, expected a tensor")
         if x.dim() != 4 or x.shape[2] != heads or x.shape[3] != self.head_size:
             raise ValueError(
                 f"{type(self).__name__}: {name} has shape {list(x.shape)}, expected [B, S, {heads}, {self.head_size}]"
             )
-        if x.dtype != self.dtype:
-            raise TypeError(f"{type(self).__name__}: {name} has dtype {x.dtype}, expected {self.dtype}")
+        (x,) = autocast(x)
+        expected = autocast_dtype(self.dtype, x.device)
+        if x.dtype != expected:
+            raise TypeError(f"{type(self).__name__}: {name} has dtype {x.dtype}, expected {expected}")
+        return x
 
     def _checked_out(self, out: Tensor, query: Tensor) -> Tensor:
         """What the backend returned, if it has the shape that its query had."""
@@ -170,12 +177,12 @@ class LocalAttention(AttentionLayer):
             freqs_cis: (cos, sin) of the rotary embedding of q and k, each ``[S, D / 2]``; then Sq and Sk are S.
 
         Returns:
-            ``[B, Sq, H, D]``.
+            ``[B, Sq, H, D]``, of autocast's dtype where it is on.
 
         Raises:
             RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         """
-        self._check_qkv(q, k, v)
+        q, k, v = self._checked_qkv(q, k, v)
         metadata: Any = current_metadata()
         if freqs_cis is not None:
             for x in (q, k):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from lite_attention.ops.modes import ordinary_tensors
+
 __all__ = ["KeptTensors", "current_place"]
 
 
@@ -42,6 +44,6 @@ class KeptTensors:
         key = name, current_place(device)
         kept = self._tensors.get(key)
         if kept is None:
-            with torch.inference_mode(False):  # an inference tensor would be refused by a call that records gradients
+            with ordinary_tensors():
                 kept = self._tensors[key] = build()
         return kept

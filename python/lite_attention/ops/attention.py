@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, softmax_scale
-from lite_attention.ops.define import check_fake_inputs, define, fake_out_and_lse
+from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["CausalAlignment", "attention"]
 
@@ -38,7 +38,7 @@ def _fake(
     return fake_out_and_lse(q)
 
 
-_OPERATOR = define(SCHEMA, fake=_fake)
+_OPERATOR = define(SCHEMA, fake=_fake, autocasts=("q", "k", "v"), flops=dense_flops)
 
 
 def attention(
@@ -58,7 +58,7 @@ def attention(
 
     Args:
         q: ``[B, Sq, Hq, D]``, fp32, bf16 or fp16; any strides whose last one is 1. D is a multiple of 8, at most 256.
-        k, v: ``[B, Sk, Hkv, D]`` of q's dtype and device, ``Hq % Hkv == 0``.
+        k, v: ``[B, Sk, Hkv, D]`` of q's dtype and device, ``Hq % Hkv == 0``. Autocast gives the three its dtype.
         keep: keep map, int32 ``[B, Hq, query_tiles, words]`` (see :mod:`lite_attention.maps.keep_map`).
         kv_lens: int32 ``[B]``; keys at and past it do not exist (padded batches).
         scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.

@@ -1,21 +1,24 @@
-"""Defines an operator: its schema, what it returns for tensors without data, and its gradient, in one call.
+"""Defines an operator in one call: schema, what it returns for tensors without data, gradient, what autocast casts.
 
 The kernels are the compiled libraries' (load.py); importing them first means that schemas are defined only where there
 are kernels for them. Every operator is functional: none writes its inputs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from lite_attention.ops import backends
+from lite_attention.ops.autocast import autocast
 
-__all__ = ["check_fake_inputs", "define", "fake_out_and_lse"]
+__all__ = ["check_fake_inputs", "define", "dense_flops", "fake_out_and_lse"]
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
 
@@ -26,6 +29,8 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Sequence[Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    autocasts: Sequence[str] = (),
+    flops: Callable[..., int] | None = None,
 ) -> OpOverload:
     """Define the operator of this schema and return it.
 
@@ -36,6 +41,8 @@ def define(
             call (``setup_context(ctx, inputs, output)``), and the gradients of all positional arguments in their order,
             a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
+        autocasts: names of the positional arguments that autocast gives its dtype.
+        flops: what ``torch.utils.flop_counter`` counts for a call: takes the arguments, shapes in place of tensors.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,6 +50,10 @@ def define(
     operator: OpOverload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
     backends.serve(name)
     _register_autograd(operator, _Gradient(name, backward, setup_context))
+    if autocasts:
+        _register_autocast(name, operator, autocasts)
+    if flops is not None:
+        register_flop_formula(operator.overloadpacket)(flops)
     return operator
 
 
@@ -114,6 +125,29 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)
 
 
+_AUTOCAST_KEYS = [f"Autocast{kind.upper()}" for kind in backends.DEVICE_TYPES]
+_AUTOCAST = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS))
+
+
+def _register_autocast(name: str, operator: OpOverload, autocasts: Sequence[str]) -> None:
+    """By hand: torch.library.register_autocast casts every floating argument, to a dtype fixed beforehand.
+
+    Calls pass here only where autocast is on.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    places = [names.index(argument) for argument in autocasts]
+
+    def cast_and_run(*arguments: Any, **named: Any) -> Any:
+        inputs = list(arguments)
+        for place in places:
+            (inputs[place],) = autocast(inputs[place])
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(*inputs, **named)
+
+    for key in _AUTOCAST_KEYS:
+        _library.impl(name, cast_and_run, key)
+
+
 def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
     """What must hold for the result's shape to be known; the kernels check the rest when they run."""
     device = None
@@ -123,8 +157,18 @@ def check_fake_inputs(name: str, **tensors: Tensor | None) -> None:
         device = tensor.device if device is None else device
         if tensor.device != device:
             raise RuntimeError(f"{name}: {argument} is on {tensor.device}, expected {device}, every argument's device")
-        if argument in ("q", "k", "v", "keep", "must_keep") and tensor.dim() != 4:
+        if argument in ("q", "k", "v", "keep", "must_keep", "outs[0]") and tensor.dim() != 4:
             raise RuntimeError(f"{name}: {argument} has {tensor.dim()} dimensions, expected 4")
+
+
+def dense_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Attention's products with every key: ``4 B Hq Sq Sk D``, for queries ``[B, Sq, Hq, D]``.
+
+    What a map, lengths or a mask leave out is counted: they are data, which a formula of shapes does not see (and torch
+    counts causal attention so). Multiply by the map's density for what was computed.
+    """
+    batch, query_len, heads, head_dim = q
+    return 4 * batch * heads * query_len * k[1] * head_dim
 
 
 def fake_out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Loads the compiled libraries, or says why they do not load and what to do about it.
 
-They register their kernels themselves: _ops those for the CPU (cpp/ops.cpp), _cuda_ops those for CUDA
-(cpp/cuda_ops.cpp). Schemas are defined afterwards (define.py), so an import that fails here leaves nothing behind and a
-second one tells the same story.
+They register their kernels themselves: _ops those for the CPU, _cuda_ops those for CUDA (cpp/operators/register_cpu.cpp
+and register_cuda.cpp). Schemas are defined afterwards (define.py), so an import that fails here leaves nothing behind
+and a second one tells the same story.
 """
 
 import ctypes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_tensors
-from lite_attention.ops.define import check_fake_inputs, define
+from lite_attention.ops.define import check_fake_inputs, define, fake_out_and_lse
 
 __all__ = ["merge_attention"]
 
@@ -18,12 +18,12 @@ SCHEMA = "merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor l
 
 
 def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    if not outs or len(outs) != len(lses):
-        raise RuntimeError(f"merge_attention: {len(outs)} outs and {len(lses)} lses, expected as many, at least one")
+    if not outs:
+        raise RuntimeError("merge_attention: outs is empty, expected at least one partial result")
     tensors = {f"outs[{part}]": out for part, out in enumerate(outs)}
     tensors |= {f"lses[{part}]": lse for part, lse in enumerate(lses)}
     check_fake_inputs("merge_attention", **tensors)
-    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+    return fake_out_and_lse(outs[0])
 
 
 def _remember(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: tuple[Tensor, Tensor]) -> None:

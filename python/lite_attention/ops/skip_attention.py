@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, in_fp32_range, softmax_scale
-from lite_attention.ops.define import check_fake_inputs, define, fake_out_and_lse
+from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["skip_attention"]
 
@@ -32,7 +32,7 @@ def _fake(
     return *fake_out_and_lse(q), keep.new_empty(keep.shape)
 
 
-_OPERATOR = define(SCHEMA, fake=_fake)
+_OPERATOR = define(SCHEMA, fake=_fake, autocasts=("q", "k", "v"), flops=dense_flops)
 
 
 def skip_attention(

@@ -11,6 +11,7 @@ maximum of its own, so that a decision depends on the split alone and not on the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
+from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.parallel.collectives import all_gather, all_reduce
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
@@ -28,8 +31,9 @@ from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
-from lite_attention.skipping.arguments import Ranges, Threshold, check_inputs, check_scalar, checked_threshold
+from lite_attention.skipping.arguments import Ranges, Threshold, check_scalar, checked_inputs, checked_threshold
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 __all__ = ["DistributedLiteAttention"]
 
@@ -45,8 +49,8 @@ class DistributedLiteAttention(nn.Module):
     Args:
         mesh: the ranks that share a sequence; its dimensions are named "ring" and "ulysses", or one of the two. The
             rank at (r, u) holds shard ``r * ulysses + u``.
-        enable_skipping, threshold, max_batch_size: as for LiteAttention; a threshold for each head names the heads of
-            the whole model.
+        enable_skipping, threshold, max_batch_size, policy: as for LiteAttention; a threshold for each head names the
+            heads of the whole model.
         head_chunks: in how many turns a rank computes its heads. With more than one, the exchange of one turn's heads
             overlaps the attention of another's.
 
@@ -57,28 +61,30 @@ class DistributedLiteAttention(nn.Module):
     def __init__(
         self,
         mesh: DeviceMesh,
-        enable_skipping: bool = True,
-        threshold: Threshold = -10.0,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
         max_batch_size: int = 4,
         *,
         head_chunks: int = 1,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
         self.ranks = sequence_mesh(mesh, _NAME)
         self._device_type = mesh.device_type
-        if isinstance(head_chunks, bool) or not isinstance(head_chunks, int):
-            raise TypeError(f"{_NAME}: head_chunks has type {type(head_chunks).__name__}, expected an int")
-        if head_chunks < 1:
-            raise ValueError(f"{_NAME}: head_chunks is {head_chunks}, expected at least 1")
-        self.head_chunks = head_chunks
-        self.max_batch_size = max_batch_size
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.head_chunks = checked_int(f"{_NAME}: head_chunks", head_chunks, lowest=1)
+        self.max_batch_size = checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
         # One state for each split of the keys and each turn, in which a chunk of this rank's heads is computed.
+        # Their thresholds are of their heads, which are known once those of the whole model are dealt out.
         self.states = SeqParallelLiteAttention(
-            self.ranks.ring.size * head_chunks, enable_skipping, max_batch_size=max_batch_size
+            self.ranks.ring.size * head_chunks,
+            max_batch_size=max_batch_size,
+            policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
         )
+        self._policy = policy
         self.head_order = HeadOrder(mesh.device_type)
         self._turns = HeadTurns(self.ranks.ulysses, head_chunks)
-        self.set_threshold(threshold)
+        self.set_threshold(policy.threshold)
 
     def forward(
         self,
@@ -117,7 +123,7 @@ class DistributedLiteAttention(nn.Module):
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        check_inputs(_NAME, query, key, value, self.max_batch_size)
+        query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
             raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
         check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)
@@ -225,6 +231,11 @@ class DistributedLiteAttention(nn.Module):
         """The threshold in powers of two: one number, or one for each query head of the whole model."""
         return self._threshold
 
+    @property
+    def policy(self) -> SkipPolicy:
+        """What the layer is told about skipping, as it is now."""
+        return dataclasses.replace(self._policy, threshold=self._threshold, enabled=self._state(0, 0).skipping)
+
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""
         self.states.reset_skip_state(branch)
@@ -273,11 +284,10 @@ class DistributedLiteAttention(nn.Module):
 
     def _states_of(self, split: int) -> list[LiteAttention]:
         """Those of one split, a state for each turn."""
-        if not 0 <= split < self.ranks.ring.size:
-            raise ValueError(f"{_NAME}: split_idx is {split}, expected 0 to {self.ranks.ring.size - 1}")
+        checked_int(f"{_NAME}: split_idx", split, 0, self.ranks.ring.size - 1)
         return [self._state(split, turn) for turn in range(self.head_chunks)]
 
-    @torch.inference_mode(False)  # an inference tensor could not be written outside that mode
+    @ordinary_tensors()
     def balance_heads(self) -> HeadBalance:
         """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
 

@@ -7,10 +7,14 @@ import operator
 import torch
 from torch import Tensor, nn
 
+from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import Ranges, Threshold
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 __all__ = ["SeqParallelLiteAttention"]
+
+_NAME = "SeqParallelLiteAttention"
 
 
 class SeqParallelLiteAttention(nn.Module):
@@ -21,21 +25,30 @@ class SeqParallelLiteAttention(nn.Module):
 
     Args:
         num_nodes: number of KV splits.
-        enable_skipping, threshold, max_batch_size: as for :class:`LiteAttention`.
+        enable_skipping, threshold, max_batch_size, policy: as for :class:`LiteAttention`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
     """
 
     def __init__(
-        self, num_nodes: int, enable_skipping: bool = True, threshold: Threshold = -10.0, max_batch_size: int = 4
+        self,
+        num_nodes: int,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
+        max_batch_size: int = 4,
+        *,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
-            raise TypeError(f"SeqParallelLiteAttention: num_nodes has type {type(num_nodes).__name__}, expected an int")
-        if num_nodes < 1:
-            raise ValueError(f"SeqParallelLiteAttention: num_nodes is {num_nodes}, expected at least 1")
-        self.splits = nn.ModuleList(LiteAttention(enable_skipping, threshold, max_batch_size) for _ in range(num_nodes))
+        checked_int(f"{_NAME}: num_nodes", num_nodes, lowest=1)
+        checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.splits = nn.ModuleList(
+            LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in range(num_nodes)
+        )
+        for split in self._all():
+            split.caller = _NAME
 
     def forward(
         self,
@@ -79,12 +92,7 @@ class SeqParallelLiteAttention(nn.Module):
         return result
 
     def _split(self, split_idx: int) -> LiteAttention:
-        if isinstance(split_idx, bool) or not isinstance(split_idx, (int, torch.SymInt)):
-            raise TypeError(f"SeqParallelLiteAttention: split_idx has type {type(split_idx).__name__}, expected an int")
-        if not 0 <= split_idx < len(self.splits):
-            raise ValueError(
-                f"SeqParallelLiteAttention: split_idx is {split_idx}, expected 0 to {len(self.splits) - 1}"
-            )
+        checked_int(f"{_NAME}: split_idx", split_idx, 0, len(self.splits) - 1)
         return self.splits[operator.index(split_idx)]  # type: ignore[return-value]
 
     def set_threshold(self, threshold: Threshold) -> None:

@@ -33,8 +33,11 @@ class HeadTurns(NamedTuple):
 
     def spans(self, heads: int) -> list[Spans]:
         """For each turn, which heads go to which rank."""
-        shares = [_shares(end - start, self.turns, start) for start, end in _shares(heads, self.group.size)]
-        return [tuple(share[turn] for share in shares) for turn in range(self.turns)]
+        of_ranks = _shares(heads, self.group.size)
+        if self.turns == 1:
+            return [of_ranks]
+        shares = [_shares(end - start, self.turns, start) for start, end in of_ranks]
+        return list(zip(*shares, strict=True))
 
     def exchanges(self, *heads: int) -> list[HeadExchange]:
         """For each turn, how tensors with so many heads travel; all but the first count must divide evenly."""
@@ -76,8 +79,10 @@ def _joined(by_turn: Sequence[Sequence[Tensor]]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
-def _shares(count: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
+def _shares(count: int, parts: int, start: int = 0) -> Spans:
     """(start, end) of ``count`` things in ``parts`` shares as equal as can be, the larger ones first."""
+    if parts == 1:
+        return ((start, start + count),)
     base, larger = divmod(count, parts)
-    ends = list(itertools.accumulate((base + (part < larger) for part in range(parts)), initial=start))
-    return list(itertools.pairwise(ends))
+    ends = [start + part * base + min(part, larger) for part in range(parts + 1)]
+    return tuple(itertools.pairwise(ends))

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from lite_attention.maps import tiles
 from lite_attention.maps.ranges import parse_ranges
+from lite_attention.ops.autocast import autocast
 from lite_attention.ops.call import in_fp32_range
 
 __all__ = [
     "CheckedRanges",
     "Ranges",
     "Threshold",
-    "check_inputs",
     "check_kv_lens",
     "check_scalar",
     "check_scale",
+    "checked_inputs",
     "checked_ranges",
     "checked_threshold",
 ]
@@ -54,11 +55,18 @@ def checked_threshold(what: str, threshold: Threshold, allow_positive: bool) -> 
     return tuple(values) if many else values[0]
 
 
-def check_inputs(caller: str, query: Tensor, key: Tensor, value: Tensor, max_batch_size: int) -> None:
-    """What a layer's state needs to hold, checked before anything is launched; the operator checks the rest."""
+def checked_inputs(
+    caller: str, query: Tensor, key: Tensor, value: Tensor, max_batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, in autocast's dtype where it is on, if they are what a layer's state needs.
+
+    They are checked before anything is launched; the operator checks the rest.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{caller}: {name} has type {type(tensor).__name__}, expected a tensor")
+    query, key, value = autocast(query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
                 f"{caller}: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"
@@ -88,6 +96,7 @@ def check_inputs(caller: str, query: Tensor, key: Tensor, value: Tensor, max_bat
         raise ValueError(f"{caller}: key has {key.shape[2]} heads, expected a divisor of query's {heads}")
     if value.shape != key.shape:
         raise ValueError(f"{caller}: value has shape {list(value.shape)}, expected key's shape, {list(key.shape)}")
+    return query, key, value
 
 
 def checked_ranges(

@@ -19,9 +19,9 @@ from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
     Threshold,
-    check_inputs,
     check_scalar,
     check_scale,
+    checked_inputs,
     checked_ranges,
     checked_threshold,
 )
@@ -56,6 +56,9 @@ class LiteAttention(nn.Module):
 
     state: SkipState
     """What the layer remembers, in buffers that stay out of the state_dict."""
+
+    caller = "LiteAttention"
+    """The class that the user calls: errors in a forward begin with it."""
 
     def __init__(
         self,
@@ -113,24 +116,22 @@ class LiteAttention(nn.Module):
             skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
-            out, of query's shape and dtype; with ``return_softmax_lse`` also lse, fp32 ``[batch, heads, query_len]``,
-            natural log over the keys that were computed. With skipping disabled both are dense, the must lists are
-            only checked, and the state is neither read nor written.
+            out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
+            ``[batch, heads, query_len]``, natural log over the keys that were computed. With skipping disabled both are
+            dense, the must lists are only checked, and the state is neither read nor written.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
         """
-        check_inputs("LiteAttention", query, key, value, self.max_batch_size)
-        branch = resolved_branch(branch, "LiteAttention")
-        check_scale("LiteAttention", scale)
-        must_do = checked_ranges("LiteAttention", "must_do_list", must_do_list, query, key.shape[1], "keys")
-        must_skip = checked_ranges("LiteAttention", "must_skip_list", must_skip_list, query, key.shape[1], "keys")
-        must_rows = checked_ranges(
-            "LiteAttention", "must_do_queries", must_do_queries, query, query.shape[1], "queries"
-        )
-        check_scalar("LiteAttention", "start_full", start_full, torch.bool, query)
-        check_scalar("LiteAttention", "skip_fraction_out", skip_fraction_out, torch.float32, query)
+        query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
+        branch = resolved_branch(branch, self.caller)
+        check_scale(self.caller, scale)
+        must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
+        must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
+        must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
+        check_scalar(self.caller, "start_full", start_full, torch.bool, query)
+        check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
             out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
             if skip_fraction_out is not None:
@@ -176,7 +177,7 @@ class LiteAttention(nn.Module):
         threshold = state.threshold
         if threshold.dim() == 1 and threshold.shape[0] != heads:
             raise ValueError(
-                f"LiteAttention: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
+                f"{self.caller}: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
             )
         recalled = state.recall(room, branch, start_full)
         keep = recalled.keep

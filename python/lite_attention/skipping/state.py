@@ -16,31 +16,30 @@ Who makes room: a pass that finds none for its pair. Under torch.compile that is
 one by one, the code made of the first block must fit the others, which have no room yet and would fail its guards one
 after the other. So a state that makes room while it is traced makes the same in its sisters: the states of the
 outermost module that is being called and holds it, which is the model as it runs, and those that :func:`share_room`
-put together with it. Other models are out of reach, however much alike (docs/design-notes.md has what else was tried).
+put together with it. Other models are out of reach, however much alike (docs/design-notes.md tells what else was
+thought of).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import math
-import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import density, keep_map_shape, pack_keep_map, tile_counts, unpack_keep_map
+from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.sisters import SharedRoom, running_model
+from lite_attention.skipping.slots import MapSlot, Owner, PassShape, stamp_of
 
-__all__ = ["MAP_SLOTS", "MapSlot", "PassShape", "SkipState", "share_room"]
+__all__ = ["MAP_SLOTS", "Recalled", "SkipState", "share_room"]
 
 # A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
 # graphs that torch.compile keeps of one function by default.
@@ -50,67 +49,6 @@ _logger = logging.getLogger("lite_attention")
 
 # Room is made rarely, and by one thread at a time: the first passes of several threads meet in one state.
 _making_room = threading.Lock()
-
-
-class PassShape(NamedTuple):
-    """What a keep map depends on. A map of one shape says nothing about another."""
-
-    batch: int
-    query_len: int
-    kv_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def map_shape(self) -> tuple[int, int, int, int]:
-        """Of the packed map."""
-        return keep_map_shape(self.batch, self.heads, self.query_len, self.kv_len, self.head_dim, self.dtype)
-
-    def kv_tiles(self) -> int:
-        return tile_counts(self.query_len, self.kv_len, self.head_dim, self.dtype)[1]
-
-    def __str__(self) -> str:
-        return (
-            f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
-            f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
-        )
-
-
-Owner = tuple[int, PassShape]
-
-
-@functools.cache
-def _stamp(owner: Owner) -> int:
-    """A positive number that stands for (branch, shape): the same in every layer, process and run."""
-    branch, shape = owner
-    text = f"{branch}|{tuple(map(str, shape))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
-
-
-class MapSlot(nn.Module):
-    """Room for one packed keep map. A module of its own so that torch.compile meets it only once it is filled."""
-
-    words: Tensor
-    stamp: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("stamp", torch.zeros((), dtype=torch.int64), persistent=False)
-
-    def fit(self, shape: PassShape) -> None:
-        """Hold a map of this shape, which counts as never written."""
-        if self.words.shape != shape.map_shape() or self.words.device != shape.device:
-            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
-        if self.stamp.device != shape.device:
-            self.stamp = torch.zeros((), dtype=torch.int64, device=shape.device)
-        self.stamp.zero_()
-
-    def empty(self, device: torch.device) -> None:
-        self.words = torch.empty(0, dtype=torch.int32, device=device)
-        self.stamp = torch.zeros((), dtype=torch.int64, device=device)
 
 
 class Recalled(NamedTuple):
@@ -157,7 +95,7 @@ class SkipState(nn.Module):
         self._last_shapes: dict[int, PassShape] = {}  # kept for the log alone
         # The slot and the stamp of each pair that has room, the oldest first.
         self._rooms: dict[Owner, tuple[int, int]] = {}
-        self._shared_room: _SharedRoom | None = None
+        self._shared_room: SharedRoom[SkipState] | None = None
         with ordinary_tensors():
             for name in ("threshold", "live", "passes"):
                 self.register_buffer(name, None, persistent=False)
@@ -241,16 +179,13 @@ class SkipState(nn.Module):
 
     def _states_without_room(self) -> list[SkipState]:
         """The state and its sisters that have so far made the same room: what one compiled code can serve."""
-        sisters = {id(state): state for state in (*_states_of_the_running_model(self), *self._sharing())}
-        alike = [
-            state
-            for state in sisters.values()
-            if state is not self and state.device == self.device and [*state._rooms.items()] == [*self._rooms.items()]
-        ]
-        return [self, *alike]
-
-    def _sharing(self) -> Iterable[SkipState]:
-        return () if self._shared_room is None else tuple(self._shared_room.states)
+        model = running_model(self)
+        sisters = set() if model is None else set(_states_in(model))
+        if self._shared_room is not None:
+            sisters.update(self._shared_room.members)
+        rooms = [*self._rooms.items()]
+        alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
+        return [self, *(state for state in alike if state.device == self.device)]
 
     def _make_room(self, owner: Owner) -> None:
         branch, shape = owner
@@ -265,7 +200,7 @@ class SkipState(nn.Module):
         if given_away is not None:
             del self._rooms[given_away]
             self.outdate_captured_graphs()
-        self._rooms[owner] = index, _stamp(owner)
+        self._rooms[owner] = index, stamp_of(owner)
 
     def _owner_to_give_way(self, branch: int) -> Owner:
         """The oldest of the same branch, whose map of another shape is out of date; else the oldest of all."""
@@ -339,7 +274,7 @@ class SkipState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._shared_room is not None:
-            self._shared_room.states.add(self)
+            self._shared_room.members.add(self)
 
     # Introspection
 
@@ -432,44 +367,18 @@ def _follows(slot: MapSlot, live: Tensor, stamp: int) -> Tensor:
     return (live == stamp) & (slot.stamp == stamp)
 
 
-class _SharedRoom:
-    """States that make room together. A copy or a pickle of a model holds one of its own, with the copies in it."""
-
-    def __init__(self) -> None:
-        self.states: weakref.WeakSet[SkipState] = weakref.WeakSet()
-
-    def __reduce__(self) -> tuple[type[_SharedRoom], tuple[()]]:
-        return _SharedRoom, ()  # its copied states add themselves
-
-
 def share_room(*modules: nn.Module) -> None:
     """Let the layers in these modules make room together when one of them is compiled.
 
     For layers that no module holds and calls at the same time: a handle that keeps the layers of a model beside it, or
     of several models. Layers of one model find each other without.
     """
-    room = _SharedRoom()
-    for state in (part for module in modules for part in module.modules()):
-        if isinstance(state, SkipState):
+    room: SharedRoom[SkipState] = SharedRoom()
+    for module in modules:
+        for state in _states_in(module):
             state._shared_room = room
-            room.states.add(state)
+            room.members.add(state)
 
 
-def _states_of_the_running_model(state: SkipState) -> list[SkipState]:
-    """Those in the outermost module that is being called and holds ``state``.
-
-    Read off the call stack: the ``self`` of the calls that led here. No module knows what holds it, and what holds it
-    may change; who calls it is always there. Runs while a graph is traced, on top of the calls of the blocks around.
-    """
-    callers = []
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        first = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
-        if first and isinstance(module := frame.f_locals.get(first[0]), nn.Module):
-            callers.append(module)
-    for module in reversed(callers):
-        states = [part for part in module.modules() if isinstance(part, SkipState)]
-        if any(part is state for part in states):
-            return states
-    return []
+def _states_in(module: nn.Module) -> Iterator[SkipState]:
+    return (part for part in module.modules() if isinstance(part, SkipState))

@@ -19,10 +19,10 @@ struct PackedTileLayout {
 
   explicit PackedTileLayout(const ForwardParams& params) {
     constexpr int64_t kCacheLineFloats = 16;
-    k_stride = (ceil_div(params.head_dim, 2 * kCacheLineFloats) * 2 + 1) * kCacheLineFloats;
-    v_offset = params.tile.tile_n * k_stride;
-    v_block_stride = params.tile.tile_n * kBlock + kCacheLineFloats;
-    floats = v_offset + ceil_div(params.head_dim, kBlock) * v_block_stride;
+    k_stride = (ceil_div(params.problem.head_dim, 2 * kCacheLineFloats) * 2 + 1) * kCacheLineFloats;
+    v_offset = params.problem.tile.tile_n * k_stride;
+    v_block_stride = params.problem.tile.tile_n * kBlock + kCacheLineFloats;
+    floats = v_offset + ceil_div(params.problem.head_dim, kBlock) * v_block_stride;
   }
 };
 
@@ -44,27 +44,30 @@ inline void pack_tile(const ForwardParams& params, const PackedTileLayout& layou
                       int64_t tile, float* target) {
   constexpr int64_t kPrefetchedRows = 8;  // rows of one head lie apart, which the processor's own prefetcher misses
   constexpr int kVectorBlock = (kBlock + kLanes - 1) / kLanes * kLanes;  // a block in whole vectors
-  const int64_t first_key = tile * params.tile.tile_n;
-  const int64_t keys = smaller(params.tile.tile_n, params.existing_keys(batch) - first_key);
+  const int64_t first_key = tile * params.problem.tile.tile_n;
+  const int64_t keys =
+      smaller(params.problem.tile.tile_n, existing_keys(params.problem, params.visibility, batch) - first_key);
   for (int64_t key = 0; key < keys; ++key) {
     if (key + kPrefetchedRows < keys) {
-      prefetch_row<dtype>(row_of<dtype>(params.k, batch, first_key + key + kPrefetchedRows, kv_head), params.head_dim);
-      prefetch_row<dtype>(row_of<dtype>(params.v, batch, first_key + key + kPrefetchedRows, kv_head), params.head_dim);
+      prefetch_row<dtype>(row_of<dtype>(params.operands.k, batch, first_key + key + kPrefetchedRows, kv_head),
+                          params.problem.head_dim);
+      prefetch_row<dtype>(row_of<dtype>(params.operands.v, batch, first_key + key + kPrefetchedRows, kv_head),
+                          params.problem.head_dim);
     }
-    widen_row<dtype>(row_of<dtype>(params.k, batch, first_key + key, kv_head), params.head_dim,
+    widen_row<dtype>(row_of<dtype>(params.operands.k, batch, first_key + key, kv_head), params.problem.head_dim,
                      target + key * layout.k_stride);
 
-    const auto* v = row_of<dtype>(params.v, batch, first_key + key, kv_head);
+    const auto* v = row_of<dtype>(params.operands.v, batch, first_key + key, kv_head);
     float* v_target = target + layout.v_offset + key * kBlock;
     int64_t d = 0;
-    for (; d + kVectorBlock <= params.head_dim; d += kBlock, v_target += layout.v_block_stride) {
+    for (; d + kVectorBlock <= params.problem.head_dim; d += kBlock, v_target += layout.v_block_stride) {
       // Whole vectors: what spills over a key's part of the block is the next key's, written after this one's.
       for (int64_t column = 0; column < kVectorBlock; column += kLanes) {
         store(v_target + column, widen_vector<dtype>(v + d + column));
       }
     }
-    for (; d < params.head_dim; d += kBlock, v_target += layout.v_block_stride) {
-      widen_row<dtype>(v + d, smaller(kBlock, params.head_dim - d), v_target);
+    for (; d < params.problem.head_dim; d += kBlock, v_target += layout.v_block_stride) {
+      widen_row<dtype>(v + d, smaller(kBlock, params.problem.head_dim - d), v_target);
     }
   }
 }

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels/cpu/common/simd.h"
+#include "rules/drop_rule.h"
 
 namespace lite_attention {
 namespace {
@@ -18,7 +19,6 @@ constexpr int kPanelVectors = 2;
 constexpr int kPanelRows = kPanelVectors * kLanes;
 // Two registers hold the panel's operand, one the broadcast; the rest accumulate.
 constexpr int kBlock = kVectorRegisters == 32 ? 12 : 6;
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInfinity = __builtin_inff();
 
 // scores[i][row] for kKeys keys.
@@ -106,12 +106,11 @@ inline void accumulate_tile(const float* probabilities, const float* v, int64_t 
   }
 }
 
-// Turns scores into probabilities in place and carries the rows' maximum and sum on. Returns whether the drop rule
-// keeps the tile for the next pass: some valid row's maximum in the tile reaches within `threshold` of its running
-// maximum.
+// Turns scores into probabilities in place and carries the rows' maximum and sum on. Returns whether the tile matters
+// to some valid row (drop_rule.h).
 inline bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float scale, float threshold, float* row_max,
                          float* row_sum, Floats* correction) {
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = to_log2(scale);
   // Two chains a vector, for the maxima and the sums: one operation waits on the last for as long as two take to issue.
   constexpr int kChains = 2;
   Floats maxima[kChains][kPanelVectors];
@@ -129,13 +128,13 @@ inline bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float 
   }
   if (keys % 2 != 0) look(keys - 1, 0);
 
-  bool keep = false;
+  bool some_row_keeps = false;
   Floats reference[kPanelVectors];  // what scores are taken relative to: the maximum so far
   for (int vec = 0; vec < kPanelVectors; ++vec) {
     const Floats tile_max = max(maxima[0][vec], maxima[1][vec]);
     const Floats old_max = load(row_max + vec * kLanes);
     const Ints valid = lane_numbers() + vec * kLanes < static_cast<int32_t>(valid_rows);
-    keep |= any(((tile_max - old_max) * scale_log2 > threshold) & valid);
+    some_row_keeps |= any(matters(tile_max, old_max, scale_log2, threshold) & valid);
 
     const Floats new_max = max(old_max, tile_max);
     store(row_max + vec * kLanes, new_max);
@@ -162,7 +161,7 @@ inline bool softmax_tile(float* scores, int64_t keys, int64_t valid_rows, float 
     float* total = row_sum + vec * kLanes;
     store(total, load(total) * correction[vec] + (sums[0][vec] + sums[1][vec]));
   }
-  return keep;
+  return some_row_keeps;
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "kernels/sm90/common/lanes.cuh"
+
 namespace lite_attention::sm90 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -26,8 +28,17 @@ __device__ __forceinline__ void store_byte_if(bool condition, void* address, boo
 
 // ---- memory barriers in shared memory ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+struct AnyBarrier {
+  uint64_t word;
+};
+
+// A phase of it completes with so many arrivals, and the bytes that they announced.
+template <int kArrivals>
+struct Barrier : AnyBarrier {};
+
+template <int kArrivals>
+__device__ __forceinline__ void barrier_init(Barrier<kArrivals>* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(kArrivals) : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine and to the other CTA of the cluster.
@@ -35,13 +46,13 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+__device__ __forceinline__ void barrier_arrive(AnyBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Arrives at the same barrier of another CTA of the cluster. For barriers that release what was only read: release
 // semantics over the cluster would cost a fence of the whole GPU each time.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
+__device__ __forceinline__ void barrier_arrive_at(AnyBarrier* barrier, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -52,13 +63,13 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ct
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+__device__ __forceinline__ void barrier_arrive_expecting(AnyBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
 // Writes a word to the second CTA of a pair and tells that CTA's barrier, which expects its bytes.
-__device__ __forceinline__ void send_to_peer(int32_t* word, int32_t value, uint64_t* full) {
+__device__ __forceinline__ void send_to_peer(int32_t* word, int32_t value, AnyBarrier* full) {
   asm volatile(
       "{\n"
       ".reg .b32 remote_word, remote_barrier;\n"
@@ -71,7 +82,7 @@ __device__ __forceinline__ void send_to_peer(int32_t* word, int32_t value, uint6
 }
 
 // Returns once the phase of the given parity has completed.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(AnyBarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -87,7 +98,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 // A barrier among the threads of one consumer warpgroup. Barrier 0 is __syncthreads.
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
-  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(128) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
 // ---- bulk tensor copies --------------------------------------------------------------------------------------------
@@ -100,9 +111,9 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
 }
 
-__device__ __forceinline__ void load_box(const CUtensorMap& map, uint64_t* barrier, uint64_t hint, void* destination,
+__device__ __forceinline__ void load_box(const CUtensorMap& map, AnyBarrier* barrier, uint64_t hint, void* destination,
                                          int32_t column, int32_t row, int32_t head, int32_t batch) {
-  cute::SM90_TMA_LOAD_4D::copy(&map, barrier, hint, destination, column, row, head, batch);
+  cute::SM90_TMA_LOAD_4D::copy(&map, &barrier->word, hint, destination, column, row, head, batch);
 }
 
 __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int32_t column, int32_t row, int32_t head,
@@ -111,10 +122,11 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int32_t col
 }
 
 // Loads the box into both CTAs of a pair, at the same shared address, and tells the barriers of both.
-__device__ __forceinline__ void load_box_to_pair(const CUtensorMap& map, uint64_t* barrier, uint64_t hint,
+__device__ __forceinline__ void load_box_to_pair(const CUtensorMap& map, AnyBarrier* barrier, uint64_t hint,
                                                  void* destination, int32_t column, int32_t row, int32_t head,
                                                  int32_t batch) {
-  cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, barrier, uint16_t{0b11}, hint, destination, column, row, head, batch);
+  cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, &barrier->word, uint16_t{0b11}, hint, destination, column, row, head,
+                                         batch);
 }
 
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* source, int32_t column, int32_t row,

@@ -10,7 +10,7 @@ namespace lite_attention::sm90 {
 // `keys` of the tile exist, the first ones.
 template <class Scores>
 __device__ __forceinline__ void mask_keys(Scores& scores, int keys) {
-  const int first_column = (threadIdx.x & 3) * 2;
+  const int first_column = first_column_of_thread();
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < cute::size(scores); ++i) {
     if (first_column + column_of(i) >= keys) scores(i) = -kInfinity;
@@ -30,10 +30,10 @@ template <class Scores>
 __device__ __forceinline__ void mask_tokens(Scores& scores, int keys, int first_key, int position,
                                             const HeadWindow& window) {
   static_assert(cute::size(Scores{}) / kRowsPerThread <= 32);
-  const int origin = first_key + (threadIdx.x & 3) * 2;
+  const int origin = first_key + first_column_of_thread();
   uint32_t visible[kRowsPerThread];
   CUTLASS_PRAGMA_UNROLL
-  for (int row = 0; row < kRowsPerThread; ++row, position += 8) {
+  for (int row = 0; row < kRowsPerThread; ++row, position += kRowStep) {
     visible[row] = columns_below(min(first_key + keys, position + 1) - origin) &
                    (columns_below(window.sink_size - origin) |
                     ~columns_below(static_cast<int>(window.window_begin(position)) - origin));

@@ -1,34 +1,16 @@
-// The running softmax of one warpgroup's 64 rows, in registers. A thread holds two rows, 8 apart, and shares each with
-// the three other threads of its quad.
+// The running softmax of one warpgroup's rows, in registers: each thread's two, which it shares with its quad.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
 
 #include <cute/tensor.hpp>
 
+#include "kernels/sm90/common/accumulator.cuh"
 #include "kernels/sm90/common/device.cuh"
 
 namespace lite_attention::sm90 {
 
-inline constexpr int kRowsPerThread = 2;
 inline constexpr float kInfinity = __builtin_inff();
-inline constexpr float kLn2 = 0.69314718055994530942f;
-
-// Which of a thread's two rows an accumulator element belongs to.
-__device__ __forceinline__ constexpr int row_of(int element) { return (element >> 1) & 1; }
-
-// Which column of the tile an accumulator element holds, in the first quad lane.
-__device__ __forceinline__ constexpr int column_of(int element) { return (element >> 2) * 8 + (element & 1); }
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // The largest score of each row in this tile. Two chains a row: one comparison waits for the last as long as two take.
 template <class Scores>
@@ -65,7 +47,7 @@ struct Softmax {
       sum[row] *= correction[row];
       moved |= grown;
     }
-    return __any_sync(0xffffffffu, moved);
+    return __any_sync(kAllLanes, moved);
   }
 
   // Scores become weights in place, and are summed: the tile on its own, since small weights would be lost one by one

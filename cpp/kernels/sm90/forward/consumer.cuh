@@ -1,4 +1,4 @@
-// A consumer warpgroup: 64 query rows against the tiles that the producer brings.
+// A consumer warpgroup: a query tile against the tiles that the producer brings.
 //
 // There are two ways through the tiles. In sequence (128 columns): scores, softmax and output of one tile, then the
 // next; the warpgroups drift apart, and the tensor cores work for one while another is at its softmax. Overlapped (64
@@ -11,10 +11,10 @@
 #include "kernels/sm90/common/mask.cuh"
 #include "kernels/sm90/common/ring.cuh"
 #include "kernels/sm90/common/softmax.cuh"
-#include "kernels/sm90/forward/config.cuh"
 #include "kernels/sm90/forward/decision.cuh"
 #include "kernels/sm90/forward/epilogue.cuh"
 #include "kernels/sm90/forward/params.cuh"
+#include "kernels/sm90/forward/shared_storage.cuh"
 
 namespace lite_attention::sm90 {
 
@@ -59,13 +59,12 @@ __device__ __forceinline__ void clear_missing_values(typename Config::Element* t
   warpgroup_sync(warpgroup);
 }
 
-template <class Config, Walk kWalk>
+template <class Config>
 __device__ __forceinline__ void consume(const KernelParams& params, SharedStorage<Config>& shared, int warpgroup) {
   using namespace cute;
   using Element = typename Config::Element;
-  constexpr bool kDecides = kWalk == Walk::kMappedDecided;
-  constexpr bool kMasksVisits = masks_visits(kWalk);
-  cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+  constexpr bool kMasksVisits = Config::kTraversal.masks_visits();
+  cutlass::arch::warpgroup_reg_alloc<Config::kShape.consumer_registers>();
 
   typename Config::QkMma score_mma;
   typename Config::PvMma output_mma;
@@ -86,9 +85,9 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
   uint32_t q_phase = 0;
 
   // One arrival a warp; with shared loads at both CTAs of the pair, since each fills a part of the other's stage.
-  const auto release = [&](uint64_t* empty) {
-    if constexpr (kWalk == Walk::kAll) {
-      if (lane < 2) barrier_arrive_at(empty, lane);
+  const auto release = [&](AnyBarrier* empty) {
+    if constexpr (Config::kTraversal.paired()) {
+      if (lane < Config::kTraversal.cluster_ctas()) barrier_arrive_at(empty, lane);
     } else {
       if (lane == 0) barrier_arrive(empty);
     }
@@ -97,21 +96,20 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
   for (;; work.advance()) {
     barrier_wait(&shared.work_full[work.stage], work.phase);
     const WorkItem& item = shared.work[work.stage];
-    const int tiles = __shfl_sync(0xffffffffu, item.tiles, 0);
+    const int tiles = __shfl_sync(kAllLanes, item.tiles, 0);
     if (tiles == kNoMoreWork) break;
 
     Softmax softmax;
-    Decision decision(first_row_of_thread(item, warpgroup), params.forward.query_len);
+    RunningBest best(first_row_of_thread(item, warpgroup), params.forward.problem.query_len);
     clear(output);
     float maxima[kRowsPerThread], correction[kRowsPerThread];
 
     const auto mask = [&](auto per_visit, auto& scores) {
       if constexpr (per_visit && kMasksVisits) {
         // Read by the lane that hands the stage back, as in `visits`.
-        const int keys =
-            __shfl_sync(0xffffffffu, lane == 0 ? shared.k_how[ring.stage] >> kKeysShift & kKeysMask : 0, 0);
-        const int tile = __shfl_sync(0xffffffffu, lane == 0 ? shared.k_tile[ring.stage] : 0, 0);
-        if (params.forward.token_mask.given()) {
+        const int keys = __shfl_sync(kAllLanes, lane == 0 ? shared.k_flags[ring.stage].keys() : 0, 0);
+        const int tile = __shfl_sync(kAllLanes, lane == 0 ? shared.k_tile[ring.stage] : 0, 0);
+        if (params.forward.visibility.token_mask.given()) {
           const WorkItemMasks& masks = shared.work_masks[work.stage];
           mask_tokens(scores, keys, tile * Config::kTileN, masks.first_position + first_row_of_thread(item, warpgroup),
                       masks.window);
@@ -125,17 +123,17 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     // Once V is in the ring's stage.
     const auto clear_missing = [&](auto per_visit) {
       if constexpr (per_visit && kMasksVisits) {
-        clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].how >> kKeysShift & kKeysMask,
-                                     warpgroup);
-      } else if (params.forward.kv_lens != nullptr) {
+        clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].flags.keys(), warpgroup);
+      } else if (params.forward.visibility.kv_lens != nullptr) {
         clear_missing_values<Config>(shared.v[ring.stage], item.masked_keys, warpgroup);
       }
     };
     // Leaves the verdict on the tile in the ring's stage for the loader, who writes it down when the stage comes back.
     const auto decide = [&] {
-      if constexpr (kDecides) {
-        const bool keeps = decision.keeps(maxima, item.threshold, scale_log2);
-        store_byte_if(lane == 0, &shared.verdicts[ring.phase][ring.stage][warpgroup][threadIdx.x / kWarpThreads % 4],
+      if constexpr (Config::kTraversal.decides) {
+        const bool keeps = best.take(maxima, item.threshold, scale_log2);
+        store_byte_if(lane == 0,
+                      &shared.verdicts[ring.phase][ring.stage][warpgroup][threadIdx.x / kWarpThreads % kWarpgroupWarps],
                       keeps);
       }
     };
@@ -144,15 +142,15 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
       barrier_wait(&shared.k_full[ring.stage], ring.phase);
       if constexpr (per_visit && Config::kWarpgroups > 1) {
         // Read by the lane that hands the stage back, so that the one comes before the other.
-        return __any_sync(0xffffffffu, lane == 0 && (shared.k_how[ring.stage] >> warpgroup & 1)) != 0;
+        return __any_sync(kAllLanes, lane == 0 && shared.k_flags[ring.stage].visits(warpgroup)) != 0;
       } else {
         return true;
       }
     };
-    // Whether it must mask the tile, `left` visits before the end. `how` lies beside the tile's K or V.
-    const auto masks = [&](auto per_visit, int left, const uint32_t& how) {
+    // Whether it must mask the tile, `left` visits before the end. `flags` lie beside the tile's K or V.
+    const auto masks = [&](auto per_visit, int left, const VisitFlags& flags) {
       if constexpr (per_visit && kMasksVisits) {
-        return __any_sync(0xffffffffu, lane == 0 && (how >> (kMaskedShift + warpgroup) & 1)) != 0;
+        return __any_sync(kAllLanes, lane == 0 && flags.masks(warpgroup)) != 0;
       } else {
         return left == item.masked_from_end;
       }
@@ -176,7 +174,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
         Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
         start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
         wait_product<0>(scores);
-        if (masks(per_visit, left, shared.k_how[ring.stage])) mask(per_visit, scores);
+        if (masks(per_visit, left, shared.k_flags[ring.stage])) mask(per_visit, scores);
         tile_maxima(scores, maxima);
         decide();
         if (softmax.move_reference(maxima, scale_log2, correction)) scale_rows(output, correction);
@@ -184,7 +182,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
         softmax.weigh(scores, scale_log2);
         convert(scores, weights);
         barrier_wait(&shared.v_full[ring.stage], ring.phase);
-        if (masks(per_visit, left, shared.v_visit[ring.stage].how)) clear_missing(per_visit);
+        if (masks(per_visit, left, shared.v_visit[ring.stage].flags)) clear_missing(per_visit);
         start_product<true>(output_mma, weights, values(_, _, _, ring.stage), output);
         wait_product<0>(output);
         release(&shared.v_empty[ring.stage]);
@@ -212,7 +210,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
           start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
           wait_product<0>(scores);
-          if (masks(per_visit, left, shared.k_how[ring.stage])) {
+          if (masks(per_visit, left, shared.k_flags[ring.stage])) {
             mask(per_visit, scores);
             barrier_wait(&shared.v_full[ring.stage], ring.phase);
             clear_missing(per_visit);
@@ -229,7 +227,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           --left;
         }
         CUTLASS_PRAGMA_NO_UNROLL
-        for (; left > 0 && visits(per_visit) && !masks(per_visit, left, shared.k_how[ring.stage]); --left) {
+        for (; left > 0 && visits(per_visit) && !masks(per_visit, left, shared.k_flags[ring.stage]); --left) {
           Tensor scores = partition_fragment_C(score_mma, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
           start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
           barrier_wait(&shared.v_full[pending.stage], pending.phase);
@@ -252,7 +250,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
 
     const auto walk = [&](auto per_visit) {
-      if constexpr (Config::kOverlap) {
+      if constexpr (Config::kShape.way == Way::kOverlapped) {
         walk_overlapped(per_visit);
       } else {
         walk_in_sequence(per_visit);
@@ -260,8 +258,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
     barrier_wait(&shared.q_full[warpgroup], q_phase);
     q_phase ^= 1;
-    if (kWalk != Walk::kAll && __any_sync(0xffffffffu, item.per_visit)) {
-      if constexpr (kWalk != Walk::kAll) walk(true_type{});
+    if (Config::kTraversal.planned() && __any_sync(kAllLanes, item.per_visit)) {
+      if constexpr (Config::kTraversal.planned()) walk(true_type{});
     } else {
       walk(false_type{});
     }

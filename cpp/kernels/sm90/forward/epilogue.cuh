@@ -4,35 +4,36 @@
 
 #include "kernels/sm90/common/device.cuh"
 #include "kernels/sm90/common/softmax.cuh"
-#include "kernels/sm90/forward/config.cuh"
 #include "kernels/sm90/forward/params.cuh"
+#include "kernels/sm90/forward/shared_storage.cuh"
 
 namespace lite_attention::sm90 {
 
-// The accumulator as 16-bit elements in slabs of 64 columns, 128-byte swizzled as a TMA box expects them.
+// The accumulator as 16-bit elements in slabs of kSwizzleColumns, 128-byte swizzled as a TMA box expects them.
 template <class Config, class Output>
 __device__ __forceinline__ void stage_output(const Output& output, typename Config::Element* staged) {
   constexpr int kRowBytes = kSwizzleColumns * sizeof(typename Config::Element);
-  constexpr int kChunkBytes = 16;  // the unit of the swizzle: eight columns
+  constexpr int kChunkBytes = 16;   // the unit of the swizzle
+  constexpr int kChunkColumns = 8;  // and the side of a matrix
   const int lane = threadIdx.x % kWarpThreads;
   const int warp = threadIdx.x / kWarpThreads % kWarpgroupWarps;
+  constexpr int kSlabChunks = kRowBytes / kChunkBytes;
   // Lane i addresses a row of one of four 8x8 matrices: both row halves of two neighbouring column chunks.
-  const int row = warp * 16 + lane % 16;
+  const int row = warp * kWarpRows + lane % kWarpRows;
   const uint32_t row_address = shared_address(staged) + row * kRowBytes;
   const auto pairs = cute::recast<uint32_t const>(output);
   CUTLASS_PRAGMA_UNROLL
-  for (int chunk = 0; chunk < Config::kHeadDim / 8; chunk += 2) {
-    const int slab = chunk * 8 / kSwizzleColumns;
-    const int swizzled = (chunk % 8 + lane / 16) ^ (row % 8);
+  for (int chunk = 0; chunk < Config::kHeadDim / kChunkColumns; chunk += 2) {
+    const int slab = chunk * kChunkColumns / kSwizzleColumns;
+    const int swizzled = (chunk % kSlabChunks + lane / kWarpRows) ^ (row % kSlabChunks);
     store_matrices(row_address + slab * Config::kTileM * kRowBytes + swizzled * kChunkBytes, pairs(chunk * 2),
                    pairs(chunk * 2 + 1), pairs(chunk * 2 + 2), pairs(chunk * 2 + 3));
   }
 }
 
-// The first of a thread's two rows.
+// The first of a thread's two query rows.
 __device__ __forceinline__ int first_row_of_thread(const WorkItem& item, int warpgroup) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-  return item.first_row + warpgroup * 64 + thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+  return first_row_of_thread(item.first_row + warpgroup * kWarpgroupRows);
 }
 
 template <class Config, class Output>
@@ -41,13 +42,14 @@ __device__ __forceinline__ void finish_rows(const KernelParams& params, SharedSt
   const ForwardParams& forward = params.forward;
   const int row = first_row_of_thread(item, warpgroup);
   float factors[kRowsPerThread];
-  float* lse = forward.lse + (static_cast<int64_t>(item.batch) * forward.query_heads + item.head) * forward.query_len;
+  float* lse = forward.outputs.lse +
+               (static_cast<int64_t>(item.batch) * forward.problem.query_heads + item.head) * forward.problem.query_len;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < kRowsPerThread; ++i) {
     const float sum = quad_sum(softmax.sum[i]);
     factors[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    if (threadIdx.x % 4 == 0 && row + 8 * i < forward.query_len) {
-      lse[row + 8 * i] = sum == 0.0f ? -kInfinity : softmax.reference[i] * forward.scale + __logf(sum);
+    if (threadIdx.x % kQuadLanes == 0 && row + kRowStep * i < forward.problem.query_len) {
+      lse[row + kRowStep * i] = sum == 0.0f ? -kInfinity : softmax.reference[i] * forward.problem.scale + __logf(sum);
     }
   }
   scale_rows(output, factors);

@@ -1,17 +1,16 @@
-// The instantiations of the forward kernel, one source file for each head dim and dtype.
+// The forward kernels, as forward.cu launches them. Each dtype and number of columns is a source of its own
+// (cmake/KernelInstances.cmake).
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "kernels/sm90/forward/params.cuh"
+#include "kernels/sm90/forward/traversal.h"
 
 namespace lite_attention::sm90 {
 
 // `multiprocessors`: of the current device.
-using Launch = cudaError_t(Walk walk, const KernelParams& params, int multiprocessors, cudaStream_t stream);
-
-Launch launch_d64_bf16, launch_d64_fp16;
-Launch launch_d128_bf16, launch_d128_fp16;
-Launch launch_d256_bf16, launch_d256_fp16;
+template <DataType dtype, int kColumns>
+cudaError_t launch(Traversal traversal, const KernelParams& params, int multiprocessors, cudaStream_t stream);
 
 }  // namespace lite_attention::sm90

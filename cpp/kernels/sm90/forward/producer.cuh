@@ -5,16 +5,15 @@
 
 #include "kernels/sm90/common/device.cuh"
 #include "kernels/sm90/common/ring.cuh"
-#include "kernels/sm90/forward/config.cuh"
 #include "kernels/sm90/forward/params.cuh"
+#include "kernels/sm90/forward/shared_storage.cuh"
 
 namespace lite_attention::sm90 {
 
 // Has the copy engine bring what a work item needs. One thread runs it.
-template <class Config, Walk kWalk>
+template <class Config>
 struct Loader {
-  static constexpr bool kPaired = kWalk == Walk::kAll;
-  static constexpr bool kDecides = kWalk == Walk::kMappedDecided;
+  static constexpr Traversal kTraversal = Config::kTraversal;
 
   const KernelParams& params;
   SharedStorage<Config>& shared;
@@ -24,7 +23,7 @@ struct Loader {
   __device__ __forceinline__ void load_queries(const WorkItem& item) {
     // Into the L2 cache at once: when the warpgroups let go of the last queries, little time is left.
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = 0; row < Config::kTile.visit_rows; row += Config::kTileM) {
+    for (int row = 0; row < Config::kGroupRows; row += Config::kTileM) {
       CUTLASS_PRAGMA_NO_UNROLL
       for (int slab = 0; slab < Config::kSlabs; ++slab) {
         prefetch_box(params.q, slab * kSwizzleColumns, item.first_row + row, item.head, item.batch);
@@ -33,7 +32,7 @@ struct Loader {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) {
       barrier_wait(&shared.q_empty[warpgroup], q_phase ^ 1);
-      uint64_t* full = &shared.q_full[warpgroup];
+      AnyBarrier* full = &shared.q_full[warpgroup];
       barrier_arrive_expecting(full, Config::kQueryBytes);
       CUTLASS_PRAGMA_NO_UNROLL
       for (int slab = 0; slab < Config::kSlabs; ++slab) {
@@ -45,16 +44,16 @@ struct Loader {
   }
 
   // Fills a stage with one tile of K or V. Of a pair, each CTA loads one half of the rows into both.
-  __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* full, typename Config::Element* stage,
+  __device__ __forceinline__ void load_tile(const CUtensorMap& map, AnyBarrier* full, typename Config::Element* stage,
                                             int tile, const WorkItem& item) {
-    constexpr int kRows = Config::kTileN / (kPaired ? 2 : 1);
-    const int part = kPaired ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+    constexpr int kRows = Config::kTileN / kTraversal.cluster_ctas();
+    const int part = kTraversal.paired() ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
     barrier_arrive_expecting(full, Config::kTileBytes);
     CUTLASS_PRAGMA_UNROLL
     for (int slab = 0; slab < Config::kSlabs; ++slab) {
       auto* destination = stage + (slab * Config::kTileN + part * kRows) * kSwizzleColumns;
       const int row = tile * Config::kTileN + part * kRows;
-      if constexpr (kPaired) {
+      if constexpr (kTraversal.paired()) {
         load_box_to_pair(map, full, kEvictLast, destination, slab * kSwizzleColumns, row, item.kv_head, item.batch);
       } else {
         load_box(map, full, kEvictLast, destination, slab * kSwizzleColumns, row, item.kv_head, item.batch);
@@ -64,13 +63,14 @@ struct Loader {
 
   // Sets the next map's bits of a tile that was in the ring's stage a round ago, for the query tiles a row of which
   // keeps it. To be called once V's stage has come back.
-  __device__ __forceinline__ void write_verdict(const StageVisit& visit) {
+  __device__ __forceinline__ void write_next_keep(const StageVisit& visit) {
     const auto& verdicts = shared.verdicts[ring.phase ^ 1][ring.stage];
     CUTLASS_PRAGMA_UNROLL
     for (int warpgroup = 0; warpgroup < Config::kWarpgroups; ++warpgroup) {
       const bool kept = *reinterpret_cast<const uint32_t*>(verdicts[warpgroup]) != 0;
-      if (kept && (visit.how >> warpgroup & 1)) {
-        atomicOr(params.forward.next_keep + visit.next_keep_row + warpgroup * params.words + visit.tile / kTilesPerWord,
+      if (kept && visit.flags.visits(warpgroup)) {
+        atomicOr(params.forward.decision.next_keep + visit.next_keep_row + warpgroup * params.words +
+                     visit.tile / kTilesPerWord,
                  1 << visit.tile % kTilesPerWord);
       }
     }
@@ -79,27 +79,25 @@ struct Loader {
   // K, with an item's first tile its queries, and V.
   __device__ __forceinline__ void load(const WorkItem& item, const Visit& visit, bool first) {
     barrier_wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
-    if constexpr (!kPaired) shared.k_how[ring.stage] = visit.how;
-    if constexpr (masks_visits(kWalk)) shared.k_tile[ring.stage] = visit.tile;
+    if constexpr (kTraversal.planned()) shared.k_flags[ring.stage] = visit.flags;
+    if constexpr (kTraversal.masks_visits()) shared.k_tile[ring.stage] = visit.tile;
     load_tile(params.k, &shared.k_full[ring.stage], shared.k[ring.stage], visit.tile, item);
     if (first) load_queries(item);
     barrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-    if constexpr (masks_visits(kWalk)) shared.v_visit[ring.stage].how = visit.how;
+    if constexpr (kTraversal.masks_visits()) shared.v_visit[ring.stage].flags = visit.flags;
     load_tile(params.v, &shared.v_full[ring.stage], shared.v[ring.stage], visit.tile, item);
-    if constexpr (kDecides) {
-      write_verdict(shared.v_visit[ring.stage]);  // after the load, which others wait for
-      shared.v_visit[ring.stage] = {visit.tile, visit.how, item.next_keep_row};
+    if constexpr (kTraversal.decides) {
+      write_next_keep(shared.v_visit[ring.stage]);  // after the load, which others wait for
+      shared.v_visit[ring.stage] = {visit.tile, visit.flags, item.next_keep_row};
     }
     ring.advance();
   }
 
   // How many keys of a tile exist, where `keys` of the batch entry do.
   __device__ __forceinline__ uint32_t keys_of_tile(int batch, int keys, int tile) const {
-    const ForwardParams& forward = params.forward;
+    const Visibility& visibility = params.forward.visibility;
     const int left = min(Config::kTileN, keys - tile * Config::kTileN);
-    if (forward.kv_tile_lens == nullptr) return left;
-    return min(left,
-               forward.kv_tile_lens[batch * forward.kv_tile_lens_batch_stride + tile * forward.kv_tile_lens_stride]);
+    return visibility.kv_tile_lens == nullptr ? left : min(left, visibility.tile_len(batch, tile));
   }
 
   // Every tile of the items dealt, the last one first: where it must be masked, nothing can be overlapped with it
@@ -114,7 +112,7 @@ struct Loader {
       if (tiles == kNoMoreWork) return;
       if (tiles == 0) load_queries(item);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < tiles; ++i) load(item, {i == 0 ? tiles - 1 : i - 1, 0}, i == 0);
+      for (int i = 0; i < tiles; ++i) load(item, {i == 0 ? tiles - 1 : i - 1, {}}, i == 0);
     }
   }
 
@@ -128,22 +126,23 @@ struct Loader {
       Visit visit = shared.visits[position.stage];
       barrier_arrive(&shared.visit_empty[position.stage]);
       if (visit.tile == kNoMoreWork) break;
-      const bool first = visit.how & kFirstOfItem;
+      const bool first = visit.flags.first_of_item();
       if (first) work.advance();
       const WorkItem& item = shared.work[work.stage];
       if (visit.tile == kNoTile) {
         load_queries(item);
         continue;
       }
-      if (masks_visits(kWalk) && (visit.how >> kMaskedShift & kMaskedMask) != 0) {
-        visit.how |= keys_of_tile(item.batch, shared.work_masks[work.stage].keys, visit.tile) << kKeysShift;
+      if (kTraversal.masks_visits() && visit.flags.is_masked()) {
+        visit.flags.bits |= keys_of_tile(item.batch, shared.work_masks[work.stage].keys, visit.tile)
+                            << VisitFlags::kKeysShift;
       }
       load(item, visit, first);
     }
-    if constexpr (kDecides) {
+    if constexpr (kTraversal.decides) {
       for (int stage = 0; stage < Config::kStages; ++stage, ring.advance()) {
         barrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-        write_verdict(shared.v_visit[ring.stage]);
+        write_next_keep(shared.v_visit[ring.stage]);
       }
     }
   }
@@ -151,8 +150,11 @@ struct Loader {
 
 // Takes work and says what it is, ahead of the loads. Of the map it walks the rows of the group it took; a warp runs
 // it, so that 32 neighbouring words are read at once.
-template <class Config, Walk kWalk>
+template <class Config>
 struct Walker {
+  static constexpr Traversal kTraversal = Config::kTraversal;
+  static constexpr int kWordTiles = static_cast<int>(kTilesPerWord);
+
   const KernelParams& params;
   SharedStorage<Config>& shared;
   RingPosition<Config::kWorkSlots> work{};
@@ -186,7 +188,7 @@ struct Walker {
   __device__ __forceinline__ void deal_all() {
     const int rank = static_cast<int>(cute::block_rank_in_cluster());
     const int pairs = (params.groups + 1) / 2;
-    const int heads = static_cast<int>(params.forward.query_heads);
+    const int heads = static_cast<int>(params.forward.problem.query_heads);
     RingPosition<Config::kWorkSlots> told;
     int index = blockIdx.x / 2;
     CUTLASS_PRAGMA_NO_UNROLL
@@ -194,14 +196,14 @@ struct Walker {
       WorkItem& item = next_slot();
       const int head_index = index / pairs;
       const int batch = head_index / heads;
-      const int keys = static_cast<int>(existing_keys(params.forward, batch));
+      const int keys = static_cast<int>(existing_keys(params.forward.problem, params.forward.visibility, batch));
       item.tiles = (keys + Config::kTileN - 1) / Config::kTileN;
       item.masked_keys = keys % Config::kTileN;
       item.masked_from_end = keys % Config::kTileN == 0 ? 0 : item.tiles;  // the first
       item.batch = batch;
       item.head = head_index - batch * heads;
       item.kv_head = item.head / params.heads_per_kv_head;
-      item.first_row = ((index - head_index * pairs) * 2 + rank) * Config::kTile.visit_rows;
+      item.first_row = ((index - head_index * pairs) * 2 + rank) * Config::kGroupRows;
       publish();
       next_slot();  // not before the item after this one can be dealt: see walk_queue
       if (rank == 0) {
@@ -229,55 +231,56 @@ struct Walker {
       const GroupPlan plan = params.workspace.groups[group_index];
       if (lane() == 0) deal(group_index, plan);
       if (plan.tiles == 0) {
-        pass_on({kNoTile, kFirstOfItem});
+        pass_on({kNoTile, {VisitFlags::kFirstOfItem}});
       } else {
         walk_group(group_index, plan.first_tile);
       }
       // Asked for as late as that: what is taken early and lies waiting, others cannot take when they run out.
       if (lane() == 0) index = atomicAdd(params.workspace.taken, 1) + gridDim.x;
-      index = __shfl_sync(0xffffffffu, index, 0);
+      index = __shfl_sync(kAllLanes, index, 0);
     }
     if (lane() == 0) {
       next_slot().tiles = kNoMoreWork;
       publish();
     }
-    pass_on({kNoMoreWork, 0});
+    pass_on({kNoMoreWork, {}});
   }
 
   __device__ __forceinline__ void deal(int group_index, const GroupPlan& plan) {
     const ForwardParams& forward = params.forward;
-    const int heads = static_cast<int>(forward.query_heads);
+    const int heads = static_cast<int>(forward.problem.query_heads);
     WorkItem& item = next_slot();
     item.tiles = plan.tiles;
     item.masked_from_end = plan.masked_from_end;
     item.per_visit = plan.per_visit;
     const int head_index = group_index / params.groups;
     const int group = group_index - head_index * params.groups;
-    item.first_row = group * Config::kTile.visit_rows;
+    item.first_row = group * Config::kGroupRows;
     item.batch = head_index / heads;
     item.head = head_index - item.batch * heads;
     item.kv_head = item.head / params.heads_per_kv_head;
-    const int keys = static_cast<int>(existing_keys(forward, item.batch));
+    const int keys = static_cast<int>(existing_keys(forward.problem, forward.visibility, item.batch));
     item.masked_keys = keys % Config::kTileN;
-    if constexpr (masks_visits(kWalk)) {
-      shared.work_masks[work.stage] = {keys, static_cast<int>(forward.first_position(keys)),
-                                       HeadWindow(forward.token_mask, item.head)};
+    if constexpr (kTraversal.masks_visits()) {
+      shared.work_masks[work.stage] = {
+          keys, static_cast<int>(forward.visibility.token_mask.first_position(forward.problem.query_len, keys)),
+          HeadWindow(forward.visibility.token_mask, item.head)};
     }
-    if constexpr (kWalk == Walk::kMappedDecided) {
-      item.threshold = forward.threshold[item.head * forward.threshold_stride];
-      item.next_keep_row = (head_index * forward.query_tiles() + group * Config::kWarpgroups) * params.words;
+    if constexpr (kTraversal.decides) {
+      item.threshold = forward.decision.threshold[item.head * forward.decision.threshold_stride];
+      item.next_keep_row = (head_index * forward.problem.query_tiles() + group * Config::kWarpgroups) * params.words;
     }
     publish();
   }
 
   // The walk meets its first word twice: at the start its tiles from the first on, at the very end those before it.
   __device__ __forceinline__ void walk_group(int group_index, int first_tile) {
-    const uint32_t before_first = (1u << first_tile % 32) - 1;
-    uint32_t first = kFirstOfItem;
+    const uint32_t before_first = (1u << first_tile % kWordTiles) - 1;
+    uint32_t first = VisitFlags::kFirstOfItem;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int chunk = 0; chunk <= params.words; chunk += kWarpThreads) {
       const int step = chunk + lane();
-      int word = first_tile / 32 + step;
+      int word = first_tile / kWordTiles + step;
       if (word >= params.words) word -= params.words;
       const uint32_t in_walk = step == 0              ? ~before_first
                                : step < params.words  ? ~0u
@@ -291,14 +294,14 @@ struct Walker {
         any &= in_walk;
       }
       CUTLASS_PRAGMA_NO_UNROLL
-      for (uint32_t lanes = __ballot_sync(0xffffffffu, any != 0); lanes != 0; lanes &= lanes - 1) {
+      for (uint32_t lanes = __ballot_sync(kAllLanes, any != 0); lanes != 0; lanes &= lanes - 1) {
         const int source = __ffs(lanes) - 1;
-        const int found = __shfl_sync(0xffffffffu, word, source);
+        const int found = __shfl_sync(kAllLanes, word, source);
         const uint32_t answers = answers_of_lane(group_index, found);
         CUTLASS_PRAGMA_NO_UNROLL
-        for (uint32_t tiles = __shfl_sync(0xffffffffu, any, source); tiles != 0; tiles &= tiles - 1) {
+        for (uint32_t tiles = __shfl_sync(kAllLanes, any, source); tiles != 0; tiles &= tiles - 1) {
           const int bit = __ffs(tiles) - 1;
-          pass_on({found * 32 + bit, __ballot_sync(0xffffffffu, answers >> bit & 1) | first});
+          pass_on({found * kWordTiles + bit, {__ballot_sync(kAllLanes, answers >> bit & 1) | first}});
           first = 0;
         }
       }
@@ -310,35 +313,36 @@ struct Walker {
     return (static_cast<int64_t>(group_index) * params.words + word) * Config::kWarpgroups;
   }
 
-  // Each lane answers for one bit of Visit::how, for the 32 tiles of a word: lane w whether warpgroup w visits them,
+  // Each lane answers for one bit of VisitFlags, for the tiles of a word: lane w whether warpgroup w visits them,
   // lane kMaskedShift + w whether it must mask them.
   __device__ __forceinline__ uint32_t answers_of_lane(int group_index, int word) const {
-    const int warpgroup = lane() % kMaskedShift;
-    if (warpgroup >= Config::kWarpgroups || lane() >= 2 * kMaskedShift) return 0;
-    const bool of_masks = lane() >= kMaskedShift;
-    if (of_masks && !masks_visits(kWalk)) return 0;
+    const int warpgroup = lane() % VisitFlags::kMaskedShift;
+    if (warpgroup >= Config::kWarpgroups || lane() >= 2 * VisitFlags::kMaskedShift) return 0;
+    const bool of_masks = lane() >= VisitFlags::kMaskedShift;
+    if (of_masks && !kTraversal.masks_visits()) return 0;
     return (of_masks ? params.workspace.masked : params.workspace.visited)[place_of(group_index, word) + warpgroup];
   }
 };
 
-template <class Config, Walk kWalk>
+template <class Config>
 __device__ __forceinline__ void produce(const KernelParams& params, SharedStorage<Config>& shared) {
-  cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-  if constexpr (kWalk != Walk::kAll) wait_for_previous_kernel();  // the plan
+  constexpr Traversal kTraversal = Config::kTraversal;
+  cutlass::arch::warpgroup_reg_dealloc<Config::kShape.producer_registers>();
+  if constexpr (kTraversal.planned()) wait_for_previous_kernel();  // the plan
   const int warp = threadIdx.x / kWarpThreads;
   if (warp == 0 && threadIdx.x == 0) {
-    Loader<Config, kWalk> loader{params, shared};
-    if constexpr (kWalk == Walk::kAll) {
-      loader.load_all();
-    } else {
+    Loader<Config> loader{params, shared};
+    if constexpr (kTraversal.planned()) {
       loader.load_visits();
+    } else {
+      loader.load_all();
     }
   } else if (warp == 1) {
-    Walker<Config, kWalk> walker{params, shared};
-    if constexpr (kWalk == Walk::kAll) {
-      if (threadIdx.x == kWarpThreads) walker.deal_all();
-    } else {
+    Walker<Config> walker{params, shared};
+    if constexpr (kTraversal.planned()) {
       walker.walk_queue();
+    } else if (threadIdx.x == kWarpThreads) {
+      walker.deal_all();
     }
   }
 }

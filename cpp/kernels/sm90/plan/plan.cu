@@ -5,26 +5,21 @@
 #include <cstddef>
 
 #include "kernels/sm90/common/device.cuh"
+#include "kernels/sm90/common/lanes.cuh"
+#include "kernels/sm90/plan/queue.h"
+#include "rules/drop_rule.h"
 #include "rules/token_mask.h"
 
 namespace lite_attention::sm90 {
 namespace {
 
 constexpr int kPlanThreads = 128;
-constexpr int kSortThreads = 256;
 constexpr int kMaxGroupTiles = 3;  // query tiles of a visit group
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint32_t kNever = ~0u;
-
-// Bits of word `word` that stand for tiles below `end`.
-__device__ uint32_t tiles_below(int64_t end, int64_t word) {
-  const int64_t bits = end - word * kTilesPerWord;
-  return bits <= 0 ? 0u : bits >= kTilesPerWord ? ~0u : (1u << bits) - 1;
-}
 
 __device__ uint32_t word_of(const KeepMapView& map, int64_t batch, int64_t head, int64_t query_tile, int64_t word) {
   const KeepMapRow row(map, batch, head, query_tile);
-  return row.given() ? static_cast<uint32_t>(row.words[word * row.word_stride]) : 0u;
+  return row.given() ? row.word(word) : 0u;
 }
 
 // How many steps into the walk from first_tile the first of a word's tiles is met.
@@ -41,20 +36,17 @@ struct TileLengths {
   uint32_t partial;
 };
 
-// Of the warp's 32 words from `first_word` on, each lane gets one.
+// Of the warp's words, one a lane, from `first_word` on, each lane gets one.
 __device__ TileLengths tile_lengths(const ForwardParams& forward, int64_t batch, int64_t first_word) {
   TileLengths mine{~0u, 0u};
-  if (forward.kv_tile_lens == nullptr) return mine;
-  const int lane = threadIdx.x % 32;
-  const int64_t words = min(static_cast<int64_t>(32), forward.words() - first_word);
+  if (forward.visibility.kv_tile_lens == nullptr) return mine;
+  const int lane = threadIdx.x % kWarpThreads;
+  const int64_t words = min(static_cast<int64_t>(kWarpThreads), forward.problem.words() - first_word);
   for (int word = 0; word < words; ++word) {
     const int64_t tile = (first_word + word) * kTilesPerWord + lane;
-    const int keys =
-        tile < forward.kv_tiles()
-            ? forward.kv_tile_lens[batch * forward.kv_tile_lens_batch_stride + tile * forward.kv_tile_lens_stride]
-            : 0;
+    const int keys = tile < forward.problem.kv_tiles() ? forward.visibility.tile_len(batch, tile) : 0;
     const uint32_t exist = __ballot_sync(kAllLanes, keys > 0);
-    const uint32_t partial = __ballot_sync(kAllLanes, keys < forward.tile.tile_n);
+    const uint32_t partial = __ballot_sync(kAllLanes, keys < forward.problem.tile.tile_n);
     if (lane == word) mine = {exist, partial};
   }
   return mine;
@@ -69,10 +61,10 @@ struct TileVisibility {
 
 __device__ TileVisibility tile_visibility(const ForwardParams& forward, const HeadWindow& window,
                                           int64_t first_position, int64_t query_tile, int64_t word) {
-  if (!forward.token_mask.given()) return {};
-  const int64_t tile_m = forward.tile.tile_m, tile_n = forward.tile.tile_n;
+  if (!forward.visibility.token_mask.given()) return {};
+  const int64_t tile_m = forward.problem.tile.tile_m, tile_n = forward.problem.tile.tile_n;
   const int64_t first = first_position + query_tile * tile_m;
-  const int64_t last = first_position + min((query_tile + 1) * tile_m, forward.query_len) - 1;
+  const int64_t last = first_position + min((query_tile + 1) * tile_m, forward.problem.query_len) - 1;
   if (last < 0) return {0u, 0u};
   const uint32_t sink = tiles_below(ceil_div(window.sink_size, tile_n), word);
   const uint32_t recent = window.recent_size > 0 ? ~tiles_below(window.window_begin(first) / tile_n, word) : 0u;
@@ -82,20 +74,21 @@ __device__ TileVisibility tile_visibility(const ForwardParams& forward, const He
 }
 
 // One warp plans one visit group, its lanes reading neighbouring words.
-__device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64_t head, int group) {
+__device__ GroupPlan plan_group(const PlanParams& params, int64_t batch, int64_t head, int group) {
   const ForwardParams& forward = params.forward;
-  const int lane = threadIdx.x % 32;
-  const int group_tiles = forward.tile.visit_rows / forward.tile.tile_m;
-  const int64_t query_tiles = forward.query_tiles();
+  const int lane = threadIdx.x % kWarpThreads;
+  const int group_tiles = forward.problem.tile.visit_rows / forward.problem.tile.tile_m;
+  const int64_t query_tiles = forward.problem.query_tiles();
   const int64_t first_query_tile = static_cast<int64_t>(group) * group_tiles;
-  const int64_t head_index = batch * forward.query_heads + head;
-  const int64_t keys = existing_keys(forward, batch);
-  const int64_t existing_tiles = ceil_div(keys, forward.tile.tile_n);
-  const int64_t first_tile = first_visited_tile(first_query_tile, forward.tile.tile_m, forward.tile.tile_n,
-                                                forward.tile.visit_rows, forward.query_len, forward.kv_len);
-  const bool last_is_partial = keys % forward.tile.tile_n != 0;
-  const HeadWindow window(forward.token_mask, head);
-  const int64_t first_position = forward.first_position(keys);
+  const int64_t head_index = batch * forward.problem.query_heads + head;
+  const int64_t keys = existing_keys(forward.problem, forward.visibility, batch);
+  const int64_t existing_tiles = ceil_div(keys, forward.problem.tile.tile_n);
+  const int64_t first_tile =
+      first_visited_tile(first_query_tile, forward.problem.tile.tile_m, forward.problem.tile.tile_n,
+                         forward.problem.tile.visit_rows, forward.problem.query_len, forward.problem.kv_len);
+  const bool last_is_partial = keys % forward.problem.tile.tile_n != 0;
+  const HeadWindow window(forward.visibility.token_mask, head);
+  const int64_t first_position = forward.visibility.token_mask.first_position(forward.problem.query_len, keys);
   const int64_t first_word_of_group = (head_index * params.groups + group) * params.words * group_tiles;
   uint32_t* visited = params.workspace.visited + first_word_of_group;
   uint32_t* masked = params.workspace.masked + first_word_of_group;
@@ -104,12 +97,12 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
   bool differ = false, visits_last = false, masks_visits = false;
   uint32_t first_steps[kMaxGroupTiles];  // how far into the walk each query tile's first visit is
   for (uint32_t& step : first_steps) step = kNever;
-  for (int64_t first_word = 0; first_word < params.words; first_word += 32) {
+  for (int64_t first_word = 0; first_word < params.words; first_word += kWarpThreads) {
     const TileLengths lengths = tile_lengths(forward, batch, first_word);
     const int64_t word = first_word + lane;
     if (word >= params.words) break;
     const uint32_t exist = tiles_below(existing_tiles, word) & lengths.exist;
-    const uint32_t valid = tiles_below(forward.kv_tiles(), word);
+    const uint32_t valid = tiles_below(forward.problem.kv_tiles(), word);
     const uint32_t last_existing = exist & ~tiles_below(existing_tiles - 1, word);
     uint32_t any = 0, first_row = 0;
 #pragma unroll
@@ -118,9 +111,10 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
       const int64_t query_tile = first_query_tile + tile;
       uint32_t mine = 0, mine_masked = 0;
       if (query_tile < query_tiles) {
-        const uint32_t keep =
-            forward.keep.words == nullptr ? ~0u : word_of(forward.keep, batch, head, query_tile, word);
-        const uint32_t must = word_of(forward.must_keep, batch, head, query_tile, word);
+        const uint32_t keep = forward.visibility.keep.words == nullptr
+                                  ? ~0u
+                                  : word_of(forward.visibility.keep, batch, head, query_tile, word);
+        const uint32_t must = word_of(forward.visibility.must_keep, batch, head, query_tile, word);
         const TileVisibility tiles_of_rows = tile_visibility(forward, window, first_position, query_tile, word);
         mine = (keep | must) & exist & tiles_of_rows.visible;
         if (params.workspace.masked != nullptr) {
@@ -130,11 +124,10 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
         }
         differ |= tile > 0 && mine != first_row;
         if (tile == 0) first_row = mine;
-        if (forward.next_keep != nullptr) {
-          first_steps[tile] = min(first_steps[tile], first_step(mine, word, first_tile, forward.kv_tiles()));
-          // Forced tiles stay kept; tiles that do not exist pass their bit on.
-          forward.next_keep[(head_index * query_tiles + query_tile) * params.words + word] =
-              static_cast<int32_t>((must & exist) | (keep & valid & ~exist));
+        if (forward.decision.next_keep != nullptr) {
+          first_steps[tile] = min(first_steps[tile], first_step(mine, word, first_tile, forward.problem.kv_tiles()));
+          forward.decision.next_keep[(head_index * query_tiles + query_tile) * params.words + word] =
+              static_cast<int32_t>(undecided_bits(keep, must, exist, valid));
         }
       }
       visited[word * group_tiles + tile] = mine;
@@ -146,13 +139,14 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
     visits_last |= (any & last_existing) != 0;
   }
   __syncwarp();
-  if (forward.next_keep != nullptr) {
+  if (forward.decision.next_keep != nullptr) {
 #pragma unroll
     for (int tile = 0; tile < kMaxGroupTiles; ++tile) {
       const uint32_t step = __reduce_min_sync(kAllLanes, first_steps[tile]);
       if (step == kNever || lane != 0) continue;
-      const int64_t first = (first_tile + step) % forward.kv_tiles();
-      forward.next_keep[(head_index * query_tiles + first_query_tile + tile) * params.words + first / kTilesPerWord] |=
+      const int64_t first = (first_tile + step) % forward.problem.kv_tiles();
+      forward.decision
+          .next_keep[(head_index * query_tiles + first_query_tile + tile) * params.words + first / kTilesPerWord] |=
           1 << first % kTilesPerWord;
     }
   }
@@ -170,59 +164,17 @@ __device__ GroupPlan plan_group(const KernelParams& params, int64_t batch, int64
 }
 
 // One warp a visit group.
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams params) {
   let_next_kernel_start();
-  const int64_t heads = params.forward.query_heads;
-  const int64_t group_index = static_cast<int64_t>(blockIdx.x) * (kPlanThreads / 32) + threadIdx.x / 32;
+  const int64_t heads = params.forward.problem.query_heads;
+  const int64_t group_index =
+      static_cast<int64_t>(blockIdx.x) * (kPlanThreads / kWarpThreads) + threadIdx.x / kWarpThreads;
   if (group_index >= params.work_items) return;
   const int64_t head_index = group_index / params.groups;
   const int64_t batch = head_index / heads;
   const GroupPlan plan =
       plan_group(params, batch, head_index - batch * heads, static_cast<int>(group_index - head_index * params.groups));
-  if (threadIdx.x % 32 == 0) params.workspace.groups[group_index] = plan;
-}
-
-// One block queues the groups of one head, those with most tiles first: what is taken last is short. Head by head,
-// since CTAs at work on one head find its K and V in the L2 cache.
-__global__ void __launch_bounds__(kSortThreads) queue_kernel(const __grid_constant__ KernelParams params) {
-  __shared__ int bins[kSortThreads];
-  __shared__ int warp_totals[kSortThreads / 32];
-  let_next_kernel_start();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first_group = static_cast<int64_t>(blockIdx.x) * params.groups;
-  const GroupPlan* plans = params.workspace.groups + first_group;
-  int32_t* queue = params.workspace.queue + first_group;
-  const int64_t kv_tiles = params.forward.kv_tiles();
-  const auto bin_of = [&](int tiles) {  // most tiles: bin 0
-    return static_cast<int>((kv_tiles - tiles) * (kSortThreads - 1) / kv_tiles);
-  };
-
-  bins[threadIdx.x] = 0;
-  __syncthreads();
-  wait_for_previous_kernel();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *params.workspace.taken = 0;
-  for (int group = threadIdx.x; group < params.groups; group += kSortThreads) {
-    atomicAdd(&bins[bin_of(plans[group].tiles)], 1);
-  }
-  __syncthreads();
-
-  // Counts become the bins' first places in the queue.
-  const int count = bins[threadIdx.x];
-  int through = count;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, through, distance);
-    if (lane >= distance) through += before;
-  }
-  if (lane == 31) warp_totals[warp] = through;
-  __syncthreads();
-  int earlier_warps = 0;
-  for (int other = 0; other < warp; ++other) earlier_warps += warp_totals[other];
-  bins[threadIdx.x] = earlier_warps + through - count;
-  __syncthreads();
-  for (int group = threadIdx.x; group < params.groups; group += kSortThreads) {
-    const int place = atomicAdd(&bins[bin_of(plans[group].tiles)], 1);
-    queue[place] = static_cast<int32_t>(first_group + group);
-  }
+  if (threadIdx.x % kWarpThreads == 0) params.workspace.groups[group_index] = plan;
 }
 
 constexpr int64_t kAlignment = 16;
@@ -232,12 +184,13 @@ struct Sizes {
 };
 
 Sizes sizes_of(const ForwardParams& params) {
-  const int64_t groups = ceil_div(params.query_len, params.tile.visit_rows) * params.batch * params.query_heads;
-  const int64_t group_tiles = params.tile.visit_rows / params.tile.tile_m;
+  const int64_t groups = ceil_div(params.problem.query_len, params.problem.tile.visit_rows) * params.problem.batch *
+                         params.problem.query_heads;
+  const int64_t group_tiles = params.problem.tile.visit_rows / params.problem.tile.tile_m;
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
-  const int64_t words = aligned(groups * params.words() * group_tiles * static_cast<int64_t>(sizeof(uint32_t)));
-  return {aligned(groups * static_cast<int64_t>(sizeof(GroupPlan))), words, params.threshold == nullptr ? words : 0,
-          aligned(groups * static_cast<int64_t>(sizeof(int32_t)))};
+  const int64_t words = aligned(groups * params.problem.words() * group_tiles * static_cast<int64_t>(sizeof(uint32_t)));
+  return {aligned(groups * static_cast<int64_t>(sizeof(GroupPlan))), words,
+          params.decision.threshold == nullptr ? words : 0, aligned(groups * static_cast<int64_t>(sizeof(int32_t)))};
 }
 
 }  // namespace
@@ -259,22 +212,12 @@ Workspace lay_out(const ForwardParams& params, void* memory) {
   return workspace;
 }
 
-cudaError_t launch_plan(const KernelParams& params, cudaStream_t stream) {
-  constexpr int kGroupsPerBlock = kPlanThreads / 32;
+cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
+  constexpr int kGroupsPerBlock = kPlanThreads / kWarpThreads;
   const auto blocks = static_cast<unsigned>(ceil_div(params.work_items, kGroupsPerBlock));
   plan_kernel<<<blocks, kPlanThreads, 0, stream>>>(params);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(params.forward.batch * params.forward.query_heads);
-  config.blockDim = kSortThreads;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, queue_kernel, params);
+  return launch_queue(params, stream);
 }
 
 }  // namespace lite_attention::sm90

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.maps.ranges import parse_ranges
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.generation import GenerationClock
 
 __all__ = ["MAX_MUST_DO_RANGES", "Generation", "checked_pairs"]
@@ -30,7 +31,7 @@ class Generation(nn.Module):
         """Take over the ranges, and say whether that made a new buffer."""
         is_new = self.must_do is None and len(ranges) > 0
         if is_new:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+            with ordinary_tensors():
                 empty = torch.zeros(MAX_MUST_DO_RANGES, 2, dtype=torch.int64, device=self.clock.start_full.device)
             self.register_buffer("must_do", empty, persistent=False)
         if self.must_do is not None:
@@ -41,7 +42,7 @@ class Generation(nn.Module):
     def tick(self, timestep: Tensor) -> None:
         """Note that a call of the transformer begins, with its timestep."""
         if isinstance(timestep, Tensor) and self.clock.start_full.device != timestep.device:
-            with torch.inference_mode(False):
+            with ordinary_tensors():
                 self.to(timestep.device)  # offloading moves the transformer only once its forward begins
         self.clock.tick(timestep)
 

@@ -19,6 +19,8 @@ from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.state import share_room
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,12 +30,14 @@ __all__ = ["LiteAttentionHandle", "enable_lite_attention"]
 
 def enable_lite_attention(
     transformer_or_pipeline: Any,
-    threshold: Threshold = -10.0,
-    skip_first_steps: int = 0,
+    threshold: Threshold | None = None,
+    skip_first_steps: int | None = None,
     must_do: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     mesh: DeviceMesh | None = None,
     guidance: Guidance | None = None,
+    *,
+    policy: SkipPolicy | None = None,
 ) -> LiteAttentionHandle:
     """Let the video self-attention of a diffusers model skip what earlier denoising steps found negligible.
 
@@ -44,7 +48,8 @@ def enable_lite_attention(
     Args:
         transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
             pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
-        threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.LiteAttention`.
+        threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.SkipPolicy`.
+            -10 if None.
         skip_first_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
         must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
         layers: numbers of the self-attention layers that skip, in the order of the model, negative ones from its end;
@@ -56,6 +61,7 @@ def enable_lite_attention(
         guidance: how a pipeline runs its guidance branches. "named": each inside the transformer's ``cache_context``;
             "batched": all in one call, or there is one branch only. None for a transformer, and for the pipelines of
             diffusers that are known to name them.
+        policy: all that the layers are told about skipping, in place of ``threshold`` and ``skip_first_steps``.
 
     Returns:
         A handle to change settings, read what was skipped, and go back.
@@ -66,11 +72,12 @@ def enable_lite_attention(
             model cannot be split, or ``guidance`` must be told.
         RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
     """
+    policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, skip_first_steps=skip_first_steps)
     transformers = _transformers_of(transformer_or_pipeline)
     check_guidance(transformer_or_pipeline, transformers.values(), guidance)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
     scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
-    return LiteAttentionHandle(transformers, scheduler, threshold, skip_first_steps, must_do, layers, mesh)
+    return LiteAttentionHandle(transformers, scheduler, policy, must_do, layers, mesh)
 
 
 def _transformers_of(model: Any) -> dict[str, nn.Module]:
@@ -100,14 +107,13 @@ class LiteAttentionHandle:
         self,
         transformers: dict[str, nn.Module],
         scheduler: object | None,
-        threshold: Threshold,
-        skip_first_steps: int,
+        policy: SkipPolicy,
         must_do: Sequence[int] | None,
         layers: Sequence[int] | None,
         mesh: DeviceMesh | None,
     ) -> None:
         mesh = common_mesh(transformers, mesh)
-        make_attention = functools.partial(layer_attention, threshold, mesh)
+        make_attention = functools.partial(layer_attention, policy, mesh)
         self._branches = BranchNames()
         self._patched: list[PatchedTransformer] = []
         self.layers = {}
@@ -115,13 +121,14 @@ class LiteAttentionHandle:
         try:
             for prefix, transformer in transformers.items():
                 # The first steps of a generation are the first transformer's, where there are two for its two phases.
-                steps = skip_first_steps if not self._patched else 0
+                steps = policy.dense_steps if not self._patched else 0
                 patched = PatchedTransformer(transformer, self._branches, make_attention, steps, layers, mesh)
                 self._patched.append(patched)
                 for name, processor in patched.processors.items():
                     self.layers[f"{prefix}{name}"] = processor.attention
                     self._processors[f"{prefix}{name}"] = processor
             self.set_must_do(must_do)
+            share_room(*transformers.values())
         except Exception:
             self._restore_transformers()
             raise

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lite_attention.integrations._routing import as_autocast, reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
+from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.parallel.distributed import DistributedLiteAttention
-from lite_attention.skipping.arguments import Ranges, Threshold
+from lite_attention.skipping.arguments import Ranges
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,11 +36,11 @@ NOT_RECORDED = -1
 ANY_BATCH = 2**31
 
 
-def layer_attention(threshold: Threshold, mesh: DeviceMesh | None) -> LiteAttention | DistributedLiteAttention:
-    """The attention of one layer: all that a layer is told about skipping is told here."""
+def layer_attention(policy: SkipPolicy, mesh: DeviceMesh | None) -> LiteAttention | DistributedLiteAttention:
+    """The attention of one layer."""
     if mesh is None:
-        return LiteAttention(threshold=threshold, max_batch_size=ANY_BATCH)
-    return DistributedLiteAttention(mesh, threshold=threshold, max_batch_size=ANY_BATCH)
+        return LiteAttention(max_batch_size=ANY_BATCH, policy=policy)
+    return DistributedLiteAttention(mesh, max_batch_size=ANY_BATCH, policy=policy)
 
 
 class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
@@ -75,7 +77,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         vars(self)["generation"] = generation
         self.attention = attention
         self._masks_fit = model.prefix_mask and has_all_tokens
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
             self.register_buffer("_history", history, persistent=False)
 
@@ -117,7 +119,6 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         enable_gqa: bool = False,
     ) -> Tensor:
         calls.append(text_len)
-        query, key, value = as_autocast(query, key, value)
         refused = reason_to_refuse(query, key, dropout_p, is_causal)
         if refused is not None:
             raise ValueError(f"{self.name}: {refused}")

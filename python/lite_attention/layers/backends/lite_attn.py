@@ -10,6 +10,7 @@ from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.ops.backends import supported_dtypes
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.module import LiteAttention
+from lite_attention.skipping.policy import SkipPolicy
 
 __all__ = ["BACKEND", "LiteAttentionBackend", "LiteAttentionImpl"]
 
@@ -23,7 +24,7 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
 
     Args:
         threshold: as for LiteAttention; if one value a head, then for all heads of the layer.
-        enable_skipping, max_batch_size: as for LiteAttention.
+        enable_skipping, max_batch_size, policy: as for LiteAttention.
     """
 
     attention: LiteAttention
@@ -38,15 +39,17 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         num_kv_heads: int | None = None,
         prefix: str = "",
         *,
-        enable_skipping: bool = True,
-        threshold: Threshold = -10.0,
+        enable_skipping: bool | None = None,
+        threshold: Threshold | None = None,
         max_batch_size: int = 4,
+        policy: SkipPolicy | None = None,
     ) -> None:
         super().__init__()
         refuse_causal(_NAME, causal)
         self.softmax_scale = softmax_scale
-        self.attention = LiteAttention(enable_skipping, threshold, max_batch_size)
-        thresholds = self.attention.threshold
+        policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
+        self.attention = LiteAttention(max_batch_size=max_batch_size, policy=policy)
+        thresholds = policy.threshold
         if isinstance(thresholds, tuple) and len(thresholds) != num_heads:
             raise ValueError(f"{_NAME}: threshold has {len(thresholds)} values, expected {num_heads}, one per head")
 

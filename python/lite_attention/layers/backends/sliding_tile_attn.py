@@ -18,6 +18,7 @@ from lite_attention.maps.kept import KeptTensors, current_place
 from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
+from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = [
     "BACKEND",
@@ -150,7 +151,7 @@ def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
                     f"{_NAME}: STA_param[{step}] has {len(layers)} layers and STA_param[{step}][{layer}] {len(heads)} "
                     f"heads, expected {len(window_of_head[0])} and {len(window_of_head[0][0])} like the first"
                 )
-    with torch.inference_mode(False):
+    with ordinary_tensors():
         made = sliding_tile_map(
             list(numbers), canvas, tile=tile, text_tokens=text_tokens, head_dim=head_size, dtype=dtype, device=device
         )
@@ -218,13 +219,13 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         self.layer_index = layer_index
         self._heads = 0, num_heads
         # A tensor: as a number it would make a graph for each layer of a model that is compiled block by block.
-        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+        with ordinary_tensors():
             self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlidingTileAttentionImpl:
         """As nn.Module's, but the number of the layer survives ``to_empty``."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self._layer = torch.tensor([self.layer_index], device=self._layer.device)
         return self
 

@@ -1,29 +1,24 @@
-"""DuoAttention's heads in a model: pattern files, and weights reordered so that full and streaming heads are grouped.
+"""Weights of a model, reordered so that the full heads of each layer come first and its streaming heads last.
 
-A pattern says of every KV head whether it must see the whole sequence (a retrieval head) or does with the first and the
-last tokens (a streaming head): arXiv 2410.10819. Plain torch modules are walked here, whoever's model they make up.
+Plain torch modules are walked here, whoever's model they make up.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "DuoAttentionConfig",
-    "DuoPattern",
-    "load_duo_pattern",
-    "reorder_weights_for_duo_attn",
-    "restore_weights_after_duo_attn",
-    "save_duo_pattern",
-    "sparsify_attention_heads",
+    "HEAD_ORDER",
+    "HEAD_WINDOWS",
+    "HeadTable",
+    "attention_layers",
+    "head_table",
+    "reorder_weights",
+    "restore_weights",
 ]
 
 # Buffers of an attention module. The original number of each of its query heads, int64 [KV heads, query heads of each].
@@ -31,152 +26,19 @@ HEAD_ORDER = "duo_head_order"
 # What its query heads see, int32 [query heads, 2]: see lite_attention.families.streaming.head_windows.
 HEAD_WINDOWS = "duo_head_windows"
 
-_GATES_FILE = "full_attention_heads.tsv"
-_CONFIG_FILE = "config.json"
-
 HeadTable = Tensor | Sequence[Sequence[int]]
 
 
-class DuoPattern(NamedTuple):
-    """What DuoAttention's training found for a model."""
-
-    full_attention_heads: Tensor
-    """fp32 ``[layers, KV heads]``, from 0 (streaming does) to 1 (must see everything)."""
-    sink_size: int
-    recent_size: int
-
-
-class DuoAttentionConfig(TypedDict):
-    """Where the heads are after the weights were reordered."""
-
-    retrieval_idx: list[slice]
-    """Query heads of each layer that see everything."""
-    streaming_idx: list[slice]
-    """Query heads of each layer that see the first and last tokens."""
-    sink_size: int
-    recent_size: int
-    enable_duo_attention: bool
-
-
-def load_duo_pattern(folder: str | os.PathLike[str]) -> DuoPattern:
-    """Read a pattern as mit-han-lab/duo-attention publishes them under ``attn_patterns``.
-
-    Args:
-        folder: holds ``full_attention_heads.tsv``, a line for each layer and in it a number for each KV head, and
-            ``config.json`` with ``sink_size`` and ``recent_size``.
-
-    Returns:
-        The gates, those outside 0 to 1 set to the nearer of the two, and the two sizes in tokens.
-
-    Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: a file does not hold what it should; the text names the file and the place.
-    """
-    gates_file, config_file = Path(folder, _GATES_FILE), Path(folder, _CONFIG_FILE)
-    for file in (gates_file, config_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"load_duo_pattern: {file} is missing, expected {_GATES_FILE} and {_CONFIG_FILE}")
-    rows: list[list[float]] = []
-    for number, line in enumerate(gates_file.read_text().splitlines(), 1):
-        if line.strip():
-            rows.append(_read_gates(f"load_duo_pattern: {gates_file}, line {number}", line, rows))
-    if not rows:
-        raise ValueError(f"load_duo_pattern: {gates_file} is empty, expected a line for each layer")
-    config = json.loads(config_file.read_text())
-    sink_size, recent_size = (_read_size(config_file, config, name) for name in ("sink_size", "recent_size"))
-    return DuoPattern(torch.tensor(rows).clamp(0, 1), sink_size, recent_size)
-
-
-def _read_size(file: Path, config: object, name: str) -> int:
-    size = config.get(name) if isinstance(config, dict) else None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f"load_duo_pattern: {file} has {name} {size}, expected a number of tokens")
-    return size
-
-
-def _read_gates(where: str, line: str, rows_before: list[list[float]]) -> list[float]:
-    try:
-        row = [float(text) for text in line.split("\t")]
-    except ValueError:
-        raise ValueError(f"{where} is {line!r}, expected numbers with tabs between them") from None
-    if not all(map(math.isfinite, row)):
-        raise ValueError(f"{where} is {line!r}, expected finite numbers")
-    if rows_before and len(row) != len(rows_before[0]):
-        raise ValueError(f"{where} has {len(row)} heads, expected {len(rows_before[0])} as in the first line")
-    return row
-
-
-def save_duo_pattern(
-    folder: str | os.PathLike[str], full_attention_heads: Tensor, sink_size: int, recent_size: int
-) -> None:
-    """Write a pattern that :func:`load_duo_pattern` and mit-han-lab/duo-attention read.
-
-    Args:
-        folder: made if it does not exist; files of a pattern in it are replaced.
-        full_attention_heads: ``[layers, KV heads]``, gates or a table of 0 and 1.
-        sink_size, recent_size: in tokens.
-
-    Raises:
-        ValueError: full_attention_heads has not two dimensions.
-    """
-    if full_attention_heads.dim() != 2:
-        raise ValueError(
-            f"save_duo_pattern: full_attention_heads has {full_attention_heads.dim()} dimensions, expected 2: "
-            "[layers, KV heads]"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = full_attention_heads.double().tolist()
-    # 17 digits after the point give every fp64 back exactly.
-    lines = ["\t".join(f"{gate:.17e}" for gate in row) + "\n" for row in rows]
-    (folder / _GATES_FILE).write_text("".join(lines))
-    config = {"sink_size": sink_size, "recent_size": recent_size}
-    (folder / _CONFIG_FILE).write_text(json.dumps(config) + "\n")
-
-
-def sparsify_attention_heads(
-    full_attention_heads: Tensor, *, threshold: float | None = None, sparsity: float | None = None
-) -> Tensor:
-    """Which heads see everything, from the gates of a pattern.
-
-    Args:
-        full_attention_heads: ``[layers, KV heads]``, fp32.
-        threshold: heads of at least this gate see everything.
-        sparsity: share of all heads that stream, 0 to 1: the ``round(sparsity * heads)`` of the smallest gates. Of
-            equal gates the one of the earlier layer, then the earlier head, goes on seeing everything.
-
-    Returns:
-        bool ``[layers, KV heads]``.
-
-    Raises:
-        ValueError: not exactly one of threshold and sparsity is given, or sparsity is out of range.
-    """
-    if threshold is not None and sparsity is None:
-        return full_attention_heads >= threshold
-    if sparsity is None or threshold is not None:
-        raise ValueError(
-            f"sparsify_attention_heads: threshold is {threshold} and sparsity is {sparsity}, expected one of the two"
-        )
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsify_attention_heads: sparsity is {sparsity}, expected 0 to 1")
-    gates = full_attention_heads.flatten()
-    full = gates.numel() - round(sparsity * gates.numel())
-    table = torch.zeros_like(gates, dtype=torch.bool)
-    table[gates.argsort(descending=True, stable=True)[:full]] = True
-    return table.view_as(full_attention_heads)
-
-
 @torch.no_grad()
-def reorder_weights_for_duo_attn(
+def reorder_weights(
     model: nn.Module,
     full_attention_heads: HeadTable,
-    sink_size: int,
-    recent_size: int,
+    *,
     num_attention_heads: int,
     num_key_value_heads: int,
     hidden_size: int,
     device: torch.device | str | None = None,
-) -> DuoAttentionConfig:
+) -> list[int]:
     """Move the full heads of each layer before its streaming heads, in place; the model computes what it did.
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
@@ -187,21 +49,20 @@ def reorder_weights_for_duo_attn(
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
             ``v_proj`` or a fused ``qkv_proj`` (queries, keys, values), and ``o_proj``.
         full_attention_heads: ``[layers, KV heads]`` of 1 for full heads and 0 for streaming ones.
-        sink_size, recent_size: what streaming heads see, in tokens; handed on in the result.
         num_attention_heads: query heads of a layer.
         num_key_value_heads: KV heads of a layer.
         hidden_size: width of the model, which the projections read. The head dim is taken from the weights.
         device: where the weights are expected to be; None for wherever they are.
 
     Returns:
-        For each layer the query heads that are full and those that stream, and the two sizes.
+        How many query heads of each layer are full: its first ones.
 
     Raises:
         TypeError, ValueError: an argument does not fit the model or the weights are not plain floating-point ones; the
             text names it. The model is then unchanged.
         RuntimeError: the weights are reordered already, or DuoAttention is enabled in the model.
     """
-    caller = "reorder_weights_for_duo_attn"
+    caller = "duo.reorder_weights"
     layers = attention_layers(caller, model)
     table = head_table(caller, full_attention_heads, len(layers), num_key_value_heads)
     if num_attention_heads % num_key_value_heads != 0:
@@ -214,7 +75,7 @@ def reorder_weights_for_duo_attn(
         if hasattr(attention, HEAD_ORDER):
             raise RuntimeError(
                 f"{caller}: the weights of {name} are reordered already, expected the original ones: call "
-                "restore_weights_after_duo_attn first"
+                "duo.restore_weights first"
             )
     query_heads = torch.arange(num_attention_heads).view(num_key_value_heads, -1)
     orders = [query_heads[row.argsort(descending=True, stable=True)] for row in table]
@@ -225,32 +86,26 @@ def reorder_weights_for_duo_attn(
     for attention, order, plan in zip(layers.values(), orders, plans, strict=True):
         _permute(plan)
         attention.register_buffer(HEAD_ORDER, order.to(plan[0].tensor.device), persistent=False)
-    full = (table.sum(-1) * query_heads.shape[1]).tolist()
-    return DuoAttentionConfig(
-        retrieval_idx=[slice(0, heads) for heads in full],
-        streaming_idx=[slice(heads, num_attention_heads) for heads in full],
-        sink_size=sink_size,
-        recent_size=recent_size,
-        enable_duo_attention=True,
-    )
+    full: list[int] = (table.sum(-1) * query_heads.shape[1]).tolist()
+    return full
 
 
 @torch.no_grad()
-def restore_weights_after_duo_attn(model: nn.Module) -> None:
-    """Undo :func:`reorder_weights_for_duo_attn`, bit for bit and in place.
+def restore_weights(model: nn.Module) -> None:
+    """Undo :func:`reorder_weights`, bit for bit and in place.
 
     Raises:
         RuntimeError: the weights are not reordered, or DuoAttention is enabled in the model.
         TypeError, ValueError: the weights are no longer what they were; the model is then unchanged.
     """
-    caller = "restore_weights_after_duo_attn"
+    caller = "duo.restore_weights"
     layers = attention_layers(caller, model)
     plans = []
     for name, attention in layers.items():
         _refuse_enabled(caller, name, attention)
         if not hasattr(attention, HEAD_ORDER):
             raise RuntimeError(
-                f"{caller}: the weights of {name} are not reordered, expected reorder_weights_for_duo_attn before"
+                f"{caller}: the weights of {name} are not reordered, expected duo.reorder_weights before"
             )
         order = attention.get_buffer(HEAD_ORDER).cpu()
         group = order.shape[1]

@@ -1,0 +1,76 @@
+"""Where one keep map of a layer lies, and whose it is."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lite_attention.maps.keep_map import keep_map_shape, tile_counts
+
+__all__ = ["MapSlot", "Owner", "PassShape", "stamp_of"]
+
+
+class PassShape(NamedTuple):
+    """What a keep map depends on. A map of one shape says nothing about another."""
+
+    batch: int
+    query_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def map_shape(self) -> tuple[int, int, int, int]:
+        """Of the packed map."""
+        return keep_map_shape(self.batch, self.heads, self.query_len, self.kv_len, self.head_dim, self.dtype)
+
+    def kv_tiles(self) -> int:
+        return tile_counts(self.query_len, self.kv_len, self.head_dim, self.dtype)[1]
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
+            f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
+        )
+
+
+Owner = tuple[int, PassShape]
+"""Branch and shape."""
+
+
+@functools.cache
+def stamp_of(owner: Owner) -> int:
+    """A positive number that stands for (branch, shape): the same in every layer, process and run."""
+    branch, shape = owner
+    text = f"{branch}|{tuple(map(str, shape))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
+
+
+class MapSlot(nn.Module):
+    """Room for one packed keep map. A module of its own so that torch.compile meets it only once it is filled."""
+
+    words: Tensor
+    stamp: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
+        self.register_buffer("stamp", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def fit(self, shape: PassShape) -> None:
+        """Hold a map of this shape, which counts as never written."""
+        if self.words.shape != shape.map_shape() or self.words.device != shape.device:
+            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
+        if self.stamp.device != shape.device:
+            self.stamp = torch.zeros((), dtype=torch.int64, device=shape.device)
+        self.stamp.zero_()
+
+    def empty(self, device: torch.device) -> None:
+        self.words = torch.empty(0, dtype=torch.int32, device=device)
+        self.stamp = torch.zeros((), dtype=torch.int64, device=device)
