@@ -570,7 +570,7 @@ def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx"])
+@pytest.mark.parametrize("name", ["wan", pytest.param("ltx", marks=pytest.mark.slow)])
 def test_one_compile_covers_all_repeated_blocks(name: str) -> None:
     case, counter = CASES[name], CompileCounter()
     transformer = make_transformer(case)
