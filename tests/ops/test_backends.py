@@ -222,9 +222,9 @@ def test_kernels_that_torch_wrote_run_in_their_own_precision_under_autocast() ->
         return outs[0].clone(), lses[0].clone()
 
     out, lse = attention(*qkv(torch.float32))
-    with registered(Backend("torch", "cpu", lambda _: None, {"merge_attention": merge}), before="cpu"):
-        with torch.autocast("cpu", torch.bfloat16):
-            merge_attention([out], [lse])
+    backend = Backend("torch", "cpu", lambda _: None, {"merge_attention": merge})
+    with registered(backend, before="cpu"), torch.autocast("cpu", torch.bfloat16):
+        merge_attention([out], [lse])
     assert dtypes == [torch.float32]
 
 
