@@ -26,20 +26,18 @@ const char* name_of(ScalarType type) {
   }
 }
 
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim == 0 ? "" : ", ") << tensor.size(dim);
-  text << ']';
-  return text.str();
-}
-
 std::string shape_of(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '[';
   for (size_t dim = 0; dim < sizes.size(); ++dim) text << (dim == 0 ? "" : ", ") << sizes[dim];
   text << ']';
   return text.str();
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) sizes.push_back(tensor.size(dim));
+  return shape_of(sizes);
 }
 
 bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
@@ -125,9 +123,9 @@ KeepMapView view_map(const Call& call, const char* argument, const Tensor& map, 
   for (int64_t dim = 0; dim < 3; ++dim) {
     const bool broadcasts = broadcast && map.size(dim) == 1;
     if (map.size(dim) != expected[dim] && !broadcasts) {
-      fail(call.op, argument, " has ", dimensions[dim], " ", map.size(dim), ", expected ", broadcast ? "1 or " : "",
-           expected[dim], dim == 2 ? " for Sq=" : "", dim == 2 ? std::to_string(params.problem.query_len) : "",
-           dim == 2 ? " and tile_m=" : "", dim == 2 ? std::to_string(params.problem.tile.tile_m) : "");
+      fail(call.op, argument, " has ", dimensions[dim], " ", map.size(dim), ", expected ", if_so(broadcast, "1 or "),
+           expected[dim],
+           if_so(dim == 2, " for Sq=", params.problem.query_len, " and tile_m=", params.problem.tile.tile_m));
     }
     strides[dim] = map.size(dim) == 1 ? 0 : map.stride(dim);
   }
@@ -212,8 +210,8 @@ void choose_tile(const Call& call, std::optional<int64_t> tile_n, ForwardParams&
   if (!tile_n.has_value()) return;
   const int32_t coarse = params.problem.tile.tile_n;
   if (*tile_n != coarse && *tile_n != kFineTileN) {
-    fail(call.op, "tile_n is ", *tile_n, ", expected ", coarse, coarse == kFineTileN ? "" : " or ",
-         coarse == kFineTileN ? "" : std::to_string(kFineTileN), " for head_dim ", params.problem.head_dim);
+    fail(call.op, "tile_n is ", *tile_n, ", expected ", coarse, if_so(coarse != kFineTileN, " or ", kFineTileN),
+         " for head_dim ", params.problem.head_dim);
   }
   params.problem.tile.tile_n = static_cast<int32_t>(*tile_n);
 }
@@ -239,8 +237,8 @@ void fill_kv_tile_lens(const Call& call, const std::optional<Tensor>& kv_tile_le
       const int32_t keys = params.visibility.kv_tile_lens[entry * params.visibility.kv_tile_lens_batch_stride +
                                                           tile * params.visibility.kv_tile_lens_stride];
       if (keys < 0 || keys > params.problem.tile.tile_n) {
-        fail(call.op, "kv_tile_lens[", per_batch ? std::to_string(entry) + ", " : "", tile, "] is ", keys,
-             ", expected 0 to ", params.problem.tile.tile_n, ", tile_n");
+        fail(call.op, "kv_tile_lens[", if_so(per_batch, entry, ", "), tile, "] is ", keys, ", expected 0 to ",
+             params.problem.tile.tile_n, ", tile_n");
       }
     }
   }
@@ -290,8 +288,8 @@ void fill_threshold(const Call& call, const Tensor& threshold, ForwardParams& pa
   if (!is_host(call)) return;  // as for kv_lens
   for (int64_t head = 0; head < (threshold.dim() == 0 ? 1 : params.problem.query_heads); ++head) {
     if (std::isnan(params.decision.threshold[head * params.decision.threshold_stride])) {
-      fail(call.op, "threshold is NaN", threshold.dim() == 0 ? "" : " for head ",
-           threshold.dim() == 0 ? "" : std::to_string(head), ", expected a number in log2 units");
+      fail(call.op, "threshold is NaN", if_so(threshold.dim() != 0, " for head ", head),
+           ", expected a number in log2 units");
     }
   }
 }

@@ -26,11 +26,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <typename... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// The part of a text that is there only sometimes.
+template <typename... Parts>
+std::string if_so(bool condition, const Parts&... parts) {
+  return condition ? text_of(parts...) : std::string();
+}
+
+template <typename... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error(text_of(op, ": ", parts...));
 }
 
 // One call of an operator: its name, and the device that every argument must be on.

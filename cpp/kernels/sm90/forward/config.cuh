@@ -16,11 +16,16 @@
 
 namespace lite_attention::sm90 {
 
-template <typename Element_, int kColumns, Traversal kTraversal_>
+template <typename Element_, int kColumns, Traversal kTraversal>
 struct Config {
   using Element = Element_;
-  static constexpr Traversal kTraversal = kTraversal_;
   static constexpr ForwardShape kShape = shape_of(kColumns, kTraversal);
+  // Constants, not calls: nvcc folds them before it schedules.
+  static constexpr bool kPlanned = kTraversal.planned();
+  static constexpr bool kPaired = kTraversal.paired();
+  static constexpr int kClusterCtas = kTraversal.cluster_ctas();
+  static constexpr bool kMasksVisits = kTraversal.masks_visits();
+  static constexpr bool kDecides = kTraversal.decides;
   static constexpr int kHeadDim = kColumns;
   static constexpr int kTileM = sm90::kTileM;
   static constexpr int kTileN = kShape.tile_n;

@@ -63,7 +63,6 @@ template <class Config>
 __device__ __forceinline__ void consume(const KernelParams& params, SharedStorage<Config>& shared, int warpgroup) {
   using namespace cute;
   using Element = typename Config::Element;
-  constexpr bool kMasksVisits = Config::kTraversal.masks_visits();
   cutlass::arch::warpgroup_reg_alloc<Config::kShape.consumer_registers>();
 
   typename Config::QkMma score_mma;
@@ -86,8 +85,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
 
   // One arrival a warp; with shared loads at both CTAs of the pair, since each fills a part of the other's stage.
   const auto release = [&](AnyBarrier* empty) {
-    if constexpr (Config::kTraversal.paired()) {
-      if (lane < Config::kTraversal.cluster_ctas()) barrier_arrive_at(empty, lane);
+    if constexpr (Config::kPaired) {
+      if (lane < Config::kClusterCtas) barrier_arrive_at(empty, lane);
     } else {
       if (lane == 0) barrier_arrive(empty);
     }
@@ -105,7 +104,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     float maxima[kRowsPerThread], correction[kRowsPerThread];
 
     const auto mask = [&](auto per_visit, auto& scores) {
-      if constexpr (per_visit && kMasksVisits) {
+      if constexpr (per_visit && Config::kMasksVisits) {
         // Read by the lane that hands the stage back, as in `visits`.
         const int keys = __shfl_sync(kAllLanes, lane == 0 ? shared.k_flags[ring.stage].keys() : 0, 0);
         const int tile = __shfl_sync(kAllLanes, lane == 0 ? shared.k_tile[ring.stage] : 0, 0);
@@ -122,7 +121,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
     // Once V is in the ring's stage.
     const auto clear_missing = [&](auto per_visit) {
-      if constexpr (per_visit && kMasksVisits) {
+      if constexpr (per_visit && Config::kMasksVisits) {
         clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].flags.keys(), warpgroup);
       } else if (params.forward.visibility.kv_lens != nullptr) {
         clear_missing_values<Config>(shared.v[ring.stage], item.masked_keys, warpgroup);
@@ -130,7 +129,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
     // Leaves the verdict on the tile in the ring's stage for the loader, who writes it down when the stage comes back.
     const auto decide = [&] {
-      if constexpr (Config::kTraversal.decides) {
+      if constexpr (Config::kDecides) {
         const bool keeps = best.take(maxima, item.threshold, scale_log2);
         store_byte_if(lane == 0,
                       &shared.verdicts[ring.phase][ring.stage][warpgroup][threadIdx.x / kWarpThreads % kWarpgroupWarps],
@@ -149,7 +148,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
     // Whether it must mask the tile, `left` visits before the end. `flags` lie beside the tile's K or V.
     const auto masks = [&](auto per_visit, int left, const VisitFlags& flags) {
-      if constexpr (per_visit && kMasksVisits) {
+      if constexpr (per_visit && Config::kMasksVisits) {
         return __any_sync(kAllLanes, lane == 0 && flags.masks(warpgroup)) != 0;
       } else {
         return left == item.masked_from_end;
@@ -258,8 +257,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     };
     barrier_wait(&shared.q_full[warpgroup], q_phase);
     q_phase ^= 1;
-    if (Config::kTraversal.planned() && __any_sync(kAllLanes, item.per_visit)) {
-      if constexpr (Config::kTraversal.planned()) walk(true_type{});
+    if (Config::kPlanned && __any_sync(kAllLanes, item.per_visit)) {
+      if constexpr (Config::kPlanned) walk(true_type{});
     } else {
       walk(false_type{});
     }

@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kShape.ctas)
     forward_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ char dynamic_shared[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(dynamic_shared);
-  constexpr bool kPaired = Config::kTraversal.paired();
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroupThreads, 0);
 
   if (threadIdx.x == 0) {
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kShape.ctas)
     barrier_init_fence();
     for (const CUtensorMap* map : {&params.q, &params.k, &params.v, &params.out}) prefetch_map(*map);
   }
-  if constexpr (kPaired) {
+  if constexpr (Config::kPaired) {
     cute::cluster_sync();
   } else {
     __syncthreads();
@@ -62,12 +61,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kShape.ctas)
     consume<Config>(params, shared, warpgroup - 1);
   }
   // Neither CTA of a pair may leave while the other still loads into it or arrives at its barriers.
-  if constexpr (kPaired) cute::cluster_sync();
+  if constexpr (Config::kPaired) cute::cluster_sync();
 }
 
 template <class Config>
 cudaError_t launch_kernel(const KernelParams& params, int multiprocessors, cudaStream_t stream) {
-  constexpr int kClusterSize = Config::kTraversal.cluster_ctas();
   constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
   static_assert(kSharedBytes == Config::kShape.shared_bytes());
   const auto kernel = &forward_kernel<Config>;
@@ -77,15 +75,16 @@ cudaError_t launch_kernel(const KernelParams& params, int multiprocessors, cudaS
     return error;
   }
   cudaLaunchAttribute attribute{};
-  if constexpr (Config::kTraversal.paired()) {
+  if constexpr (Config::kPaired) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {kClusterSize, 1, 1};
+    attribute.val.clusterDim = {Config::kClusterCtas, 1, 1};
   } else {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = std::min(multiprocessors * Config::kShape.ctas / kClusterSize, params.work_items) * kClusterSize;
+  config.gridDim =
+      std::min(multiprocessors * Config::kShape.ctas / Config::kClusterCtas, params.work_items) * Config::kClusterCtas;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;

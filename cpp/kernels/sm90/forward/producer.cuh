@@ -13,8 +13,6 @@ namespace lite_attention::sm90 {
 // Has the copy engine bring what a work item needs. One thread runs it.
 template <class Config>
 struct Loader {
-  static constexpr Traversal kTraversal = Config::kTraversal;
-
   const KernelParams& params;
   SharedStorage<Config>& shared;
   RingPosition<Config::kStages> ring{};
@@ -46,14 +44,14 @@ struct Loader {
   // Fills a stage with one tile of K or V. Of a pair, each CTA loads one half of the rows into both.
   __device__ __forceinline__ void load_tile(const CUtensorMap& map, AnyBarrier* full, typename Config::Element* stage,
                                             int tile, const WorkItem& item) {
-    constexpr int kRows = Config::kTileN / kTraversal.cluster_ctas();
-    const int part = kTraversal.paired() ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+    constexpr int kRows = Config::kTileN / Config::kClusterCtas;
+    const int part = Config::kPaired ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
     barrier_arrive_expecting(full, Config::kTileBytes);
     CUTLASS_PRAGMA_UNROLL
     for (int slab = 0; slab < Config::kSlabs; ++slab) {
       auto* destination = stage + (slab * Config::kTileN + part * kRows) * kSwizzleColumns;
       const int row = tile * Config::kTileN + part * kRows;
-      if constexpr (kTraversal.paired()) {
+      if constexpr (Config::kPaired) {
         load_box_to_pair(map, full, kEvictLast, destination, slab * kSwizzleColumns, row, item.kv_head, item.batch);
       } else {
         load_box(map, full, kEvictLast, destination, slab * kSwizzleColumns, row, item.kv_head, item.batch);
@@ -79,14 +77,14 @@ struct Loader {
   // K, with an item's first tile its queries, and V.
   __device__ __forceinline__ void load(const WorkItem& item, const Visit& visit, bool first) {
     barrier_wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
-    if constexpr (kTraversal.planned()) shared.k_flags[ring.stage] = visit.flags;
-    if constexpr (kTraversal.masks_visits()) shared.k_tile[ring.stage] = visit.tile;
+    if constexpr (Config::kPlanned) shared.k_flags[ring.stage] = visit.flags;
+    if constexpr (Config::kMasksVisits) shared.k_tile[ring.stage] = visit.tile;
     load_tile(params.k, &shared.k_full[ring.stage], shared.k[ring.stage], visit.tile, item);
     if (first) load_queries(item);
     barrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-    if constexpr (kTraversal.masks_visits()) shared.v_visit[ring.stage].flags = visit.flags;
+    if constexpr (Config::kMasksVisits) shared.v_visit[ring.stage].flags = visit.flags;
     load_tile(params.v, &shared.v_full[ring.stage], shared.v[ring.stage], visit.tile, item);
-    if constexpr (kTraversal.decides) {
+    if constexpr (Config::kDecides) {
       write_next_keep(shared.v_visit[ring.stage]);  // after the load, which others wait for
       shared.v_visit[ring.stage] = {visit.tile, visit.flags, item.next_keep_row};
     }
@@ -133,13 +131,13 @@ struct Loader {
         load_queries(item);
         continue;
       }
-      if (kTraversal.masks_visits() && visit.flags.is_masked()) {
+      if (Config::kMasksVisits && visit.flags.is_masked()) {
         visit.flags.bits |= keys_of_tile(item.batch, shared.work_masks[work.stage].keys, visit.tile)
                             << VisitFlags::kKeysShift;
       }
       load(item, visit, first);
     }
-    if constexpr (kTraversal.decides) {
+    if constexpr (Config::kDecides) {
       for (int stage = 0; stage < Config::kStages; ++stage, ring.advance()) {
         barrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
         write_next_keep(shared.v_visit[ring.stage]);
@@ -152,7 +150,6 @@ struct Loader {
 // it, so that 32 neighbouring words are read at once.
 template <class Config>
 struct Walker {
-  static constexpr Traversal kTraversal = Config::kTraversal;
   static constexpr int kWordTiles = static_cast<int>(kTilesPerWord);
 
   const KernelParams& params;
@@ -261,12 +258,12 @@ struct Walker {
     item.kv_head = item.head / params.heads_per_kv_head;
     const int keys = static_cast<int>(existing_keys(forward.problem, forward.visibility, item.batch));
     item.masked_keys = keys % Config::kTileN;
-    if constexpr (kTraversal.masks_visits()) {
+    if constexpr (Config::kMasksVisits) {
       shared.work_masks[work.stage] = {
           keys, static_cast<int>(forward.visibility.token_mask.first_position(forward.problem.query_len, keys)),
           HeadWindow(forward.visibility.token_mask, item.head)};
     }
-    if constexpr (kTraversal.decides) {
+    if constexpr (Config::kDecides) {
       item.threshold = forward.decision.threshold[item.head * forward.decision.threshold_stride];
       item.next_keep_row = (head_index * forward.problem.query_tiles() + group * Config::kWarpgroups) * params.words;
     }
@@ -319,27 +316,26 @@ struct Walker {
     const int warpgroup = lane() % VisitFlags::kMaskedShift;
     if (warpgroup >= Config::kWarpgroups || lane() >= 2 * VisitFlags::kMaskedShift) return 0;
     const bool of_masks = lane() >= VisitFlags::kMaskedShift;
-    if (of_masks && !kTraversal.masks_visits()) return 0;
+    if (of_masks && !Config::kMasksVisits) return 0;
     return (of_masks ? params.workspace.masked : params.workspace.visited)[place_of(group_index, word) + warpgroup];
   }
 };
 
 template <class Config>
 __device__ __forceinline__ void produce(const KernelParams& params, SharedStorage<Config>& shared) {
-  constexpr Traversal kTraversal = Config::kTraversal;
   cutlass::arch::warpgroup_reg_dealloc<Config::kShape.producer_registers>();
-  if constexpr (kTraversal.planned()) wait_for_previous_kernel();  // the plan
+  if constexpr (Config::kPlanned) wait_for_previous_kernel();  // the plan
   const int warp = threadIdx.x / kWarpThreads;
   if (warp == 0 && threadIdx.x == 0) {
     Loader<Config> loader{params, shared};
-    if constexpr (kTraversal.planned()) {
+    if constexpr (Config::kPlanned) {
       loader.load_visits();
     } else {
       loader.load_all();
     }
   } else if (warp == 1) {
     Walker<Config> walker{params, shared};
-    if constexpr (kTraversal.planned()) {
+    if constexpr (Config::kPlanned) {
       walker.walk_queue();
     } else if (threadIdx.x == kWarpThreads) {
       walker.deal_all();

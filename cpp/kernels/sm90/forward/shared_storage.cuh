@@ -75,7 +75,7 @@ struct alignas(1024) SharedStorage {
   // Barriers, of so many arrivals a phase. Named are who arrives; who waits. A pair's consumers arrive at the barriers
   // of both CTAs, since each loads a part of the other's stage; its copy engines bring half of the bytes each.
   static constexpr int kConsumerWarps = Config::kWarpgroups * kWarpgroupWarps;
-  static constexpr int kReleases = kConsumerWarps * Config::kTraversal.cluster_ctas();
+  static constexpr int kReleases = kConsumerWarps * Config::kClusterCtas;
   // The loader, and the copy engine its bytes; the warpgroup.
   Barrier<1> q_full[Config::kWarpgroups];
   // Each warp of the warpgroup after its last tile, or, where the output is staged in Q's place, its first thread when
