@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lite_attention.ops import host
+from lite_attention.ops.load import host
 
 ROOT = Path(__file__).parents[2]
 CMAKE = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
