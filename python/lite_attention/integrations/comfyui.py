@@ -343,7 +343,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    dtypes, dtype = supported_dtypes(query.device), autocast_dtype(query.dtype, query.device)
+    dtypes, dtype = supported_dtypes(query.device, "skip_attention"), autocast_dtype(query.dtype, query.device)
     if not dtypes:
         choose(Problem("skip_attention", query.device, dtype, head_dim))  # says why nothing runs on this device
     return dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0
