@@ -291,3 +291,20 @@ map: floats -> TypeError: block_sparse_attention: block_map has dtype torch.floa
 metadata: grid -> ValueError: VideoTiles: grid is (0, 4, 4), expected three integers of at least 1: (time, height, width)
 metadata: tile -> ValueError: VideoTiles: tile is (4, 4), expected three integers of at least 1: (time, height, width)""",
     )
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    q = torch.randn(1, 2, 64, 16)
+    assert_expected_inline(
+        report(
+            {
+                "sta": lambda: sliding_tile_attention([1], q, q, [(1, 1, 1)], 0, seq_shape="4x4x4"),  # type: ignore[arg-type]
+                "map": lambda: block_sparse_attention(q, None, q, torch.ones(1, 2, 1, 1) > 0, torch.tensor([64])),  # type: ignore[arg-type]
+                "native": lambda: video_sparse.attention(q, "k", q, torch.tensor([64]), 1),  # type: ignore[arg-type]
+            }
+        ),
+        """\
+sta -> TypeError: sliding_tile_attention: q has type list, expected a tensor
+map -> TypeError: block_sparse_attention: k has type NoneType, expected a tensor
+native -> TypeError: video_sparse.attention: k has type str, expected a tensor""",
+    )

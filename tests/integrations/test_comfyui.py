@@ -97,7 +97,7 @@ def test_the_first_step_is_dense_and_later_ones_skip(diffusion_model: type[Video
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_so_many_first_steps_are_dense(steps: int, model: ModelPatcher, conds: list[list[Any]]) -> None:
-    lite, _ = patched(model, skip_first_steps=steps)
+    lite, _ = patched(model, dense_steps=steps)
     sigmas = schedule(STEPS)
     ours, dense = sample(lite, conds, sigmas), sample(model, conds, sigmas)
     assert_same(ours[:steps], dense[:steps])
@@ -127,7 +127,7 @@ def test_another_batching_of_the_conditions_starts_dense(model: ModelPatcher, co
 
 
 def test_conditions_that_join_late_have_first_steps_of_their_own(model: ModelPatcher, conds: list[list[Any]]) -> None:
-    lite, _ = patched(model, skip_first_steps=2)
+    lite, _ = patched(model, dense_steps=2)
     ours, dense = (sample(each, conds, schedule(4), batched=lambda step: step > 0) for each in (lite, model))
     assert_same(ours[:3], dense[:3])
     assert differs(ours[3], dense[3])
@@ -337,7 +337,7 @@ def test_one_combination_of_conditions_too_many_is_refused() -> None:
     ("arguments", "error", "text"),
     [
         ({"threshold": 1.0}, ValueError, "threshold is 1.0"),
-        ({"skip_first_steps": -1}, ValueError, "skip_first_steps is -1"),
+        ({"dense_steps": -1}, ValueError, "dense_steps is -1"),
         ({"min_tokens": 0}, ValueError, "min_tokens is 0"),
         ({"min_tokens": 0.5}, TypeError, "min_tokens has type float"),
     ],

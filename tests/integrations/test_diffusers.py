@@ -217,7 +217,7 @@ def test_a_new_generation_starts_from_the_full_map_by_itself() -> None:
 
 def test_first_steps_are_complete() -> None:
     transformer = make_transformer(WAN)
-    handle = enable_lite_attention(transformer, threshold=THRESHOLD, skip_first_steps=3)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=3)
     for _ in range(2):
         denoise(transformer)
         fractions = handle.skip_fraction()
@@ -227,7 +227,7 @@ def test_first_steps_are_complete() -> None:
 
 def test_several_calls_a_step_are_one_step() -> None:
     transformer = make_transformer(WAN)
-    handle = enable_lite_attention(transformer, threshold=THRESHOLD, skip_first_steps=2)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=2)
     for timestep in (900.0, 700.0, 700.0, 500.0, 500.0):
         run(transformer, WAN, make_latents(WAN), timestep)
     fractions = handle.skip_fraction()
@@ -455,7 +455,7 @@ def test_errors() -> None:
         "layer as text": lambda: enable_lite_attention(transformer, layers=["0"]),  # type: ignore[list-item]
         "no layers": lambda: enable_lite_attention(transformer, layers=[]),
         "threshold above 0": lambda: enable_lite_attention(transformer, threshold=1.0),
-        "-1 first steps": lambda: enable_lite_attention(transformer, skip_first_steps=-1),
+        "-1 first steps": lambda: enable_lite_attention(transformer, dense_steps=-1),
         "an odd must_do": lambda: enable_lite_attention(transformer, must_do=[1]),
         "17 ranges": lambda: enable_lite_attention(transformer, must_do=many),
         "an unknown branch": lambda: enable_lite_attention(make_transformer(WAN)).skip_fraction("cond"),
@@ -477,7 +477,7 @@ layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 t
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all
 threshold above 0 -> ValueError: enable_lite_attention: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
--1 first steps -> ValueError: enable_lite_attention: skip_first_steps is -1, expected at least 0
+-1 first steps -> ValueError: enable_lite_attention: dense_steps is -1, expected at least 0
 an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [start, end, start, end, ...] (entry 0, 1, has no partner)
 17 ranges -> ValueError: must_do has 17 ranges, expected at most 16
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
@@ -570,7 +570,7 @@ def test_inductor_gives_the_outputs_and_maps_of_eager(mode: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx"])
+@pytest.mark.parametrize("name", ["wan", pytest.param("ltx", marks=pytest.mark.slow)])
 def test_one_compile_covers_all_repeated_blocks(name: str) -> None:
     case, counter = CASES[name], CompileCounter()
     transformer = make_transformer(case)

@@ -126,7 +126,7 @@ def _a_pipeline_of_two_transformers() -> None:
         videos, fractions = [], []
         for mesh in (None, mesh_of("cpu", 1, 2)):
             pipeline = wan(transformers=2)
-            handle = enable_lite_attention(pipeline, threshold=THRESHOLD, skip_first_steps=1, mesh=mesh)
+            handle = enable_lite_attention(pipeline, threshold=THRESHOLD, dense_steps=1, mesh=mesh)
             videos.append(generate(pipeline, steps=3))
             fractions.append(handle.skip_fraction("uncond"))
         assert_close(videos[1:], videos[:1], "cpu")
@@ -255,7 +255,7 @@ def test_settings_act_on_every_rank() -> None:
 
 def _settings() -> None:
     with inference():
-        transformer, handle = on_mesh(WAN, mesh_of("cpu", 1, 2), threshold=[0.0, -math.inf], skip_first_steps=2)
+        transformer, handle = on_mesh(WAN, mesh_of("cpu", 1, 2), threshold=[0.0, -math.inf], dense_steps=2)
         denoise(transformer, WAN, "cpu")
         fractions = handle.skip_fraction("cond")
         assert (fractions[:, :2] == 0).all()

@@ -92,7 +92,7 @@ def test_a_video_that_starts_below_where_the_last_one_broke_off() -> None:
 
 def test_two_transformers_have_a_state_each() -> None:
     pipeline = wan(transformers=2)
-    handle = enable_lite_attention(pipeline, threshold=THRESHOLD, skip_first_steps=2)
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD, dense_steps=2)
     assert [name.split(".")[0] for name in handle.layers] == ["transformer"] * 2 + ["transformer_2"] * 2
     generate(pipeline, steps=8)
     fractions = handle.skip_fraction("cond")

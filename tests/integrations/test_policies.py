@@ -10,7 +10,7 @@ from lite_attention.integrations.comfyui import LiteAttentionOverride
 from lite_attention.integrations.diffusers import enable_lite_attention
 from lite_attention.integrations.sdpa import LiteSDPA
 from lite_attention.layers import LocalAttention
-from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.clock import GenerationClock
 from support.video_models import CASES, make_transformer
 
 POLICY = SkipPolicy(threshold=(-4.0, -5.0), dense_steps=3)
@@ -57,7 +57,7 @@ def test_a_policy_is_handed_on_whole(door: Callable[..., Made]) -> None:
     layers, clock = door(policy=POLICY)
     assert {layer.policy for layer in layers} == {POLICY}
     if clock is not None:
-        assert int(clock._skip_first_steps) == POLICY.dense_steps
+        assert int(clock._dense_steps) == POLICY.dense_steps
 
 
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
@@ -70,7 +70,7 @@ def test_loose_arguments_stand_for_it(door: Callable[..., Made]) -> None:
 
 @pytest.mark.parametrize("door", [comfyui, diffusers])
 def test_first_steps_stand_for_dense_steps(door: Callable[..., Made]) -> None:
-    layers, clock = door(skip_first_steps=2)
+    layers, clock = door(dense_steps=2)
     assert {layer.policy.dense_steps for layer in layers} == {2}
     assert clock is not None
-    assert int(clock._skip_first_steps) == 2
+    assert int(clock._dense_steps) == 2

@@ -400,9 +400,9 @@ one a query head -> ValueError: enable_duo_attention: full_attention_heads[0] ha
 gates -> ValueError: enable_duo_attention: full_attention_heads[0][0] is 0.5, expected 0 or 1; sparsify_attention_heads makes such a table
 no recent token -> ValueError: head_windows: recent_size is 0, expected 1 to 2147483647 keys
 twice -> ValueError: enable_duo_attention: layers.0.self_attn has DuoAttention already, expected none: disable it first
-old table after reordering -> ValueError: enable_duo_attention: full_attention_heads of layers.0.self_attn is [0, 1, 0, 1], expected full heads first: reorder_weights_for_duo_attn has moved them there
-reordering when enabled -> RuntimeError: reorder_weights_for_duo_attn: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads
-restoring when enabled -> RuntimeError: restore_weights_after_duo_attn: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads""",
+old table after reordering -> ValueError: enable_duo_attention: full_attention_heads of layers.0.self_attn is [0, 1, 0, 1], expected full heads first: duo.reorder_weights has moved them there
+reordering when enabled -> RuntimeError: duo.reorder_weights: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads
+restoring when enabled -> RuntimeError: duo.restore_weights: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads""",
     )
 
 

@@ -342,7 +342,7 @@ def test_one_line_adds_a_backend_with_an_argument_of_its_own_to_layers_that_may_
         torch.testing.assert_close(other(q, k, v).double(), dense(q, k, v), atol=1e-5, rtol=0)
     assert_expected_inline(
         report({"an argument of none": lambda: layer(LocalAttention, TORCH_SDPA, chunk=15, chunks=4)}),
-        """an argument of none -> TypeError: LocalAttention: got the argument 'chunks', expected one that a backend takes: enable_skipping, max_batch_size, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN); chunk (CHUNK_TEST_ATTN)""",
+        """an argument of none -> TypeError: LocalAttention: got the argument 'chunks', expected one that a backend takes: enable_skipping, max_batch_size, policy, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN); chunk (CHUNK_TEST_ATTN)""",
     )
 
 
@@ -377,7 +377,7 @@ def test_an_impl_takes_what_its_constructor_names_or_what_it_says() -> None:
     assert LinearImpl.arguments == {"gain"}, "a class as FastVideo's code has it"
     assert {backend.name: set(backend.impl.arguments) for backend in backends.BUILTIN} == {
         "TORCH_SDPA": set(),
-        "LITE_ATTN": {"enable_skipping", "max_batch_size", "threshold"},
+        "LITE_ATTN": {"enable_skipping", "max_batch_size", "policy", "threshold"},
         "VIDEO_SPARSE_ATTN": set(),
         "SLIDING_TILE_ATTN": {"layer_index"},
     }

@@ -68,6 +68,7 @@ def test_one_graph_for_all_steps(backend: AttentionBackendEnum) -> None:
     assert all(float(layer.skip_fraction()) > 0 for layer in model.lite_layers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[2:], ids=lambda backend: backend.name)
 def test_metadata_made_in_inference_mode_serve_outside_of_it(backend: AttentionBackendEnum) -> None:
     model = DiT(backend, blocks=1)

@@ -192,3 +192,54 @@ taken out unregistered -> ValueError: unregister: name is 'new', expected a regi
 a compiled one taken out -> ValueError: unregister: name is 'cpu', expected a registered backend's (there is none)""",
     )
     assert [entry.name for entry in backends.backends()] == ["sm90", "cpu"]
+
+
+def test_a_backend_that_is_asked_last_runs_what_the_kernels_refuse() -> None:
+    calls: list[str] = []
+
+    def run(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        calls.append(f"{q.dtype}, head_dim {q.shape[-1]}")
+        return q.clone(), q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
+
+    with registered(Backend("rest", "cpu", lambda _: None, {"attention": run})):
+        attention(*qkv(torch.float32))
+        attention(*qkv(torch.float64))
+        attention(*(torch.randn(1, 20, 2, 512) for _ in range(3)))
+        assert backends.reasons(Problem("attention", torch.device("cpu"), torch.float64, 12))["cpu"] == (
+            "dtype is float64, expected float32, bfloat16 or float16"
+        )
+        assert backends.reasons(Problem("attention", torch.device("cpu"), torch.float32, 12))["cpu"] == (
+            "head_dim is 12, expected a multiple of 8 up to 256"
+        )
+    assert calls == ["torch.float64, head_dim 64", "torch.float32, head_dim 512"]
+
+
+def test_kernels_that_torch_wrote_run_in_their_own_precision_under_autocast() -> None:
+    dtypes: list[torch.dtype] = []
+
+    def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return outs[0].clone(), lses[0].clone()
+
+    out, lse = attention(*qkv(torch.float32))
+    backend = Backend("torch", "cpu", lambda _: None, {"merge_attention": merge})
+    with registered(backend, before="cpu"), torch.autocast("cpu", torch.bfloat16):
+        merge_attention([out], [lse])
+    assert dtypes == [torch.float32]
+
+
+def test_a_backend_without_a_gpu_or_without_attention_is_told_as_it_is(fake_gpus: FakeGpus) -> None:
+    fake_gpus()
+    merging = Backend("merging", "cuda", lambda _: None, {"merge_attention": max})
+    assert backends.availability(merging) == (False, "torch sees no CUDA device")
+    fake_gpus(L4)
+    assert backends.availability(merging) == (True, "NVIDIA L4")
+    assert backends.supported_dtypes(torch.device("cuda", 0)) == ()
+
+
+def test_the_kernels_words_for_odd_arguments_come_through_the_table() -> None:
+    with (
+        registered(half_precision_only([]), before="cpu"),
+        pytest.raises(RuntimeError, match="merge_attention: outs is empty"),
+    ):
+        torch.ops.lite_attention.merge_attention([], [torch.zeros(1, 2, 3)])

@@ -40,6 +40,7 @@ def expected_outputs(model: Model) -> list[Tensor]:
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_model_steps_like_eager(strict: bool) -> None:
     model = prepared_model()

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -24,6 +25,10 @@ GRACE_SECONDS = 3.0
 STACKS_SECONDS = 1.0
 
 
+# What every rank would import in its turn, where this process has it: then its tasks will likely need it too.
+OFTEN = {"diffusers.models.transformers.transformer_wan", "diffusers.pipelines.pipeline_utils"}
+
+
 class RankError(Exception):
     """A rank raised or its process ended; the text tells in its first line what, and then holds the tracebacks."""
 
@@ -34,7 +39,7 @@ class RankPool:
     def __init__(self, world_size: int, device: str, collective_timeout: float = 60.0) -> None:
         # Forked from a process that has imported what takes longest, and done nothing else.
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["torch.distributed", "lite_attention"])
+        server.set_forkserver_preload(["torch.distributed", "lite_attention", *(OFTEN & sys.modules.keys())])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._stacks = [Path(self._folder.name) / f"stacks-{rank}.txt" for rank in range(world_size)]
         with contextlib.closing(socket.socket()) as probe:

@@ -11,7 +11,13 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = ("README.md", "compile-and-cuda-graphs.md", "diffusers.md")  # they compile, or run pipelines
+SLOW = (
+    "README.md",
+    "compile-and-cuda-graphs.md",
+    "diffusers.md",
+    "layers.md",
+    "sliding-tile.md",
+)  # they compile, or run pipelines
 # A page's snippets run in order in one namespace. A comment `<!-- before` holds what a reader's program has already.
 SNIPPET = re.compile(
     r"^```python\n(?P<code>.*?)^```$(?:\n+^```text\n(?P<output>.*?)^```$)?|^<!-- before\n(?P<before>.*?)^-->$",

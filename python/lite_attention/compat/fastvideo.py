@@ -12,6 +12,7 @@ from lite_attention.families import block_sparse, sliding_tile, video_sparse
 from lite_attention.families.sliding_tile import SEQ_SHAPE, TILE, WindowSize
 from lite_attention.maps.blocks import expand_blocks
 from lite_attention.maps.video_tiles import Size, VideoTiles
+from lite_attention.ops.call import check_tensors
 
 __all__ = [
     "VSAMetadata",
@@ -24,6 +25,7 @@ __all__ = [
 
 def _swapped(function: str, name: str, x: Tensor) -> Tensor:
     """``[B, H, S, D]`` as a view of ``[B, S, H, D]``."""
+    check_tensors(function, **{name: x})
     if x.dim() != 4:
         raise ValueError(f"{function}: {name} has {x.dim()} dimensions, expected 4, [B, H, S, D]")
     return x.transpose(1, 2)

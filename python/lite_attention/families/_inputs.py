@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lite_attention.ops.call import check_tensors
+
 
 def check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """That these are ``[B, Sq, Hq, D]`` and two of ``[B, Sk, Hkv, D]``, with ``Hq % Hkv == 0``.
 
     Raises:
-        ValueError: they are not; the text begins with ``function``.
+        TypeError, ValueError: they are not; the text begins with ``function``.
     """
+    check_tensors(function, q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{function}: {name} has {x.dim()} dimensions, expected 4, [B, S, H, D]")

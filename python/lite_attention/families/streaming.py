@@ -12,6 +12,7 @@ from torch import Tensor
 from lite_attention import ops
 from lite_attention.maps.tiles import UNLIMITED
 from lite_attention.ops import CausalAlignment
+from lite_attention.ops.call import check_tensors
 
 __all__ = ["attention", "head_windows"]
 
@@ -93,9 +94,8 @@ def attention(
 
 def _check_heads(function: str, q: Tensor, k: Tensor) -> None:
     """What must hold before heads are counted; the operator checks the rest."""
+    check_tensors(function, q=q, k=k)
     for name, tensor in (("q", q), ("k", k)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{function}: {name} has type {type(tensor).__name__}, expected a tensor")
         if tensor.dim() != 4:
             raise ValueError(
                 f"{function}: {name} has {tensor.dim()} dimensions, expected 4: [batch, length, heads, head_dim]"

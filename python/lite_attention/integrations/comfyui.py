@@ -22,7 +22,7 @@ from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.clock import GenerationClock
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
@@ -83,11 +83,11 @@ class LiteAttentionOverride:
 
     Args:
         threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.
-        skip_first_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
+        dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
             is always one of them.
         min_tokens: self-attention over fewer tokens is not taken.
         previous: the override that calls not taken go to; None for the function that ComfyUI passes.
-        policy: all that the layers are told about skipping, in place of ``threshold`` and ``skip_first_steps``.
+        policy: all that the layers are told about skipping, in place of ``threshold`` and ``dense_steps``.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -99,15 +99,13 @@ class LiteAttentionOverride:
     def __init__(
         self,
         threshold: Threshold | None = None,
-        skip_first_steps: int | None = None,
+        dense_steps: int | None = None,
         min_tokens: int = MIN_TOKENS,
         previous: AttentionOverride | None = None,
         *,
         policy: SkipPolicy | None = None,
     ) -> None:
-        self.policy = SkipPolicy.resolve(
-            "LiteAttentionOverride", policy, threshold=threshold, skip_first_steps=skip_first_steps
-        )
+        self.policy = SkipPolicy.resolve("LiteAttentionOverride", policy, threshold=threshold, dense_steps=dense_steps)
         self.min_tokens = checked_int("LiteAttentionOverride: min_tokens", min_tokens, lowest=1)
         self.previous = previous
         self.clock = GenerationClock(self.policy.dense_steps)
@@ -269,7 +267,7 @@ class LiteAttentionOverride:
 def patch_model(
     model: ModelPatcher,
     threshold: Threshold | None = None,
-    skip_first_steps: int | None = None,
+    dense_steps: int | None = None,
     min_tokens: int = MIN_TOKENS,
     *,
     policy: SkipPolicy | None = None,
@@ -280,7 +278,7 @@ def patch_model(
 
     Args:
         model: ComfyUI's patcher of a video model.
-        threshold, skip_first_steps, min_tokens, policy: as for :class:`LiteAttentionOverride`.
+        threshold, dense_steps, min_tokens, policy: as for :class:`LiteAttentionOverride`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -290,7 +288,7 @@ def patch_model(
     previous = options.get(OVERRIDE_KEY)
     if isinstance(previous, LiteAttentionOverride):
         previous = previous.previous
-    override = LiteAttentionOverride(threshold, skip_first_steps, min_tokens, previous, policy=policy)
+    override = LiteAttentionOverride(threshold, dense_steps, min_tokens, previous, policy=policy)
     options[OVERRIDE_KEY] = override
     patched.remove_wrappers_with_key(APPLY_MODEL, WRAPPER_KEY)
     patched.add_wrapper_with_key(APPLY_MODEL, WRAPPER_KEY, override.around_model_call)
@@ -323,7 +321,7 @@ class LiteAttentionNode:
                         "skipped. Closer to 0 is faster and less faithful.",
                     },
                 ),
-                "skip_first_steps": (
+                "dense_steps": (
                     "INT",
                     {
                         "default": 0,
@@ -335,9 +333,9 @@ class LiteAttentionNode:
             }
         }
 
-    def patch(self, model: ModelPatcher, threshold: float, skip_first_steps: int) -> tuple[ModelPatcher]:
+    def patch(self, model: ModelPatcher, threshold: float, dense_steps: int) -> tuple[ModelPatcher]:
         """What ComfyUI runs."""
-        return (patch_model(model, threshold, skip_first_steps),)
+        return (patch_model(model, threshold, dense_steps),)
 
 
 NODE_CLASS_MAPPINGS = {"LiteAttention": LiteAttentionNode}
@@ -345,7 +343,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {"LiteAttention": "Lite Attention"}
 
 
 def _is_supported(query: Tensor, head_dim: int) -> bool:
-    dtypes, dtype = supported_dtypes(query.device), autocast_dtype(query.dtype, query.device)
+    dtypes, dtype = supported_dtypes(query.device, "skip_attention"), autocast_dtype(query.dtype, query.device)
     if not dtypes:
         choose(Problem("skip_attention", query.device, dtype, head_dim))  # says why nothing runs on this device
     return dtype in dtypes and head_dim <= tiles.MAX_HEAD_DIM and head_dim % tiles.HEAD_DIM_MULTIPLE == 0

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from lite_attention.ops import backends
 from lite_attention.ops.load import host
 
 
@@ -16,12 +17,11 @@ class _TileShape(NamedTuple):
 
 # Plain tuples rather than calls into the host module, so that torch.compile traces through the look-up.
 _TABLE = tuple(_TileShape(*row) for row in host.tile_shapes())
-MAX_HEAD_DIM: int = _TABLE[-1].max_head_dim
-HEAD_DIM_MULTIPLE: int = host.HEAD_DIM_MULTIPLE
+MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = backends.MAX_HEAD_DIM, backends.HEAD_DIM_MULTIPLE
+SUPPORTED_DTYPES = backends.DTYPES
 HEAD_DIMS = range(HEAD_DIM_MULTIPLE, MAX_HEAD_DIM + 1, HEAD_DIM_MULTIPLE)
 FINE_TILE_N: int = host.FINE_TILE_N  # the other grain along the keys, of every head dim
 UNLIMITED: int = torch.iinfo(torch.int32).max  # the recent_size of a head that sees all keys up to its position
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _look_up(head_dim: int, dtype: torch.dtype) -> _TileShape:

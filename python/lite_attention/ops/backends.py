@@ -9,13 +9,16 @@ asks the table for each call.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lite_attention.ops.load import WHY_NO_CUDA_KERNELS, host
 
@@ -24,8 +27,12 @@ __all__ = ["Backend", "Problem", "backends", "choose", "reasons", "register", "r
 NAMESPACE = "lite_attention"  # of the operators, in torch.library
 HOPPER = (9, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM: int = host.tile_shapes()[-1][0]
+HEAD_DIM_MULTIPLE: int = host.HEAD_DIM_MULTIPLE
 # Kinds of device that a call may come from; the rest of torch's have words of their own for what they lack.
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+AUTOCAST_KEYS = [f"Autocast{kind.upper()}" for kind in DEVICE_TYPES]
+AUTOCAST = functools.reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in AUTOCAST_KEYS))
 MASKLESS_OPERATORS = ("merge_attention", "top_k_map")  # they take fp32 on every device
 
 
@@ -40,7 +47,7 @@ class Problem:
     """D of q; None for operators without."""
 
     def __str__(self) -> str:
-        what = str(self.dtype).removeprefix("torch.")
+        what = _name(self.dtype)
         if self.head_dim is not None:
             what += f", head_dim {self.head_dim},"
         return f"{what} on {self.device}"
@@ -87,6 +94,20 @@ def _devices(device_type: str) -> list[torch.device]:
     return [torch.device(device_type)]
 
 
+def _refused_by_every_kernel(problem: Problem) -> str | None:
+    """What no compiled kernel takes, on whichever device."""
+    if problem.dtype not in DTYPES:
+        return f"dtype is {_name(problem.dtype)}, expected {', '.join(map(_name, DTYPES[:-1]))} or {_name(DTYPES[-1])}"
+    head_dim = problem.head_dim
+    if head_dim is not None and not (head_dim % HEAD_DIM_MULTIPLE == 0 and 0 < head_dim <= MAX_HEAD_DIM):
+        return f"head_dim is {head_dim}, expected a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _sm90_can_run(problem: Problem) -> str | None:
     """The kernels are machine code for compute capability 9.0 and run on nothing else, newer devices included."""
     if WHY_NO_CUDA_KERNELS:
@@ -98,7 +119,7 @@ def _sm90_can_run(problem: Problem) -> str | None:
         return f"{gpu.name} is of compute capability {'.'.join(map(str, gpu.capability))}, expected 9.0"
     if problem.operator not in MASKLESS_OPERATORS and problem.dtype == torch.float32:
         return "dtype is float32, expected bfloat16 or float16"
-    return None
+    return _refused_by_every_kernel(problem)
 
 
 def _cpu_detail() -> str:
@@ -107,7 +128,7 @@ def _cpu_detail() -> str:
 
 _table = [
     Backend("sm90", "cuda", _sm90_can_run, functions=None),
-    Backend("cpu", "cpu", lambda _: None, functions=None, detail=_cpu_detail),
+    Backend("cpu", "cpu", _refused_by_every_kernel, functions=None, detail=_cpu_detail),
 ]
 
 
@@ -125,14 +146,19 @@ def _reason(backend: Backend, problem: Problem) -> str | None:
 
 
 def availability(backend: Backend) -> tuple[bool, str]:
-    """Whether the backend runs attention in bf16 on some device here, and with what, or why not. May start CUDA."""
+    """Whether the backend runs its first operator in bf16 on some device here, and with what, or why not.
+
+    May start CUDA.
+    """
+    operator = "attention" if backend.functions is None else next(iter(backend.functions))
     found = {
-        device: backend.can_run(Problem("attention", device, torch.bfloat16))
-        for device in _devices(backend.device_type)
+        device: _reason(backend, Problem(operator, device, torch.bfloat16)) for device in _devices(backend.device_type)
     }
     usable = [device for device, reason in found.items() if reason is None]
+    if backend.device_type == "cuda" and not torch.cuda.is_available():
+        usable = []
     if not usable:
-        return False, "; ".join(dict.fromkeys(filter(None, found.values())))
+        return False, "; ".join(dict.fromkeys(filter(None, found.values()))) or "torch sees no CUDA device"
     if backend.detail is not None:
         return True, backend.detail()
     gpus = [_gpu(device) if device.type == "cuda" else None for device in usable]
@@ -159,11 +185,11 @@ def choose(problem: Problem) -> Backend:
     raise NotImplementedError("\n".join(lines))
 
 
-def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+def supported_dtypes(device: torch.device, operator: str = "attention") -> tuple[torch.dtype, ...]:
     """The dtypes of q, k and v that some backend takes on the device; all of them on "meta", which stands for any."""
     if device.type == "meta":
         return DTYPES
-    problems = [Problem("attention", device, dtype) for dtype in DTYPES]
+    problems = [Problem(operator, device, dtype) for dtype in DTYPES]
     return tuple(problem.dtype for problem in problems if None in reasons(problem).values())
 
 
@@ -264,13 +290,14 @@ def _put_chooser(device_type: str, operator: str) -> None:
 
 def _is_direct(device_type: str) -> bool:
     """Whether every call on this kind of device may go to the compiled kernels unasked."""
-    first = next((backend for backend in _table if backend.device_type == device_type), None)
-    if first is None or first.functions is not None:
-        return False
+    there = [backend for backend in _table if backend.device_type == device_type]
+    if not there or any(backend.functions is not None for backend in there):
+        return False  # one that is asked after the kernels may run what they refuse
+    (compiled,) = there
     if WHY_NO_CUDA_KERNELS and device_type == "cuda":
         return False  # without a look at the devices, which would start CUDA
     problems = [Problem("attention", device, torch.bfloat16) for device in _devices(device_type)]
-    return all(first.can_run(problem) is None for problem in problems)
+    return all(compiled.can_run(problem) is None for problem in problems)
 
 
 def _compiled(operator: str, key: str) -> Callable[..., Any] | None:
@@ -281,16 +308,21 @@ def _compiled(operator: str, key: str) -> Callable[..., Any] | None:
     return functools.partial(kernel.call_boxed, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
 
 
+def _tensors(argument: Any) -> list[Tensor]:
+    return [x for x in (argument if isinstance(argument, list) else [argument]) if isinstance(x, Tensor)]
+
+
 def _chooser(operator: str, device_type: str, compiled: Callable[..., Any] | None) -> Callable[..., Any]:
     """A kernel that hands each call to the first backend that can run it."""
 
     def run(*arguments: Any, **named: Any) -> Any:
-        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        head_dim = None if operator == "top_k_map" or first.dim() == 0 else first.shape[-1]
+        first = next(x for x in itertools.chain.from_iterable(map(_tensors, arguments)))
+        head_dim = None if operator in MASKLESS_OPERATORS or first.dim() == 0 else first.shape[-1]
         device = first.device if first.device.type == device_type else torch.device(device_type)
         backend = choose(Problem(operator, device, first.dtype, head_dim))
         function = compiled if backend.functions is None else backend.functions[operator]
         assert function is not None, backend.name  # a compiled backend that can run is one whose library is loaded
-        return function(*arguments, **named)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):  # what runs here is a kernel, also where torch wrote it
+            return function(*arguments, **named)
 
     return run

@@ -5,8 +5,7 @@ are kernels for them. Every operator is functional: none writes its inputs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -125,10 +124,6 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)
 
 
-_AUTOCAST_KEYS = [f"Autocast{kind.upper()}" for kind in backends.DEVICE_TYPES]
-_AUTOCAST = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS))
-
-
 def _register_autocast(name: str, operator: OpOverload, autocasts: Sequence[str]) -> None:
     """By hand: torch.library.register_autocast casts every floating argument, to a dtype fixed beforehand.
 
@@ -141,10 +136,10 @@ def _register_autocast(name: str, operator: OpOverload, autocasts: Sequence[str]
         inputs = list(arguments)
         for place in places:
             (inputs[place],) = autocast(inputs[place])
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(backends.AUTOCAST):
             return operator(*inputs, **named)
 
-    for key in _AUTOCAST_KEYS:
+    for key in backends.AUTOCAST_KEYS:
         _library.impl(name, cast_and_run, key)
 
 

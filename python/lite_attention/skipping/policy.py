@@ -64,7 +64,7 @@ class SkipPolicy:
 
 
 # Loose arguments whose name is not that of the field they stand for.
-_FIELDS = {"enable_skipping": "enabled", "skip_first_steps": "dense_steps"}
+_FIELDS = {"enable_skipping": "enabled"}
 
 
 def environment_flag(name: str) -> bool:

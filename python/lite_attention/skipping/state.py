@@ -36,7 +36,7 @@ from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.policy import SkipPolicy
-from lite_attention.skipping.sisters import SharedRoom, running_model
+from lite_attention.skipping.shared_room import SharedRoom, running_model
 from lite_attention.skipping.slots import MapSlot, Owner, PassShape, stamp_of
 
 __all__ = ["MAP_SLOTS", "Recalled", "SkipState", "share_room"]

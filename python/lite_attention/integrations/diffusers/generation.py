@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lite_attention.maps.ranges import parse_ranges
 from lite_attention.ops.modes import ordinary_tensors
-from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.clock import GenerationClock
 
 __all__ = ["MAX_MUST_DO_RANGES", "Generation", "checked_pairs"]
 
@@ -22,9 +22,9 @@ class Generation(nn.Module):
 
     must_do: Tensor | None
 
-    def __init__(self, skip_first_steps: int) -> None:
+    def __init__(self, dense_steps: int) -> None:
         super().__init__()
-        self.clock = GenerationClock(skip_first_steps)
+        self.clock = GenerationClock(dense_steps)
         self.register_buffer("must_do", None, persistent=False)
 
     def set_must_do(self, ranges: list[tuple[int, int]]) -> bool:

@@ -31,7 +31,7 @@ __all__ = ["LiteAttentionHandle", "enable_lite_attention"]
 def enable_lite_attention(
     transformer_or_pipeline: Any,
     threshold: Threshold | None = None,
-    skip_first_steps: int | None = None,
+    dense_steps: int | None = None,
     must_do: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     mesh: DeviceMesh | None = None,
@@ -50,7 +50,7 @@ def enable_lite_attention(
             pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
         threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.SkipPolicy`.
             -10 if None.
-        skip_first_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
+        dense_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
         must_do: as for :meth:`LiteAttentionHandle.set_must_do`.
         layers: numbers of the self-attention layers that skip, in the order of the model, negative ones from its end;
             None for all. The others are left as they are.
@@ -61,7 +61,7 @@ def enable_lite_attention(
         guidance: how a pipeline runs its guidance branches. "named": each inside the transformer's ``cache_context``;
             "batched": all in one call, or there is one branch only. None for a transformer, and for the pipelines of
             diffusers that are known to name them.
-        policy: all that the layers are told about skipping, in place of ``threshold`` and ``skip_first_steps``.
+        policy: all that the layers are told about skipping, in place of ``threshold`` and ``dense_steps``.
 
     Returns:
         A handle to change settings, read what was skipped, and go back.
@@ -72,7 +72,7 @@ def enable_lite_attention(
             model cannot be split, or ``guidance`` must be told.
         RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
     """
-    policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, skip_first_steps=skip_first_steps)
+    policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, dense_steps=dense_steps)
     transformers = _transformers_of(transformer_or_pipeline)
     check_guidance(transformer_or_pipeline, transformers.values(), guidance)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)

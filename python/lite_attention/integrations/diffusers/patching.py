@@ -64,7 +64,7 @@ class PatchedTransformer:
         transformer: of a class that ``models`` knows. Errors leave it as it is.
         branches: numbers for the branches that its ``cache_context`` is told, shared by the transformers of a pipeline.
         make_attention: the attention of one layer, called for each.
-        skip_first_steps: steps at the start of a generation that compute everything.
+        dense_steps: steps at the start of a generation that compute everything.
         layers: numbers of the layers that skip, or None for all.
         mesh: the ranks that make one video together, or None.
     """
@@ -74,7 +74,7 @@ class PatchedTransformer:
         transformer: nn.Module,
         branches: BranchNames,
         make_attention: Callable[[], LiteAttention | DistributedLiteAttention],
-        skip_first_steps: int,
+        dense_steps: int,
         layers: Sequence[int] | None,
         mesh: DeviceMesh | None,
     ) -> None:
@@ -91,7 +91,7 @@ class PatchedTransformer:
         if splits_tokens(mesh):
             check_splittable(transformer, model, is_split)
         self.transformer = transformer
-        self.generation = Generation(skip_first_steps)
+        self.generation = Generation(dense_steps)
         self.generation.to(next(transformer.parameters()).device)
         self.processors: dict[str, LiteAttentionProcessor] = {}
         self._originals: dict[str, Callable[..., Any]] = {}

@@ -33,11 +33,11 @@ class GenerationClock(nn.Module):
     :meth:`reset`.
 
     Args:
-        skip_first_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
+        dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
             is always one of them.
 
     Raises:
-        TypeError, ValueError: ``skip_first_steps`` is not an int of at least 0.
+        TypeError, ValueError: ``dense_steps`` is not an int of at least 0.
     """
 
     start_full: Tensor
@@ -46,11 +46,11 @@ class GenerationClock(nn.Module):
     _steps: Tensor
     _timesteps: Tensor
     _directions: Tensor
-    _skip_first_steps: Tensor
+    _dense_steps: Tensor
 
-    def __init__(self, skip_first_steps: int = 0) -> None:
+    def __init__(self, dense_steps: int = 0) -> None:
         super().__init__()
-        self._skip_first_steps_value = checked_int("GenerationClock: skip_first_steps", skip_first_steps, lowest=0)
+        self._dense_steps_value = checked_int("GenerationClock: dense_steps", dense_steps, lowest=0)
         for name, buffer in self._fresh_buffers(None).items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -62,7 +62,7 @@ class GenerationClock(nn.Module):
                 "_steps": torch.full_like(zeros, NO_STEP),
                 "_timesteps": zeros,
                 "_directions": zeros.clone(),
-                "_skip_first_steps": torch.tensor(self._skip_first_steps_value, device=device),
+                "_dense_steps": torch.tensor(self._dense_steps_value, device=device),
             }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerationClock:
@@ -101,7 +101,7 @@ class GenerationClock(nn.Module):
         is_new = (step == NO_STEP) | (change * direction < 0)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
-        self.start_full.copy_(new_step < self._skip_first_steps.clamp(min=1))
+        self.start_full.copy_(new_step < self._dense_steps.clamp(min=1))
         step.copy_(new_step)
         direction.copy_(new_direction)
         self._timesteps[branch].copy_(now)

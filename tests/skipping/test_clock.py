@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lite_attention import skip_branch
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.generation import GenerationClock
+from lite_attention.skipping.clock import GenerationClock
 from support.inputs import report
 
 
@@ -55,9 +55,9 @@ def test_timesteps_of_any_dtype(dtype: torch.dtype) -> None:
         assert int(clock.step()) == step
 
 
-@pytest.mark.parametrize(("skip_first_steps", "full"), [(0, 1), (1, 1), (3, 3)])
-def test_the_first_steps_start_full(skip_first_steps: int, full: int) -> None:
-    clock = GenerationClock(skip_first_steps)
+@pytest.mark.parametrize(("dense_steps", "full"), [(0, 1), (1, 1), (3, 3)])
+def test_the_first_steps_start_full(dense_steps: int, full: int) -> None:
+    clock = GenerationClock(dense_steps)
     assert clock.start_full, "before the first call"
     for _ in range(2):
         for step, timestep in enumerate((900, 900, 700, 500, 300)):
@@ -139,8 +139,8 @@ def test_errors() -> None:
     assert_expected_inline(
         report(calls),
         """\
-1.5 first steps -> TypeError: GenerationClock: skip_first_steps has type float, expected an int
--1 first steps -> ValueError: GenerationClock: skip_first_steps is -1, expected at least 0
+1.5 first steps -> TypeError: GenerationClock: dense_steps has type float, expected an int
+-1 first steps -> ValueError: GenerationClock: dense_steps is -1, expected at least 0
 a number -> TypeError: GenerationClock: timestep has type float, expected a tensor
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
 a timestep elsewhere -> ValueError: GenerationClock: timestep is on meta, expected cpu, the clock's device
