@@ -6,6 +6,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "kernels/sm90/common/accumulator.cuh"
 #include "kernels/sm90/common/lanes.cuh"
 #include "kernels/sm90/common/tensor_map.h"
 #include "kernels/sm90/forward/traversal.h"
@@ -13,7 +14,7 @@
 
 namespace lite_attention::sm90 {
 
-inline constexpr int kTileM = 64;  // rows of a query tile: what one warpgroup's wgmma computes
+inline constexpr int kTileM = kWarpgroupRows;  // of a query tile: what one warpgroup decides alone
 
 // The way through the tiles: one after the other, or the scores of a tile while the output of the one before is
 // accumulated. That takes more registers: scores, weights and output of one thread exceed 160 at 128 columns.

@@ -72,27 +72,31 @@ struct alignas(1024) SharedStorage {
   typename Config::Element v[Config::kStages][Config::kTileElements];
   typename Config::Element staged_out[Config::kStagesOutput ? Config::kWarpgroups : 0][Config::kQueryElements];
 
-  // Barriers, of so many arrivals a phase. Named are who arrives; who waits. A pair's consumers arrive at the barriers
-  // of both CTAs, since each loads a part of the other's stage; its copy engines bring half of the bytes each.
+  // Barriers, of so many arrivals a phase. Full: what it is named for may be read. Empty: it may be written again.
   static constexpr int kConsumerWarps = Config::kWarpgroups * kWarpgroupWarps;
+  // A pair's consumers arrive at the barriers of both CTAs, since each CTA loads a half of both their stages.
   static constexpr int kReleases = kConsumerWarps * Config::kClusterCtas;
-  // The loader, and the copy engine its bytes; the warpgroup.
+  // arrive: the loader, and the copy engine with Q's bytes. wait: the warpgroup.
   Barrier<1> q_full[Config::kWarpgroups];
-  // Each warp of the warpgroup after its last tile, or, where the output is staged in Q's place, its first thread when
-  // that has been read out; the loader.
+  // arrive: each warp of the warpgroup, after the item's last tile; where the output is staged in Q's place, its first
+  // thread, once that has been read out. wait: the loader.
   Barrier<Config::kStagesOutput ? kWarpgroupWarps : 1> q_empty[Config::kWarpgroups];
-  // The loader, and the copy engine its bytes; the consumers.
+  // arrive: the loader, and the copy engine with the tile's bytes, in a pair those of both CTAs. wait: the consumers.
   Barrier<1> k_full[Config::kStages];
-  // Each consumer warp, of a pair those of both CTAs; the loader.
+  // arrive: each consumer warp, its scores computed. wait: the loader.
   Barrier<kReleases> k_empty[Config::kStages];
-  Barrier<1> v_full[Config::kStages];           // as of K
-  Barrier<kReleases> v_empty[Config::kStages];  // as of K
-  // The walker, the slot filled; the consumers, and the loader where nothing is planned.
+  // arrive and wait: as for K.
+  Barrier<1> v_full[Config::kStages];
+  // arrive: each consumer warp, its product with V finished. wait: the loader.
+  Barrier<kReleases> v_empty[Config::kStages];
+  // arrive: the walker. wait: the consumers; where nothing is planned, the loader too.
   Barrier<1> work_full[Config::kWorkSlots];
-  // Each consumer warp, its rows on their way out; the walker.
+  // arrive: each consumer warp, its rows on their way out. wait: the walker.
   Barrier<kConsumerWarps> work_empty[Config::kWorkSlots];
-  Barrier<1> visit_full[Config::kVisits];   // the walker; the loader
-  Barrier<1> visit_empty[Config::kVisits];  // the loader, the visit read; the walker
+  // arrive: the walker. wait: the loader.
+  Barrier<1> visit_full[Config::kVisits];
+  // arrive: the loader, the visit read. wait: the walker.
+  Barrier<1> visit_empty[Config::kVisits];
 
   WorkItem work[Config::kWorkSlots];
   Visit visits[Config::kVisits];
@@ -102,8 +106,10 @@ struct alignas(1024) SharedStorage {
   // loader.
   uint8_t verdicts[2][Config::kStages][Config::kWarpgroups][kWarpgroupWarps];
   // From the first CTA of a pair to the second: what to do next.
-  Barrier<1> index_full[Config::kWorkSlots];   // the second's walker, and the bytes that the first sends; the second's
-  Barrier<1> index_empty[Config::kWorkSlots];  // the second's walker, at the first's barrier; the first's
+  // arrive: the second's walker, and the four bytes that the first's sends. wait: the second's walker.
+  Barrier<1> index_full[Config::kWorkSlots];
+  // arrive: the second's walker, from afar. wait: the first's walker.
+  Barrier<1> index_empty[Config::kWorkSlots];
   int32_t index[Config::kWorkSlots];
   WorkItemMasks work_masks[Config::kWorkSlots];
   int32_t k_tile[Config::kStages];  // the tile in K's stage
