@@ -691,7 +691,14 @@ def test_a_copy_made_in_inference_mode_works_outside_of_it() -> None:
     layer(x, x, x)
     with torch.inference_mode():
         copied = copy.deepcopy(layer)
+    copied.set_keep_map(layer.keep_map())
+    copied.set_threshold(layer.threshold)
     assert torch.equal(copied(x, x, x), layer(x, x, x))
+    assert torch.equal(kept(copied), kept(layer))
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+    copied.reset_skip_state()
+    assert copied.keep_map().all()
 
 
 def test_thresholds_beyond_fp32_are_infinite_and_a_refused_one_changes_nothing() -> None:

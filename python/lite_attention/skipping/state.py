@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.modes import make_buffers_ordinary, ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.shared_room import SharedRoom, running_model
@@ -134,8 +134,6 @@ class SkipState(nn.Module):
         owner = (branch, shape)
         if self._verbose:
             self._log_change(branch, shape)
-        if self.live.is_inference() and not torch.is_inference_mode_enabled():
-            self.start_over(self.device)  # a copy made in inference mode: it could not be written here
         room = self._rooms.get(owner)
         if room is None:
             if torch.compiler.is_exporting():
@@ -273,6 +271,7 @@ class SkipState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        make_buffers_ordinary(self)
         if self._shared_room is not None:
             self._shared_room.members.add(self)
 
