@@ -234,7 +234,7 @@ class DistributedLiteAttention(nn.Module):
     @property
     def policy(self) -> SkipPolicy:
         """What the layer is told about skipping, as it is now."""
-        return dataclasses.replace(self._policy, threshold=self._threshold, enabled=self._state(0, 0).skipping)
+        return self._policy.with_checked(threshold=self._threshold, enabled=self._state(0, 0).skipping)
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import operator
 from collections.abc import Callable
@@ -204,7 +203,7 @@ class LiteAttention(nn.Module):
     @property
     def policy(self) -> SkipPolicy:
         """What the layer is told about skipping, as it is now."""
-        return dataclasses.replace(self._policy, threshold=self.threshold, enabled=self._enabled)
+        return self._policy.with_checked(threshold=self.threshold, enabled=self._enabled)
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
