@@ -577,8 +577,11 @@ def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
 
 
 def test_repr_tells_the_settings() -> None:
-    layer = LiteAttention(enable_skipping=False, threshold=-6.0)
-    assert repr(layer) == "LiteAttention(enable_skipping=False, threshold=-6.0, max_batch_size=4)"
+    layer = LiteAttention(policy=SkipPolicy(threshold=-6.0, dense_steps=2))
+    layer.enable_skip_optimization(False)
+    assert repr(layer) == (
+        "LiteAttention(policy=SkipPolicy(threshold=-6.0, dense_steps=2, enabled=False), max_batch_size=4)"
+    )
 
 
 # Introspection

@@ -311,10 +311,7 @@ class LiteAttention(nn.Module):
         return shape.heads // shape.kv_heads
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(enable_skipping={self._enabled}, threshold={self.threshold}, "
-            f"max_batch_size={self.max_batch_size})"
-        )
+        return f"{type(self).__name__}(policy={self.policy}, max_batch_size={self.max_batch_size})"
 
 
 def _show_log() -> None:
