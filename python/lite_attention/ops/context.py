@@ -76,8 +76,8 @@ class Scoped(Generic[T]):
         if chain is None or chain[0] is not value:
             innermost = "there is none" if chain is None else f"the innermost is that of {chain[0]!r}"
             raise RuntimeError(
-                f"{self._name}: left the block of {value!r} where {innermost}, expected blocks to be left in the thread "
-                "or task that entered them, the last one first"
+                f"{self._name}: left the block of {value!r} where {innermost}, expected blocks to be left in the "
+                "thread or task that entered them, the last one first"
             )
         self._context.variable.set(chain[1])
 
