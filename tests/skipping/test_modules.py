@@ -644,7 +644,7 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
 
 
-def test_only_passes_that_are_counted_cost_more_kernels() -> None:
+def test_layers_without_dense_steps_pay_nothing_for_their_count() -> None:
     def kernels(dense_steps: int, **arguments: Tensor) -> str:
         layer = LiteAttention(policy=SkipPolicy(dense_steps=dense_steps))
         inputs = passes(count=1)[0]
@@ -660,7 +660,7 @@ def test_only_passes_that_are_counted_cost_more_kernels() -> None:
         "select add scalar_tensor where copy_ copy_ fill_ fill_"
     )
     by_a_clock = kernels(0, start_full=torch.tensor(False))
-    assert kernels(2, start_full=torch.tensor(False)) == by_a_clock
+    assert kernels(2, start_full=torch.tensor(False)) == by_a_clock.replace("copy_", "select zero_ copy_")
 
 
 def test_the_first_dense_steps_compute_everything_and_drop_for_later() -> None:

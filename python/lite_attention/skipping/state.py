@@ -80,7 +80,7 @@ class SkipState(nn.Module):
     """Stamp of each branch's latest pass, negative after a reset, 0 before the first: int64 ``[MAX_BRANCHES]``."""
 
     passes: Tensor
-    """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 where none was counted (a clock does)."""
+    """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
     layout_version: int
     """Grows whenever a CUDA graph captured before is out of date: a buffer in use was replaced."""
@@ -166,9 +166,12 @@ class SkipState(nn.Module):
     def remember(self, recalled: Recalled, branch: int, next_keep: Tensor, start_full: Tensor | None) -> None:
         """Note the map of the branch's next pass; ``branch`` and ``start_full`` as :meth:`recall` had them."""
         _, follows, slot, live, stamp = recalled
-        if self._counts_passes and start_full is None:
+        if self._counts_passes:
             passes = self.passes[branch]
-            passes.copy_(torch.where(follows, passes + 1, 1))
+            if start_full is None:
+                passes.copy_(torch.where(follows, passes + 1, 1))
+            else:
+                passes.zero_()
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
@@ -353,7 +356,10 @@ class SkipState(nn.Module):
         ]
 
     def _counts_next(self, slot: MapSlot, branch: int, stamp: int) -> Tensor:
-        """Whether the branch's next pass will start from the slot's map: bool, 0-d."""
+        """Whether the branch's next pass will start from the slot's map: bool, 0-d.
+
+        After a pass with ``start_full``, the next is taken to be given one that is False.
+        """
         counts = _follows(slot, self.live[branch], stamp)
         if self._counts_passes:
             passes = self.passes[branch]
