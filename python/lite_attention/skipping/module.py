@@ -277,7 +277,8 @@ class LiteAttention(nn.Module):
     def set_keep_map(self, keep_map: Tensor, branch: int | None = None) -> None:
         """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
 
-        Later passes drop more of it, unless the threshold is -inf, which drops nothing.
+        Later passes drop more of it, unless the threshold is -inf, which drops nothing. Dense steps that the layer
+        counts itself end with it, until the next reset.
 
         Args:
             keep_map: bool ``[batch, heads, query_tiles, kv_tiles]``, True for a tile to compute; sizes of 1 broadcast.

@@ -323,6 +323,14 @@ class SkipState(nn.Module):
         self.live[branch].fill_(stamp)
         self.passes[branch].fill_(self.dense_steps)  # a map that was chosen is used
 
+    def map_words(self, branch: int, caller: str) -> Tensor:
+        """The packed map that the branch's latest pass left, in place, whether or not it counts.
+
+        Raises:
+            RuntimeError: the branch has not run yet.
+        """
+        return self._last_map(branch, caller)[0].words
+
     def last_shape(self, branch: int, caller: str) -> PassShape:
         """Of the branch's latest pass.
 
