@@ -36,7 +36,7 @@ from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
 from lite_attention.ops.modes import make_buffers_ordinary, ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.policy import SkipPolicy
-from lite_attention.skipping.shared_room import SharedRoom, running_model
+from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace, running_model
 from lite_attention.skipping.slots import MapSlot, Owner, PassShape, stamp_of
 
 __all__ = ["MAP_SLOTS", "Recalled", "SkipState", "share_room"]
@@ -142,7 +142,7 @@ class SkipState(nn.Module):
                     "on inputs of this shape and branch before torch.export"
                 )
             with _making_room, ordinary_tensors():
-                for state in self._states_without_room() if compiling else [self]:
+                for state in self._states_without_room(owner) if compiling else [self]:
                     state._make_room(owner)
             room = self._rooms[owner]
         return room
@@ -178,12 +178,14 @@ class SkipState(nn.Module):
 
     # Room
 
-    def _states_without_room(self) -> list[SkipState]:
+    def _states_without_room(self, owner: Owner) -> list[SkipState]:
         """The state and its sisters that have so far made the same room: what one compiled code can serve."""
         model = running_model(self)
         sisters = set() if model is None else set(_states_in(model))
         if self._shared_room is not None:
             sisters.update(self._shared_room.members)
+        elif sisters <= {self}:
+            note_lonely_trace(self, model, owner)
         rooms = [*self._rooms.items()]
         alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
         return [self, *(state for state in alike if state.device == self.device)]
