@@ -15,6 +15,7 @@ from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.branches import skip_branch
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.state import share_room
 
 __all__ = [
     "DistributedLiteAttention",
@@ -32,6 +33,7 @@ __all__ = [
     "pack_keep_map",
     "reference",
     "reorder_weights_for_duo_attn",
+    "share_room",
     "skip_attention",
     "skip_branch",
     "sliding_tile",

@@ -310,12 +310,43 @@ def _branches_after_balancing() -> None:
         if step == 1:
             assert moved.balance_heads().before > 0.05
             assert [split.layout_version for split in moved.states.splits] > versions, "graphs are out of date"
-    copied = copy.deepcopy(moved).to_empty(device="cpu")
+    copied = copy.deepcopy(moved)
+    versions = [split.layout_version for split in copied.states.splits]
+    copied.half()
+    assert [split.layout_version for split in copied.states.splits] == versions, "nothing has moved"
+    copied.to_empty(device="cpu")
+    assert [split.layout_version for split in copied.states.splits] > versions, "the order of heads has moved, too"
     assert torch.equal(copied(*local), as_it_came(*local, branch=7)), "a copy without state, its heads in their places"
 
 
 def test_balancing_moves_the_maps_of_every_branch() -> None:
     run_on_ranks(2, "cpu", _branches_after_balancing)
+
+
+def _dense_steps_after_balancing() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    policy = SkipPolicy(threshold=(-30.0, -25.0, -2.0, -1.0), dense_steps=3)
+    moved, as_it_came = (DistributedLiteAttention(mesh, policy=policy) for _ in range(2))
+    full = []
+    for step, inputs in enumerate(_passes(CASE, "cpu", 7)):
+        local = _shards(inputs, ranks)
+        for branch in (0, 2) if step < 4 else (0, 1, 2):  # branch 1 is in its dense steps when heads move
+            assert torch.equal(moved(*local, branch=branch), as_it_came(*local, branch=branch)), (step, branch)
+        full.append(float(as_it_came.skip_fraction(1)) == 0)
+        if step == 4:
+            for layer in (moved, as_it_came):
+                layer.reset_skip_state(2)
+            assert moved.balance_heads().before > 0.05
+            assert moved.head_order.changed
+            for split in moved.states.splits:
+                assert split.state.passes.tolist()[:3] == [5, 1, 5]
+                assert float(split.skip_fraction(2)) == 0
+    assert full[4:6] == [True, True]
+
+
+def test_balancing_leaves_dense_steps_and_resets_alone() -> None:
+    run_on_ranks(2, "cpu", _dense_steps_after_balancing)
 
 
 def _balanced_for_nothing() -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lite_attention import LiteAttention, skip_branch
 from lite_attention.ops.context import Scoped
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
+from support.inputs import report
 from support.passes import THRESHOLD, by_hand, kept, passes
 
 
@@ -171,3 +173,21 @@ def test_every_branch_can_be_current() -> None:
     for branch in range(MAX_BRANCHES):
         with skip_branch(branch):
             assert current() == branch
+
+
+def test_blocks_left_out_of_order_are_refused() -> None:
+    outer, inner = skip_branch(1), skip_branch(2)
+
+    def leave_outer() -> None:
+        outer.__exit__(None, None, None)
+
+    first = report({"in no block": leave_outer})
+    with outer, inner:
+        second = report({"in another": leave_outer})
+        assert current() == 2
+    assert_expected_inline(
+        f"{first}\n{second}",
+        """\
+in no block -> RuntimeError: lite_attention.skip_branch: left the block of 1 where there is none, expected blocks to be left in the thread or task that entered them, the last one first
+in another -> RuntimeError: lite_attention.skip_branch: left the block of 1 where the innermost is that of 2, expected blocks to be left in the thread or task that entered them, the last one first""",
+    )

@@ -146,3 +146,11 @@ no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at
 a timestep elsewhere -> ValueError: GenerationClock: timestep is on meta, expected cpu, the clock's device
 branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
     )
+
+
+def test_a_clock_copied_in_inference_mode_ticks_outside_of_it() -> None:
+    with torch.inference_mode():
+        clock = copy.deepcopy(GenerationClock())
+    clock.tick(torch.tensor(5.0))
+    clock.reset()
+    assert int(clock.step()) == -1

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, skip_branch
-from lite_attention.skipping.state import MAP_SLOTS, share_room
+from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, share_room, skip_branch
+from lite_attention.skipping.state import MAP_SLOTS
 from support.models import HEAD_DIM, HEADS, Model, noise, same_state
 
 
@@ -324,3 +325,52 @@ def test_layers_that_no_module_calls_share_room_when_told() -> None:
     twins[0].compile(fullgraph=True, backend=counter)
     twins[0](q, q, q)
     assert [len(layer.state.owners()) for layer in twins] == [1, 1, 1], "copies share with each other"
+
+
+class Block(nn.Module):
+    """Driven by a plain function, as in models written for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = LiteAttention(threshold=-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (HEADS, HEAD_DIM))
+        out: Tensor = self.attn(heads, heads, heads)
+        return out.flatten(-2)
+
+
+def run(blocks: list[Block], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def test_blocks_of_a_plain_function_are_warned_of_once_and_cured_by_sharing(caplog: pytest.LogCaptureFixture) -> None:
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "lite_attention"]
+
+    counter = CompileCounter()
+    blocks = [Block() for _ in range(12)]
+    for block in blocks:
+        block.compile(fullgraph=True, backend=counter)
+    run(blocks[:1], noise(0))
+    run(blocks[:1], noise(0, 700))
+    assert not warnings(), "a layer alone may be compiled for as many shapes as it meets"
+    run(blocks[:4], noise(0))
+    assert_expected_inline(
+        "\n".join(warnings()),
+        """Block is compiled again for another instance, as no module that is called holds both: each instance costs a compile, and beyond torch._dynamo.config.recompile_limit (8 by default) they raise or run uncompiled. If they are blocks of one model, call lite_attention.share_room(*blocks) first, and one compile serves all""",
+    )
+    assert counter.frame_count == 5, "without sharing, each layer costs a compile"
+    torch._dynamo.reset()
+    counter.clear()
+    caplog.clear()
+    blocks = [Block() for _ in range(12)]
+    share_room(*blocks)
+    for block in blocks:
+        block.compile(fullgraph=True, backend=counter)
+    run(blocks, noise(0))
+    assert counter.frame_count == 1
+    assert not warnings()

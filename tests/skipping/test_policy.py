@@ -41,6 +41,13 @@ def test_debug_permits_thresholds_above_zero(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LITE_ATTENTION_DEBUG", "1")
     assert SkipPolicy(threshold=1.5).threshold == 1.5
 
+    layer = LiteAttention(threshold=1.5)
+    monkeypatch.delenv("LITE_ATTENTION_DEBUG")
+    layer.enable_skip_optimization(False)
+    assert (layer.policy.threshold, layer.policy.enabled) == (1.5, False), "it was allowed when the layer was made"
+    layer.set_threshold(2.5)
+    assert layer.policy.threshold == 2.5
+
 
 def test_errors_name_the_caller_and_the_argument() -> None:
     policy = SkipPolicy()

@@ -175,6 +175,18 @@ def test_who_gives_start_full_decides_alone() -> None:
     assert state.passes.tolist() == [0] * MAX_BRANCHES
 
 
+@pytest.mark.parametrize("counted", range(4))
+def test_after_a_pass_with_start_full_the_next_map_is_the_one_it_left(counted: int) -> None:
+    state = SkipState(SkipPolicy(dense_steps=3))
+    for _ in range(counted):
+        one_pass(state, 0)
+    one_pass(state, 1, start_full=torch.tensor(True))
+    assert dropped(state.keep_map(0, "test")) == [1]
+    assert state.skipped_tiles(0).tolist() == pytest.approx([HEADS * 5, 6 * HEADS * 5])
+    assert one_pass(state, 2, start_full=torch.tensor(False)) == [1]
+    assert [one_pass(state, 3) for _ in range(4)] == [[], [], [], [3]], "who counts again counts from the start"
+
+
 def test_a_map_that_was_set_is_used_whatever_the_count() -> None:
     state = SkipState(SkipPolicy(dense_steps=5))
     one_pass(state, 0)

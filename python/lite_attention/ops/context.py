@@ -44,6 +44,7 @@ class Scoped(Generic[T]):
     """
 
     def __init__(self, name: str) -> None:
+        self._name = name
         self._context: _ContextValue = host.ContextValue(name)
         # The blocks that torch.compile is tracing through. Only its trace ever sees another value than None: whatever
         # is entered in a graph is left in it.
@@ -62,12 +63,23 @@ class Scoped(Generic[T]):
         else:
             self._context.variable.set((value, self._context.current))
 
-    def leave(self) -> None:
-        """End the innermost block."""
-        if self._traced is not None:
+    def leave(self, value: T) -> None:
+        """End the innermost block, which was begun with this value.
+
+        Raises:
+            RuntimeError: it was begun with another, or there is none in this thread or task.
+        """
+        if self._traced is not None:  # a trace leaves in order what it enters
             self._traced = self._traced[1]
-        else:
-            self._context.variable.set(self._context.current[1])
+            return
+        chain = self._context.current
+        if chain is None or chain[0] is not value:
+            innermost = "there is none" if chain is None else f"the innermost is that of {chain[0]!r}"
+            raise RuntimeError(
+                f"{self._name}: left the block of {value!r} where {innermost}, expected blocks to be left in the "
+                "thread or task that entered them, the last one first"
+            )
+        self._context.variable.set(chain[1])
 
     @contextmanager
     def having(self, value: T) -> Iterator[None]:
@@ -76,4 +88,4 @@ class Scoped(Generic[T]):
         try:
             yield
         finally:
-            self.leave()
+            self.leave(value)

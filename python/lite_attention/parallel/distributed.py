@@ -234,7 +234,7 @@ class DistributedLiteAttention(nn.Module):
     @property
     def policy(self) -> SkipPolicy:
         """What the layer is told about skipping, as it is now."""
-        return dataclasses.replace(self._policy, threshold=self._threshold, enabled=self._state(0, 0).skipping)
+        return self._policy.with_checked(threshold=self._threshold, enabled=self._state(0, 0).skipping)
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""
@@ -266,6 +266,8 @@ class DistributedLiteAttention(nn.Module):
 
     def set_keep_map(self, keep_map: Tensor, split_idx: int = 0, branch: int | None = None) -> None:
         """Choose the map of the branch's next pass, of this rank's heads and one split; the inverse of keep_map.
+
+        Ends the branch's dense steps, as :meth:`lite_attention.LiteAttention.set_keep_map` does.
 
         Raises:
             RuntimeError: the branch has not run yet.
@@ -319,8 +321,12 @@ class DistributedLiteAttention(nn.Module):
             for state in self.states.splits:
                 state.outdate_captured_graphs()  # type: ignore[operator]
         mine = positions[ulysses.rank * local_heads :][:local_heads]
-        for key, keep in maps.items():
-            self.set_keep_map(all_gather(keep, ulysses, 1)[:, mine], *key)
+        for split, branch in with_map:
+            # As they lie in the slots, whether they count or not: resets and the count of dense steps stay as they are.
+            words = [state.state.map_words(branch, "balance_heads") for state in self._states_of(split)]
+            moved = all_gather(torch.cat(words, 1), ulysses, 1)[:, mine]
+            for of_turn, new in zip(words, moved.split([old.shape[1] for old in words], 1), strict=True):
+                of_turn.copy_(new)
         self.set_threshold(self._threshold)
         return balance
 

@@ -82,7 +82,9 @@ class HeadOrder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadOrder:
         """As nn.Module's, but the order survives a move to memory that holds nothing (``to_empty``)."""
+        before = self._head_at
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._head_at is not None:
+        # Captured graphs read it where it is. Where it was moved, so were the states beside it, which outdates them.
+        if self._head_at is not None and self._head_at is not before:
             self._head_at = torch.tensor(self._heads, device=self._head_at.device)
         return self

@@ -38,7 +38,7 @@ class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _branch.leave()
+        _branch.leave(self.branch)
 
 
 def resolved_branch(branch: int | None, name: str) -> int:

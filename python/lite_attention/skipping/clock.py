@@ -8,12 +8,13 @@ same code runs eagerly, compiled, and in a CUDA graph, which sees a new generati
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lite_attention.ops.checks import checked_int
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.modes import make_buffers_ordinary, ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
 __all__ = ["GenerationClock"]
@@ -73,6 +74,10 @@ class GenerationClock(nn.Module):
             for name, buffer in self._fresh_buffers(self.start_full.device).items():
                 setattr(self, name, buffer)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        make_buffers_ordinary(self)
 
     def tick(self, timestep: Tensor, branch: int | None = None) -> None:
         """Note that a model call begins.

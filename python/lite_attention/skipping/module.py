@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import operator
 from collections.abc import Callable
@@ -204,7 +203,7 @@ class LiteAttention(nn.Module):
     @property
     def policy(self) -> SkipPolicy:
         """What the layer is told about skipping, as it is now."""
-        return dataclasses.replace(self._policy, threshold=self.threshold, enabled=self._enabled)
+        return self._policy.with_checked(threshold=self.threshold, enabled=self._enabled)
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, in powers of two: one number, or one per query head.
@@ -278,7 +277,8 @@ class LiteAttention(nn.Module):
     def set_keep_map(self, keep_map: Tensor, branch: int | None = None) -> None:
         """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
 
-        Later passes drop more of it, unless the threshold is -inf, which drops nothing.
+        Later passes drop more of it, unless the threshold is -inf, which drops nothing. Dense steps that the layer
+        counts itself end with it, until the next reset.
 
         Args:
             keep_map: bool ``[batch, heads, query_tiles, kv_tiles]``, True for a tile to compute; sizes of 1 broadcast.
@@ -312,10 +312,7 @@ class LiteAttention(nn.Module):
         return shape.heads // shape.kv_heads
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(enable_skipping={self._enabled}, threshold={self.threshold}, "
-            f"max_batch_size={self.max_batch_size})"
-        )
+        return f"{type(self).__name__}(policy={self.policy}, max_batch_size={self.max_batch_size})"
 
 
 def _show_log() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,13 @@ class SkipPolicy:
         if given:
             raise ValueError(f"{caller}: policy and {' and '.join(given)} are given, expected one or the other")
         return policy
+
+    def with_checked(self, **fields: Any) -> SkipPolicy:
+        """With other values in some fields, which were checked before: what a layer was allowed stays allowed."""
+        other = copy.copy(self)
+        for field, value in fields.items():
+            object.__setattr__(other, field, value)
+        return other
 
 
 # Loose arguments whose name is not that of the field they stand for.

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.modes import make_buffers_ordinary, ordinary_tensors
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.policy import SkipPolicy
-from lite_attention.skipping.shared_room import SharedRoom, running_model
+from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace, running_model
 from lite_attention.skipping.slots import MapSlot, Owner, PassShape, stamp_of
 
 __all__ = ["MAP_SLOTS", "Recalled", "SkipState", "share_room"]
@@ -80,7 +80,7 @@ class SkipState(nn.Module):
     """Stamp of each branch's latest pass, negative after a reset, 0 before the first: int64 ``[MAX_BRANCHES]``."""
 
     passes: Tensor
-    """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 where none was counted (a clock does)."""
+    """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
     layout_version: int
     """Grows whenever a CUDA graph captured before is out of date: a buffer in use was replaced."""
@@ -134,8 +134,6 @@ class SkipState(nn.Module):
         owner = (branch, shape)
         if self._verbose:
             self._log_change(branch, shape)
-        if self.live.is_inference() and not torch.is_inference_mode_enabled():
-            self.start_over(self.device)  # a copy made in inference mode: it could not be written here
         room = self._rooms.get(owner)
         if room is None:
             if torch.compiler.is_exporting():
@@ -144,7 +142,7 @@ class SkipState(nn.Module):
                     "on inputs of this shape and branch before torch.export"
                 )
             with _making_room, ordinary_tensors():
-                for state in self._states_without_room() if compiling else [self]:
+                for state in self._states_without_room(owner) if compiling else [self]:
                     state._make_room(owner)
             room = self._rooms[owner]
         return room
@@ -168,21 +166,26 @@ class SkipState(nn.Module):
     def remember(self, recalled: Recalled, branch: int, next_keep: Tensor, start_full: Tensor | None) -> None:
         """Note the map of the branch's next pass; ``branch`` and ``start_full`` as :meth:`recall` had them."""
         _, follows, slot, live, stamp = recalled
-        if self._counts_passes and start_full is None:
+        if self._counts_passes:
             passes = self.passes[branch]
-            passes.copy_(torch.where(follows, passes + 1, 1))
+            if start_full is None:
+                passes.copy_(torch.where(follows, passes + 1, 1))
+            else:
+                passes.zero_()
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
 
     # Room
 
-    def _states_without_room(self) -> list[SkipState]:
+    def _states_without_room(self, owner: Owner) -> list[SkipState]:
         """The state and its sisters that have so far made the same room: what one compiled code can serve."""
         model = running_model(self)
         sisters = set() if model is None else set(_states_in(model))
         if self._shared_room is not None:
             sisters.update(self._shared_room.members)
+        elif sisters <= {self}:
+            note_lonely_trace(self, model, owner)
         rooms = [*self._rooms.items()]
         alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
         return [self, *(state for state in alike if state.device == self.device)]
@@ -273,6 +276,7 @@ class SkipState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        make_buffers_ordinary(self)
         if self._shared_room is not None:
             self._shared_room.members.add(self)
 
@@ -321,6 +325,14 @@ class SkipState(nn.Module):
         self.live[branch].fill_(stamp)
         self.passes[branch].fill_(self.dense_steps)  # a map that was chosen is used
 
+    def map_words(self, branch: int, caller: str) -> Tensor:
+        """The packed map that the branch's latest pass left, in place, whether or not it counts.
+
+        Raises:
+            RuntimeError: the branch has not run yet.
+        """
+        return self._last_map(branch, caller)[0].words
+
     def last_shape(self, branch: int, caller: str) -> PassShape:
         """Of the branch's latest pass.
 
@@ -354,7 +366,10 @@ class SkipState(nn.Module):
         ]
 
     def _counts_next(self, slot: MapSlot, branch: int, stamp: int) -> Tensor:
-        """Whether the branch's next pass will start from the slot's map: bool, 0-d."""
+        """Whether the branch's next pass will start from the slot's map: bool, 0-d.
+
+        After a pass with ``start_full``, the next is taken to be given one that is False.
+        """
         counts = _follows(slot, self.live[branch], stamp)
         if self._counts_passes:
             passes = self.passes[branch]
