@@ -22,6 +22,7 @@ def report() -> dict[str, Any]:
     return {
         "lite_attention": __version__,
         "revision": host.GIT_REVISION,
+        "kernel hash": host.KERNEL_HASH,
         "torch": torch.__version__,
         "torch at build": host.TORCH_BUILD_VERSION,
         "cuda of torch": torch.version.cuda or "none",
