@@ -10,7 +10,7 @@ from lite_attention.integrations.comfyui import LiteAttentionOverride
 from lite_attention.integrations.diffusers import enable_lite_attention
 from lite_attention.integrations.sdpa import LiteSDPA
 from lite_attention.layers import LocalAttention
-from lite_attention.skipping.clock import GenerationClock
+from lite_attention.skipping.dense_steps import GenerationClock
 from support.video_models import CASES, make_transformer
 
 POLICY = SkipPolicy(threshold=(-4.0, -5.0), dense_steps=3)

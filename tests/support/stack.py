@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention import LiteAttention
-from lite_attention.skipping.clock import GenerationClock
+from lite_attention.skipping.dense_steps import GenerationClock
 from support.inputs import GPU
 
 HEADS, HEAD_DIM, LENGTH = 4, 64, 1000

@@ -22,7 +22,7 @@ from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.clock import GenerationClock
+from lite_attention.skipping.dense_steps import GenerationClock
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 

@@ -25,7 +25,7 @@ class SkipPolicy:
         threshold: in powers of two, at most 0. -10 drops what is below a thousandth of the row's best so far; lower
             drops less, -inf nothing, 0 keeps only what raises a row's maximum. One number, or one for each query head.
         dense_steps: so many passes from the start of a generation compute every tile; the first always does. A layer
-            counts the passes of each branch since its last reset, unless a clock tells it (``start_full``).
+            counts the passes of each branch since its last reset, unless a clock (``dense_steps.py``) tells it.
         enabled: False runs the dense operator and keeps no state.
 
     Raises:

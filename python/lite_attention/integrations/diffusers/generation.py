@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lite_attention.maps.ranges import parse_ranges
 from lite_attention.ops.modes import ordinary_tensors
-from lite_attention.skipping.clock import GenerationClock
+from lite_attention.skipping.dense_steps import GenerationClock
 
 __all__ = ["MAX_MUST_DO_RANGES", "Generation", "checked_pairs"]
 

@@ -1,4 +1,4 @@
-"""Where in a generation a model call is, told from its timestep alone and on the device alone.
+"""Which steps of a generation are dense: where in it a model call is, told from its timestep and on the device alone.
 
 A generation denoises one video: its timesteps go one way, down or up. A turn therefore starts the next generation,
 which must not use the skip state of the last. Nothing here waits for the device or changes a Python value, so that the

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lite_attention import skip_branch
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.clock import GenerationClock
+from lite_attention.skipping.dense_steps import GenerationClock
 from support.inputs import report
 
 
