@@ -5,15 +5,18 @@
     compute-sanitizer --tool initcheck --check-api-memory-access no --error-exitcode 1 python tests/gpu/sanitize_sm90.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_sm90.py
 
-Inputs are made, and results judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches
+benchmarks/verify_gpu.py runs all four side by side, each in several processes (--share). Inputs are made, and results judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches
 or leaves the GPU is copied, so that the tools see which memory is initialised. Each tensor is an allocation of its own,
 so that they see its bounds. initcheck does not see what the copy engine stores, so it would object to copying a result
 to the host: it is told to look at kernels only.
 """
 
+import argparse
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,18 +152,31 @@ def check_merge(dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
 
 
-def main() -> int:
-    count = 0
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every launch with its name."""
     for launch in launches():
-        print(launch, flush=True)
-        check_launch(launch)
-        count += 1
+        yield str(launch), partial(check_launch, launch)
     for dtype in (*GPU_DTYPES, torch.float32):
-        print(f"merge {dtype}", flush=True)
-        check_merge(dtype)
-        print(f"top_k_map {dtype}", flush=True)
-        check_top_k_map(dtype)
-        count += 2
+        yield f"merge {dtype}", partial(check_merge, dtype)
+        yield f"top_k_map {dtype}", partial(check_top_k_map, dtype)
+
+
+def share(text: str) -> tuple[int, int]:
+    index, of = map(int, text.split("/"))
+    if not 0 <= index < of:
+        raise argparse.ArgumentTypeError(f"{text} is no share: expected I/N with I from 0 to N - 1")
+    return index, of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth launch, from the Ith on")
+    index, of = parser.parse_args().share
+    count = 0
+    for name, check in itertools.islice(checks(), index, None, of):
+        print(name, flush=True)
+        check()
+        count += 1
     print(f"{count} launches, all values right")
     return 0
 
