@@ -41,7 +41,8 @@ import torch
 
 from gpu_verified import PARTS, RECORD, Part, RecordError, merged, read_parts
 from jobs import Ended, run_jobs
-from provenance import facts_of_run, kernel_hash
+from lite_attention.info import facts_of_run
+from provenance import kernel_hash
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -280,7 +281,7 @@ RUN = {"suite": suite, "fuzz": fuzz, "sanitize": sanitize}
 
 def start(options: argparse.Namespace, name: str) -> Run:
     """A part's record with the facts that all parts hold. Refuses kernels other than those of these sources."""
-    facts = facts_of_run(f"python benchmarks/verify_gpu.py --only {name}")
+    facts = facts_of_run(f"python benchmarks/verify_gpu.py --only {name}", on_gpu=not options.rehearse)
     sources = kernel_hash()
     if facts["kernel_hash"] != sources:
         raise SystemExit(

@@ -263,3 +263,12 @@ def test_unknown_cpu_variant_names_the_choices() -> None:
 def test_a_second_import_after_a_failure_tells_the_same_story(copied_package: Path) -> None:
     first = "try:\n    import lite_attention\nexcept ImportError:\n    pass"
     assert import_error(copied_package, before=first) == import_error(copied_package)
+
+
+def test_the_facts_of_a_run_are_those_of_the_library_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "KERNEL_HASH", "0123456789ab")
+    monkeypatch.setattr(host, "GIT_REVISION", "ba9876543210-dirty")
+    facts = info.facts_of_run("python some.py", on_gpu=False)
+    assert (facts["command"], facts["kernel_hash"]) == ("python some.py", "0123456789ab")
+    assert facts["revision"] == facts["environment"]["revision"] == "ba9876543210-dirty"
+    assert (facts["gpu"], facts["driver"], facts["torch"]) == (None, None, torch.__version__)
