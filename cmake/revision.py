@@ -1,11 +1,12 @@
 """Which sources a build is made of: git's revision, and a hash of what decides the machine code of the kernels.
 
-    python cmake/revision.py HEADER   run by every build, not once when it is configured; touches HEADER when it changes
+    python cmake/revision.py FOLDER   writes revision.h and kernel_hash.h, at every build and not when it is configured
     python cmake/revision.py          prints both
 
 The hash covers the names and the contents of all sources in cpp/ (.h, .cpp, .cuh, .cu, .in) and of
 cmake/KernelInstances.cmake, which lists and configures what nvcc compiles. It does not cover Python files, docs and
-tests, nor the compilers and CUTLASS, whose versions `python -m lite_attention.info` prints beside it.
+tests, the flags of the CPU kernels (CMakeLists.txt), nor compilers, architecture and CUTLASS, which
+`python -m lite_attention.info` prints beside it.
 """
 
 import hashlib
@@ -59,23 +60,19 @@ def git_revision(root: Path = ROOT) -> str:
     return f"{revision}-dirty" if untracked and not revision.endswith("-dirty") else revision
 
 
-def header(root: Path = ROOT) -> str:
-    """Both as the compiled part includes them."""
-    return (
-        f'#define LITE_ATTENTION_GIT_REVISION "{git_revision(root)}"\n'
-        f'#define LITE_ATTENTION_KERNEL_HASH "{kernel_hash(root)}"\n'
-    )
-
-
 def main() -> None:
     """Entry point of the script."""
     if len(sys.argv) == 1:
         print(f"revision     {git_revision()}\nkernel hash  {kernel_hash()}")
         return
-    path, text = Path(sys.argv[1]), header()
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two, so that a commit rebuilds what tells the revision alone; each touched only when it changes.
+    for name, value in (("GIT_REVISION", git_revision()), ("KERNEL_HASH", kernel_hash())):
+        path = folder / f"{name.removeprefix('GIT_').lower()}.h"
+        text = f'#define LITE_ATTENTION_{name} "{value}"\n'
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,21 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
 
 
 @pytest.mark.slow
+def test_a_library_of_other_kernels_says_so(copied_package: Path) -> None:
+    copy_compiled_part(copied_package)
+    library = copied_package / "_ops.so"
+    library.write_bytes(library.read_bytes().replace(host.KERNEL_HASH.encode(), 12 * b"0"))
+    assert_expected_inline(
+        import_error(copied_package).replace(host.KERNEL_HASH, "HASH"),
+        """\
+lite_attention cannot start: its operator library _ops.so was built from the kernels 000000000000, expected HASH, those that lite_attention._host tells
+Likely causes:
+  * compiled files of two builds lie beside one another
+Reinstall it from its source folder, in the environment you run: `pip install .`""",
+    )
+
+
+@pytest.mark.slow
 def test_a_library_from_before_interfaces_were_told_says_so(copied_package: Path) -> None:
     copy_compiled_part(copied_package)
     library = copied_package / "_ops.so"
@@ -160,6 +175,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
 def test_import_with_a_damaged_cuda_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
         f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
+        f"KERNEL_HASH = {host.KERNEL_HASH!r}\n"
         "selected_cpu_variant = lambda: 'any'\n"
     )
     shutil.copy(Path(host.__file__ or "").with_name("_ops.so"), copied_package)
