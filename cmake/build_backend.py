@@ -11,8 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from scikit_build_core import build as _scikit_build_core
 from scikit_build_core.build import (
@@ -39,12 +37,12 @@ OLDEST_TORCH = (2, 10)
 HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip hides an environment from what it runs
 
 
-def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: dict[str, str | list[str]] | None = None) -> list[str]:
     """scikit-build-core's requirements, and torch and pip where they are missing."""
     return [*_scikit_build_core.get_requires_for_build_wheel(config_settings), *missing()]
 
 
-def get_requires_for_build_editable(config_settings: Mapping[str, Any] | None = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: dict[str, str | list[str]] | None = None) -> list[str]:
     """As for a wheel."""
     return [*_scikit_build_core.get_requires_for_build_editable(config_settings), *missing()]
 
