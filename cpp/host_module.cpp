@@ -68,6 +68,7 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   module.attr("KERNEL_HASH") = lite_attention_kernel_hash();
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;
   module.attr("TORCH_BUILD_VERSION") = LITE_ATTENTION_TORCH_VERSION;
+  module.attr("WHY_NO_CUDA") = LITE_ATTENTION_WHY_NO_CUDA;  // the end of a sentence; empty in a build with CUDA kernels
   // Empty in a build without CUDA kernels.
   module.attr("CUDA_ARCHITECTURES") = LITE_ATTENTION_CUDA_ARCHITECTURES;
   module.attr("CUDA_VERSION") = LITE_ATTENTION_CUDA_VERSION;

@@ -100,7 +100,8 @@ def _told_by(library: Path, symbol: str) -> str | None:
 def _load_cuda_operators(host: ModuleType) -> str:
     """Why there are no CUDA kernels, or nothing if they are loaded."""
     if not host.CUDA_ARCHITECTURES:
-        return "this build holds no CUDA kernels"
+        why = f", as {host.WHY_NO_CUDA}" if torch.version.cuda else ""  # nobody misses them where torch has no CUDA
+        return f"this build holds no CUDA kernels{why}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     _load_operators(host, "_cuda_ops.so")
