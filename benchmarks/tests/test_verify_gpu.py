@@ -255,6 +255,35 @@ def test_a_part_that_is_cut_short_is_not_complete(tmp_path: Path, monkeypatch: p
     assert (part["complete"], part["passed"], part["cases"]) == (False, False, 0)
 
 
+SANITIZER = """#!/bin/sh
+[ "$1" = --version ] && echo "NVIDIA (R) Compute Sanitizer\nVersion 2025.3.1.0 (build 1)" && exit 0
+[ "$2" = "$BROKEN" ] && echo "========= ERROR SUMMARY: 2 errors" && exit 86
+echo "20 launches, all values right"
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("broken", ["", "racecheck"])
+def test_each_sanitizer_is_recorded_and_one_that_finds_something_fails(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("BROKEN", broken)
+    arguments = ["--only", "sanitize", "--out", str(tmp_path), "--sanitizer", str(program), "--sanitize-workers", "2"]
+    assert verify_gpu.main(arguments) == int(bool(broken))
+    part = json.loads((tmp_path / "sanitize.json").read_text())
+    assert part["tools"] == {"compute-sanitizer": "2025.3.1.0"}
+    assert part["passed"] == (not broken)
+    assert {tool: found["clean"] for tool, found in part["sanitizers"].items()} == {
+        tool: tool != broken for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+    }
+    assert part["sanitizers"]["memcheck"]["launches"] == 40
+    assert set(part["sanitizers"]["racecheck"]["exit_statuses"]) == {86 if broken else 0}
+
+
 @pytest.mark.usefixtures("on_hopper")
 def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_gpu, "kernel_hash", lambda: "aaaaaaaaaaaa")

@@ -137,19 +137,28 @@ def masks_of(case: Case, tile_n: int | None) -> dict[str, Any]:
     }
 
 
+# One row of each of the kernel's builds for it, see kKeysPerLane in cpp/kernels/sm90/top_k_map.cu, and two short ones.
+TOP_K = ((1, 1), (77, 9), (512, 60), (700, 70), (1000, 100), (1440, 144), (2000, 3), (4000, 400), (5000, 1))
+# Head dims of what is merged, and by how much longer rows lie in memory: whole pieces of 16 bytes, and single elements.
+MERGED = ((40, 0), (40, 2), (37, 0))
+
+
 def check_top_k_map(dtype: torch.dtype) -> None:
-    for columns, count in ((1, 1), (77, 9), (1440, 144), (5000, 1)):
+    for columns, count in TOP_K:
         scores = torch.randn(2, 3, 5, columns).to(dtype).round(decimals=1)
         assert torch.equal(top_k_map(scores.to(GPU), count).cpu(), reference.top_k_map(scores, count))
 
 
 def check_merge(dtype: torch.dtype) -> None:
-    outs, lses = list(torch.randn(3, 2, 130, 3, 40).to(dtype)), list(torch.randn(3, 2, 3, 130))
-    out, lse = (x.cpu() for x in merge_attention([x.to(GPU) for x in outs], [x.to(GPU) for x in lses]))
-    exact_out, exact_lse = reference.merge_attention(outs, lses)
-    atol = torch.finfo(dtype).eps * float(exact_out.abs().max())
-    torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=atol + 1e-6)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+    for head_dim, longer in MERGED:
+        parts = [torch.randn(2, 130, 3, head_dim + longer).to(dtype) for _ in range(3)]
+        outs, lses = [part[..., :head_dim] for part in parts], list(torch.randn(3, 2, 3, 130))
+        results = merge_attention([part.to(GPU)[..., :head_dim] for part in parts], [x.to(GPU) for x in lses])
+        out, lse = (x.cpu() for x in results)
+        exact_out, exact_lse = reference.merge_attention(outs, lses)
+        atol = torch.finfo(dtype).eps * float(exact_out.abs().max())
+        torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=atol + 1e-6)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
 
 
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
