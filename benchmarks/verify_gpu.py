@@ -273,8 +273,8 @@ def sanitize(run: Run) -> None:
             if not (told_by[name]["clean"] and ended[name].status == 0):
                 print(f"[{name}]", *ended[name].lines[-12:], sep="\n")
     same = len({result["launches"] for result in results.values()}) == 1  # the tools watch the same ones
-    complete = same and all(end.status is not None for end in ended.values())
-    run.write(complete, all(results[tool]["clean"] for tool in SANITIZERS), sanitizers=results)
+    complete = all(end.status is not None for end in ended.values())
+    run.write(complete, same and all(results[tool]["clean"] for tool in SANITIZERS), sanitizers=results)
 
 
 RUN = {"suite": suite, "fuzz": fuzz, "sanitize": sanitize}

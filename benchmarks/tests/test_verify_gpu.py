@@ -276,7 +276,7 @@ def test_each_sanitizer_is_recorded_and_one_that_finds_something_fails(
     assert verify_gpu.main(arguments) == int(bool(broken))
     part = json.loads((tmp_path / "sanitize.json").read_text())
     assert part["tools"] == {"compute-sanitizer": "2025.3.1.0"}
-    assert part["passed"] == (not broken)
+    assert (part["complete"], part["passed"]) == (True, not broken)
     assert {tool: found["clean"] for tool, found in part["sanitizers"].items()} == {
         tool: tool != broken for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     }
