@@ -46,6 +46,7 @@ class OwnState(nn.Module):
     def device(self) -> torch.device | None:
         """Where the buffers are; None where there are none yet."""
 
+    @torch.compiler.disable
     def start_over(self, device: torch.device) -> None:
         """Fresh buffers on a device; where one of them cannot be allocated, nothing changes."""
         with real_tensors():
