@@ -227,7 +227,7 @@ def test_first_steps_are_complete() -> None:
 
 def test_several_calls_a_step_are_one_step() -> None:
     transformer = make_transformer(WAN)
-    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=2)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=2, guidance="batched")
     for timestep in (900.0, 700.0, 700.0, 500.0, 500.0):
         run(transformer, WAN, make_latents(WAN), timestep)
     fractions = handle.skip_fraction()

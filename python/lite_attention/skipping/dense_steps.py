@@ -33,6 +33,11 @@ class GenerationClock(nn.Module):
     timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
     :meth:`reset`.
 
+    A caller that cannot know whether calls with one timestep follow each other (a scheduler of higher order) or belong
+    to two streams that would share a map (guidance branches that nobody names) says that they are ``watched``. From the
+    first repeated timestep to the end of the generation every call then starts from the full map, which is right for
+    both.
+
     Args:
         dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
             is always one of them.
@@ -44,10 +49,15 @@ class GenerationClock(nn.Module):
     start_full: Tensor
     """Whether layers start from the full map in this call: bool, 0-d, written by :meth:`tick`."""
 
+    mixed_calls: Tensor
+    """Watched calls so far that repeated the timestep of the call before: int64, 0-d."""
+
     _steps: Tensor
     _timesteps: Tensor
     _directions: Tensor
     _dense_steps: Tensor
+    _watched: Tensor
+    _mixed: Tensor
 
     def __init__(self, dense_steps: int = 0) -> None:
         super().__init__()
@@ -64,6 +74,9 @@ class GenerationClock(nn.Module):
                 "_timesteps": zeros,
                 "_directions": zeros.clone(),
                 "_dense_steps": torch.tensor(self._dense_steps_value, device=device),
+                "_watched": zeros.clone(),
+                "_mixed": zeros.clone(),
+                "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
             }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerationClock:
@@ -79,13 +92,14 @@ class GenerationClock(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         make_buffers_ordinary(self)
 
-    def tick(self, timestep: Tensor, branch: int | None = None) -> None:
+    def tick(self, timestep: Tensor, branch: int | None = None, watched: bool = False) -> None:
         """Note that a model call begins.
 
         Args:
             timestep: of this call, any shape and numeric dtype, on the clock's device. Of several (one for each batch
                 entry, frame or token) the largest counts. May be a sigma.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
+            watched: whether the call may be of another stream than the branch's call before.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -106,7 +120,12 @@ class GenerationClock(nn.Module):
         is_new = (step == NO_STEP) | (change * direction < 0)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
-        self.start_full.copy_(new_step < self._dense_steps.clamp(min=1))
+        repeats = ~is_new & (change == 0) & ((self._watched[branch] != 0) | watched)
+        mixed = torch.where(is_new, 0, self._mixed[branch] + repeats)
+        self.start_full.copy_((new_step < self._dense_steps.clamp(min=1)) | (mixed > 0))
+        self.mixed_calls.add_(repeats)
+        self._mixed[branch].copy_(mixed)
+        self._watched[branch].fill_(watched)
         step.copy_(new_step)
         direction.copy_(new_direction)
         self._timesteps[branch].copy_(now)

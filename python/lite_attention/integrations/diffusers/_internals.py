@@ -23,6 +23,7 @@ hook.module_forward_metadata                   diffusers 0.36 - 0.42  look_signa
 metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signatures_up
 module._old_forward                            accelerate 0.31 - 1.15 forward_slot
 compiled._orig_mod                             torch 2.10 - 2.13      uncompiled
+_dynamo.trace_rules.is_callable_allowed        torch 2.10 - 2.13      is_opaque_to_compile
 =============================================  =====================  ===========================================
 
 What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
@@ -155,3 +156,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile was given, or the module itself."""
     original = getattr(module, "_orig_mod", module)
     return original if isinstance(original, nn.Module) else module
+
+
+def is_opaque_to_compile(model_class: type) -> bool:
+    """Whether torch.compile sees a class as one operator (``allow_in_graph``), whose methods it cannot look up.
+
+    Diffusers marks classes so that are meant to run in a graph, LTX-Video's transformer among them.
+    """
+    from torch._dynamo import trace_rules
+
+    return bool(trace_rules.is_callable_allowed(model_class))

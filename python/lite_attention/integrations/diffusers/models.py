@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["VideoModel", "chosen_layers", "layers_matching", "register_video_model", "video_model"]
+__all__ = [
+    "VideoModel",
+    "check_threshold_count",
+    "chosen_layers",
+    "layers_matching",
+    "register_video_model",
+    "video_model",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,10 @@ def chosen_layers(transformer: nn.Module, model: VideoModel, layers: Sequence[in
         )
     if layers is None:
         return found
+    if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
+        raise TypeError(
+            f"enable_lite_attention: layers has type {type(layers).__name__}, expected a list of ints, or None for all"
+        )
     names = list(found)
     for index, layer in enumerate(layers):
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -111,3 +122,14 @@ def chosen_layers(transformer: nn.Module, model: VideoModel, layers: Sequence[in
     if not chosen:
         raise ValueError("enable_lite_attention: layers is empty, expected at least one layer, or None for all")
     return {name: module for name, module in found.items() if name in chosen}
+
+
+def check_threshold_count(caller: str, threshold: float | tuple[float, ...], layers: dict[str, Any]) -> None:
+    """Refuse a threshold for each head where it is not one for each head of every layer."""
+    for name, layer in layers.items():
+        heads = getattr(layer, "heads", None)  # diffusers' own have it
+        if isinstance(threshold, tuple) and isinstance(heads, int) and len(threshold) != heads:
+            raise ValueError(
+                f"{caller}: threshold has {len(threshold)} values, expected {heads}, one per head of {name}, or one "
+                "number for all"
+            )

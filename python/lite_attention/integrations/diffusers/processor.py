@@ -53,7 +53,11 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         generation: what the layers of the transformer share.
         attention: of this layer, from :func:`layer_attention`.
         has_all_tokens: whether this rank's tokens are all there are, so that masks can be read.
+        check_forward: raises, with the name, where the transformer's forward does not tell the time any more.
     """
+
+    stands_for: type
+    """The class of the layer's own processor."""
 
     generation: Generation
     _history: Tensor
@@ -66,6 +70,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         generation: Generation,
         attention: LiteAttention | DistributedLiteAttention,
         has_all_tokens: bool,
+        check_forward: Callable[[str], None],
     ) -> None:
         super().__init__()
         self.name = name
@@ -77,6 +82,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         vars(self)["generation"] = generation
         self.attention = attention
         self._masks_fit = model.prefix_mask and has_all_tokens
+        self._check_forward = check_forward
         with ordinary_tensors():
             history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
             self.register_buffer("_history", history, persistent=False)
@@ -90,6 +96,8 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
                 f"{self.name}: context parallelism was enabled after LiteAttention, expected before it. Call disable() "
                 "on the handle, then enable_lite_attention again"
             )
+        if not self.generation.call.is_running:
+            self._check_forward(self.name)
         calls: list[int] = []
         handler = functools.partial(self._attention, 0, calls)
         if self.model.text != "none" and encoder_hidden_states is not None:
@@ -134,7 +142,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
                 )
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
         must_do, must_do_queries = self._must_do(tokens, text_len)
-        fraction = torch.zeros((), device=query.device)
+        fraction = torch.zeros((), dtype=torch.float32, device=query.device)
         out: Tensor = self.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -175,11 +183,14 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where not recorded."""
         steps = int(self.generation.clock.step(branch)) + 1
         row = self._history[branch, : max(0, min(steps, RECORDED_STEPS))].cpu()
-        return torch.where(row == NOT_RECORDED, torch.nan, row / FRACTION_UNIT)
+        return torch.where(row == NOT_RECORDED, torch.nan, row.float() / FRACTION_UNIT)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty_processor, (self.stands_for,), self.__dict__.copy()
 
 
 @functools.cache
-def processor_class(original: Any) -> type[LiteAttentionProcessor]:
+def processor_class(original: type) -> type[LiteAttentionProcessor]:
     """The class of processors that stand in for those of class ``original``.
 
     Its call tells the signature of the original's: diffusers' attention modules leave out arguments that the signature
@@ -198,4 +209,11 @@ def processor_class(original: Any) -> type[LiteAttentionProcessor]:
     ) -> Any:
         return self.attend(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
-    return type(f"Lite{original.__name__}", (LiteAttentionProcessor,), {"__call__": call})
+    names = {"__call__": call, "stands_for": original, "__module__": __name__}
+    return type(f"Lite{original.__name__}", (LiteAttentionProcessor,), names)
+
+
+def _empty_processor(original: type) -> LiteAttentionProcessor:
+    """What a pickle of a processor begins with: it finds the class, which no module holds, by the original's."""
+    made_for = processor_class(original)
+    return made_for.__new__(made_for)
