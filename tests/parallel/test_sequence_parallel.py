@@ -60,7 +60,10 @@ def _same_as_one_process(
     shared = DistributedLiteAttention(mesh, threshold=THRESHOLD, head_chunks=head_chunks)
     alone = LiteAttention(threshold=THRESHOLD)
     for step, inputs in enumerate(_passes(case, device)):
-        given = {**options, "branch": step % 2, "start_full": torch.tensor(step == 3, device=device)}
+        # Told in one of two ways that branch 1 begins anew.
+        start = {"start_full": step == 3} if head_chunks == 1 else {"generation": step // 3}
+        told = {name: torch.tensor(value, device=device) for name, value in start.items()}
+        given = {**options, "branch": step % 2, **told}
         out, lse = shared(
             *_shards(inputs, ranks), 0.9 * case.scale, return_softmax_lse=True, seq_len=case.query_len, **given
         )

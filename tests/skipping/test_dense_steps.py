@@ -73,6 +73,30 @@ def test_a_reset_starts_a_generation_where_timesteps_do_not_tell() -> None:
     assert steps_of(clock, [500.0, 400.0]) == [0, 1]
 
 
+def test_each_generation_of_each_clock_has_a_number_of_its_own() -> None:
+    numbers = set()
+    for clock in (GenerationClock(), GenerationClock()):
+        for timesteps in ([9.0, 7.0, 7.0], [9.0, 8.0], [5.0, 4.0]):
+            of_generation = set()
+            for timestep in timesteps:
+                clock.tick(torch.tensor(timestep))
+                of_generation.add(int(clock.generation))
+            assert len(of_generation) == 1
+            numbers |= of_generation
+            if timesteps[0] == 9.0 and len(timesteps) == 2:
+                clock.reset()  # 5 after 8 would be the same one
+    assert len(numbers) == 6
+
+
+def test_branches_count_their_own_generations() -> None:
+    clock, numbers = GenerationClock(), []
+    for timestep, branch in ((9.0, 0), (9.0, 1), (7.0, 0), (7.0, 1), (9.0, 0), (5.0, 1)):
+        clock.tick(torch.tensor(timestep), branch)
+        numbers.append(int(clock.generation))
+    first = numbers[0]
+    assert [number - first for number in numbers] == [0, 0, 0, 0, 1, 0]
+
+
 def test_branches_have_their_own_time() -> None:
     clock = GenerationClock()
     clock.tick(torch.tensor(900.0))
@@ -116,6 +140,7 @@ def test_one_graph_for_all_steps_and_generations() -> None:
         eager.tick(torch.tensor([timestep]))
         assert int(clock.step()) == int(eager.step())
         assert bool(clock.start_full) == bool(eager.start_full)
+        assert int(clock.generation) == int(eager.generation)
     assert counter.frame_count == 1
 
 

@@ -101,6 +101,7 @@ class DistributedLiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One attention pass; a collective call.
@@ -112,7 +113,7 @@ class DistributedLiteAttention(nn.Module):
             seq_len: tokens of the whole sequence; those at and past it pad the last shards. None: no padding.
             must_do_list, must_skip_list, must_do_queries, kv_lens: as for LiteAttention, in tokens of the whole
                 sequence and the same on every rank.
-            scale, return_softmax_lse, branch, start_full: as for LiteAttention.
+            scale, return_softmax_lse, branch, start_full, generation: as for LiteAttention.
             skip_fraction_out: as for LiteAttention; receives the share of the tiles that this rank skips.
 
         Returns:
@@ -139,6 +140,7 @@ class DistributedLiteAttention(nn.Module):
             kv_lens,
             branch,
             start_full,
+            generation,
         )
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else _SkippedShare()

@@ -65,6 +65,7 @@ class SeqParallelLiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass over one split of the keys.
@@ -87,6 +88,7 @@ class SeqParallelLiteAttention(nn.Module):
             branch=branch,
             must_do_queries=must_do_queries,
             start_full=start_full,
+            generation=generation,
             skip_fraction_out=skip_fraction_out,
         )
         return result

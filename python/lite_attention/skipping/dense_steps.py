@@ -7,6 +7,7 @@ same code runs eagerly, compiled, and in a CUDA graph, which sees a new generati
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ __all__ = ["GenerationClock"]
 # and integers survive what nn.Module.to does to floating-point buffers.
 TICKS_PER_UNIT = 2**20
 NO_STEP = -1
+
+# Each clock counts its generations from a number of its own, so that two clocks never tell a layer the same one.
+GENERATIONS_PER_CLOCK = 2**32
+_clocks = itertools.count(1)
 
 
 class GenerationClock(nn.Module):
@@ -49,10 +54,14 @@ class GenerationClock(nn.Module):
     start_full: Tensor
     """Whether layers start from the full map in this call: bool, 0-d, written by :meth:`tick`."""
 
+    generation: Tensor
+    """Number of this call's generation, for layers to compare: int64, 0-d, written by :meth:`tick`."""
+
     mixed_calls: Tensor
     """Watched calls so far that repeated the timestep of the call before: int64, 0-d."""
 
     _steps: Tensor
+    _generations: Tensor
     _timesteps: Tensor
     _directions: Tensor
     _dense_steps: Tensor
@@ -67,10 +76,13 @@ class GenerationClock(nn.Module):
 
     def _fresh_buffers(self, device: torch.device | None) -> dict[str, Tensor]:
         with ordinary_tensors():
+            first = next(_clocks) * GENERATIONS_PER_CLOCK
             zeros = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
             return {
                 "start_full": torch.ones((), dtype=torch.bool, device=device),
+                "generation": torch.full((), first, dtype=torch.int64, device=device),
                 "_steps": torch.full_like(zeros, NO_STEP),
+                "_generations": torch.full_like(zeros, first),
                 "_timesteps": zeros,
                 "_directions": zeros.clone(),
                 "_dense_steps": torch.tensor(self._dense_steps_value, device=device),
@@ -126,6 +138,9 @@ class GenerationClock(nn.Module):
         self.mixed_calls.add_(repeats)
         self._mixed[branch].copy_(mixed)
         self._watched[branch].fill_(watched)
+        generation = self._generations[branch]
+        generation.add_(is_new)
+        self.generation.copy_(generation)
         step.copy_(new_step)
         direction.copy_(new_direction)
         self._timesteps[branch].copy_(now)

@@ -92,6 +92,7 @@ class LiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One attention pass.
@@ -112,12 +113,16 @@ class LiteAttention(nn.Module):
             must_do_queries: ranges of query rows, in the forms of must_do_list: the query tiles they touch compute and
                 keep every tile, for instance those of text tokens. must_skip_list does not apply to them.
             start_full: bool, 0-d, on query's device. Where True, this pass starts from the full map, as after a reset.
+            generation: int64, 0-d, on query's device: a number that is another for each video. The pass starts from the
+                full map where the branch's latest pass had another one, however many passes were dense or left out
+                since. A :class:`lite_attention.skipping.dense_steps.GenerationClock` makes both.
             skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
             out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
             ``[batch, heads, query_len]``, natural log over the keys that were computed. With skipping disabled both are
-            dense, the must lists are only checked, and the state is neither read nor written.
+            dense, the must lists are only checked, and all that changes in the state is that a map of before
+            ``start_full``, or of another ``generation``, does not count any more.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -130,14 +135,16 @@ class LiteAttention(nn.Module):
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
         must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
         check_scalar(self.caller, "start_full", start_full, torch.bool, query)
+        check_scalar(self.caller, "generation", generation, torch.int64, query)
         check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
             out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
+            self.state.note_dense_pass(branch, query.device, start_full, generation)
             if skip_fraction_out is not None:
                 skip_fraction_out.zero_()
         else:
             out, lse, visited = self._skipping_pass(
-                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full
+                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation
             )
             if skip_fraction_out is not None:
                 _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
@@ -156,6 +163,7 @@ class LiteAttention(nn.Module):
         kv_lens: Tensor | None,
         branch: int,
         start_full: Tensor | None,
+        generation: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
@@ -178,7 +186,7 @@ class LiteAttention(nn.Module):
             raise ValueError(
                 f"{self.caller}: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
             )
-        recalled = state.recall(room, branch, start_full)
+        recalled = state.recall(room, branch, start_full, generation)
         keep = recalled.keep
         # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
@@ -197,7 +205,7 @@ class LiteAttention(nn.Module):
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)
-        state.remember(recalled, branch, next_keep, start_full)
+        state.remember(recalled, branch, next_keep, start_full, generation)
         return out, lse, visible if must_do is None else visible | must_do
 
     @property
@@ -243,7 +251,7 @@ class LiteAttention(nn.Module):
         return self._enabled
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
-        """Switch between skipping and dense attention. Dense passes leave the skip state as it is."""
+        """Switch between skipping and dense attention; what dense passes change in the state, :meth:`forward` tells."""
         if self._enabled != bool(enable):
             self._enabled = bool(enable)
             self.outdate_captured_graphs()

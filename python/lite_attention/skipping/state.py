@@ -11,6 +11,8 @@ How a map is found, and why it is never stale:
 * Each (branch, shape) has a fixed number, its stamp. A pass writes its stamp beside the map it wrote and beside its
   branch. A map counts only while both carry the pass's own stamp; otherwise the pass starts from the full map.
   So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation.
+* A pass that is told the number of its generation uses no map of another one, whatever became of the passes between:
+  the layer may have been dense, or left out, when the generation began.
 
 Who makes room: a pass that finds none for its pair. Under torch.compile that is a trace, and where blocks are compiled
 one by one, the code made of the first block must fit the others, which have no room yet and would fail its guards one
@@ -18,6 +20,8 @@ after the other. So a state that makes room while it is traced makes the same in
 outermost module that is being called and holds it, which is the model as it runs, and those that :func:`share_room`
 put together with it. Other models are out of reach, however much alike (docs/design-notes.md tells what else was
 thought of).
+
+Over 400 lines: what is read from outside gets a file of its own next.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Recalled(NamedTuple):
     keep: Tensor
     """Packed, int32; its bits past the last tile are undefined."""
     follows: Tensor
-    """Whether the slot holds the map of the pass before: bool, 0-d."""
+    """Whether the slot holds the map of the pass before, in the same generation: bool, 0-d."""
     slot: MapSlot
     live: Tensor
     stamp: int
@@ -82,6 +86,9 @@ class SkipState(nn.Module):
     passes: Tensor
     """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
+    generations: Tensor
+    """Number of the generation that each branch's latest pass was told: int64 ``[MAX_BRANCHES]``, 0 before."""
+
     layout_version: int
     """Grows whenever a CUDA graph captured before is out of date: a buffer in use was replaced."""
 
@@ -97,7 +104,7 @@ class SkipState(nn.Module):
         self._rooms: dict[Owner, tuple[int, int]] = {}
         self._shared_room: SharedRoom[SkipState] | None = None
         with ordinary_tensors():
-            for name in ("threshold", "live", "passes"):
+            for name in ("threshold", "live", "passes", "generations"):
                 self.register_buffer(name, None, persistent=False)
             self.slots = nn.ModuleList(MapSlot() for _ in range(MAP_SLOTS))
             self._fill(None)
@@ -107,6 +114,7 @@ class SkipState(nn.Module):
         self.threshold = torch.tensor(self.threshold_values, dtype=torch.float32, device=device)
         self.live = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
         self.passes = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
+        self.generations = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
 
     # One pass: find room, recall the map, remember the next one. All of it can be traced and captured.
 
@@ -147,24 +155,38 @@ class SkipState(nn.Module):
             room = self._rooms[owner]
         return room
 
-    def recall(self, room: tuple[int, int], branch: int, start_full: Tensor | None) -> Recalled:
+    def recall(
+        self, room: tuple[int, int], branch: int, start_full: Tensor | None, generation: Tensor | None
+    ) -> Recalled:
         """The map that this pass starts from.
 
         Args:
             room: of this pass, from :meth:`room_for`.
             start_full: bool, 0-d; where True, the full map. None where the state itself counts its dense passes.
+            generation: number of the pass's generation, int64, 0-d; the full map where the pass before had another.
+                None where nobody counts them.
         """
         index, stamp = room
         slot, live = self._slot(index), self.live[branch]
-        follows = current = _follows(slot, live, stamp)
+        follows = _follows(slot, live, stamp)
+        if generation is not None:
+            follows = follows & (self.generations[branch] == generation)
+        current = follows
         if start_full is not None:
             current = current & ~start_full
         elif self._counts_passes:
             current = current & (self.passes[branch] >= self.dense_steps)
         return Recalled(torch.where(current, slot.words, -1), follows, slot, live, stamp)
 
-    def remember(self, recalled: Recalled, branch: int, next_keep: Tensor, start_full: Tensor | None) -> None:
-        """Note the map of the branch's next pass; ``branch`` and ``start_full`` as :meth:`recall` had them."""
+    def remember(
+        self,
+        recalled: Recalled,
+        branch: int,
+        next_keep: Tensor,
+        start_full: Tensor | None,
+        generation: Tensor | None,
+    ) -> None:
+        """Note the map of the branch's next pass; the other arguments as :meth:`recall` had them."""
         _, follows, slot, live, stamp = recalled
         if self._counts_passes:
             passes = self.passes[branch]
@@ -175,6 +197,29 @@ class SkipState(nn.Module):
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
+        if generation is not None:
+            self.generations[branch].copy_(generation)
+
+    def note_dense_pass(
+        self, branch: int, device: torch.device, start_full: Tensor | None, generation: Tensor | None
+    ) -> None:
+        """Let the branch's map not count any more where a pass that does not use it begins a generation.
+
+        Args:
+            device: of the pass.
+            start_full, generation: as :meth:`recall` has them.
+        """
+        if start_full is None and generation is None:
+            return
+        if self.device != device:
+            self.reset(branch)  # no map on this device; that of another is not asked, which would wait for it
+            return
+        begins = start_full
+        if generation is not None:
+            is_other = self.generations[branch] != generation
+            begins = is_other if begins is None else begins | is_other
+        live = self.live[branch]
+        live.copy_(torch.where(begins, -live.abs(), live))  # type: ignore[arg-type]
 
     # Room
 
