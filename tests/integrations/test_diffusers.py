@@ -186,21 +186,6 @@ def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
     assert float((out - expected).norm() / expected.norm()) < 0.01
 
 
-def test_a_layer_that_was_left_out_starts_full() -> None:
-    case = CASES["ltx2"]
-    torch.manual_seed(0)
-    transformer = case.make(perturbed_attn=True).eval()
-    handle = enable_lite_attention(transformer, threshold=0.0)
-    layer = handle.layers["transformer_blocks.0.attn1"]
-    denoise(transformer, case)
-    assert not layer.keep_map().all()
-    perturbed = case.inputs(make_latents(case), 900.0) | {
-        "spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.zeros(1, 1, 1)
-    }  # fmt: skip
-    transformer(**perturbed)
-    assert layer.keep_map().all()
-
-
 # Time and guidance
 
 

@@ -28,7 +28,7 @@ class VideoModel:
         text: whether text tokens stand before or after the video tokens in these layers, or are not there.
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
-        may_bypass: some calls leave attention out (spatio-temporal guidance); the layer's next pass starts full.
+        may_bypass: some calls leave attention out (spatio-temporal guidance).
         token_split: whether tokens can be split among ranks. "mesh only": by ``mesh``, not by diffusers' own plan,
             which splits the text too; "none": diffusers' plan does not work.
         text_layers: like ``layers``, the attention modules in which video attends to text and to nothing else. Where

@@ -104,9 +104,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             handler = functools.partial(self._attention, encoder_hidden_states.shape[1], calls)
         with route_sdpa(handler):
             out = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-        if self.model.may_bypass and len(calls) == 0:
-            self.attention.reset_skip_state(resolved_branch(None, "LiteAttentionProcessor"))  # it may miss a start
-        elif len(calls) != 1:
+        if len(calls) != 1 and not (self.model.may_bypass and len(calls) == 0):
             raise RuntimeError(
                 f"{self.name}: {type(self.processor).__name__} called scaled_dot_product_attention {len(calls)} times, "
                 "expected once"
