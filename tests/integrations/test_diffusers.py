@@ -494,7 +494,7 @@ def everything_that_may_change(
             handle.set_must_do([0, 10, 400, 500])
             for layer in layers:
                 layer.set_threshold(-1.0)
-            generation.set_must_do([(0, 10), (400, 500)])
+            generation.must_do.set([(0, 10), (400, 500)])
         if step == 5:
             handle.reset()
             generation.clock.reset()

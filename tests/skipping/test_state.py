@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lite_attention import SkipPolicy, unpack_keep_map
 from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.map_table import MAP_SLOTS
 from lite_attention.skipping.slots import PassShape
-from lite_attention.skipping.state import MAP_SLOTS, SkipState, share_room
+from lite_attention.skipping.state import SkipState, share_room
 
 HEADS, QUERIES, KEYS = 2, 300, 700
 
@@ -39,8 +40,9 @@ def one_pass(
     """A pass that drops a tile besides those dropped before; the tiles it had been given as dropped."""
     shape = shape_of() if shape is None else shape
     number = None if generation is None else torch.tensor(generation)
-    recalled = state.recall(state.room_for(branch, *shape, compiling), branch, start_full, number)
-    state.remember(recalled, branch, recalled.keep & dropping(drop, shape), start_full, number)
+    room = state.room_for(branch, *shape, compiling)
+    recalled = state.first_pass(shape) if room is None else state.recall(room, branch, start_full, number)
+    state.remember(recalled, (branch, shape), recalled.keep & dropping(drop, shape), start_full, number)
     return dropped(unpack_keep_map(recalled.keep, shape.kv_tiles()))
 
 
@@ -116,8 +118,8 @@ def test_a_pass_on_another_device_starts_over_there() -> None:
     state = SkipState(SkipPolicy(threshold=(-1.0, -2.0)))
     one_pass(state, 0)
     elsewhere = shape_of(device="meta")
-    recalled = state.recall(state.room_for(0, *elsewhere, False), 0, None, None)
-    state.remember(recalled, 0, dropping(0, elsewhere), None, None)
+    recalled = state.first_pass(elsewhere)
+    state.remember(recalled, (0, elsewhere), recalled.keep, None, None)
     assert {buffer.device.type for buffer in state.buffers()} == {"meta"}
     assert one_pass(state, 0) == []
     assert state.threshold.tolist() == [-1.0, -2.0]
@@ -347,5 +349,8 @@ def test_threads_may_make_room_in_one_state_at_the_same_time() -> None:
 def test_stamps_are_the_same_in_every_process() -> None:
     """An exported program finds the map that another process saved in it."""
     state = SkipState(SkipPolicy())
-    stamps = [state.room_for(branch, *shape_of(), False)[1] for branch in range(2)]
+    stamps = []
+    for branch in range(2):
+        one_pass(state, 0, branch)
+        stamps.append(int(state.live[branch]))
     assert stamps == [5146744426198026097, 3195467625201304139]

@@ -136,10 +136,7 @@ class PatchedTransformer:
 
     def set_must_do(self, ranges: list[tuple[int, int]]) -> None:
         """Choose the video tokens whose keys every query of every layer attends to."""
-        if self.generation.set_must_do(ranges):
-            for module in self.transformer.modules():
-                if isinstance(module, LiteAttention):
-                    module.outdate_captured_graphs()
+        self.generation.must_do.set(ranges)
 
     def restore(self) -> None:
         """Give the transformer back as it was, but for what others have put there since."""

@@ -14,7 +14,7 @@ from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Ranges
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -29,9 +29,8 @@ __all__ = ["RECORDED_STEPS", "LiteAttentionProcessor", "layer_attention", "proce
 RECORDED_STEPS = 128
 """Steps of a generation whose skip fraction is remembered; later ones are left out."""
 
-# Fractions are kept as integers, which nn.Module.to does not cast.
-FRACTION_UNIT = 1_000_000
-NOT_RECORDED = -1
+# In errors of state, where a layer's own name would make torch.compile trace each layer anew.
+_CALLER = "LiteAttentionProcessor"
 # Batches are as large as the pipeline makes them; the module's own limit is for callers that know theirs.
 ANY_BATCH = 2**31
 
@@ -41,6 +40,43 @@ def layer_attention(policy: SkipPolicy, mesh: DeviceMesh | None) -> LiteAttentio
     if mesh is None:
         return LiteAttention(max_batch_size=ANY_BATCH, policy=policy)
     return DistributedLiteAttention(mesh, max_batch_size=ANY_BATCH, policy=policy)
+
+
+class History(OwnState):
+    """What a layer skipped in each step of the latest generation in which it ran, for each branch."""
+
+    fractions: Tensor
+    """fp32 ``[MAX_BRANCHES, RECORDED_STEPS]``, NaN for steps in which it did not run."""
+
+    generations: Tensor
+    """Whose steps these are, by the clock's numbers: int64 ``[MAX_BRANCHES]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
+        nothing = torch.full((MAX_BRANCHES, RECORDED_STEPS), torch.nan, dtype=torch.float32, device=device)
+        return {
+            "fractions": nothing,
+            "generations": torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.fractions.device
+
+    def record(self, branch: int, step: Tensor, generation: Tensor, fraction: Tensor) -> None:
+        """Note the fraction of a step, a scalar as the others, on the device of the state."""
+        row, number = self.fractions[branch], self.generations[branch]
+        before = torch.where(number == generation, row, torch.nan)
+        row.copy_(torch.where(torch.arange(RECORDED_STEPS, device=row.device) == step, fraction, before))
+        number.copy_(generation)
+
+    def of_generation(self, branch: int, step: Tensor, generation: Tensor) -> Tensor:
+        """The fractions up to this step, fp32 on the CPU; all NaN where the layer did not run in this generation."""
+        row = self.fractions[branch, : min(int(step) + 1, RECORDED_STEPS)].cpu()
+        return row if int(self.generations[branch]) == int(generation) else torch.full_like(row, torch.nan)
 
 
 class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
@@ -60,7 +96,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
     """The class of the layer's own processor."""
 
     generation: Generation
-    _history: Tensor
+    history: History
 
     def __init__(
         self,
@@ -83,9 +119,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         self.attention = attention
         self._masks_fit = model.prefix_mask and has_all_tokens
         self._check_forward = check_forward
-        with ordinary_tensors():
-            history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
-            self.register_buffer("_history", history, persistent=False)
+        hold(self, "history", History())
 
     def attend(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any
@@ -139,7 +173,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
                     f"{expected}"
                 )
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
-        must_do, must_do_queries = self._must_do(tokens, text_len)
+        must_do, must_do_queries = self._must_do(tokens, text_len, query.device)
         fraction = torch.zeros((), dtype=torch.float32, device=query.device)
         out: Tensor = self.attention(
             query.transpose(1, 2),
@@ -156,9 +190,10 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         self._record(fraction)
         return out.transpose(1, 2)
 
-    def _must_do(self, tokens: int, text_len: int) -> tuple[Ranges | None, Ranges | None]:
+    def _must_do(self, tokens: int, text_len: int, device: torch.device) -> tuple[Ranges | None, Ranges | None]:
         """Ranges of keys and of queries that are always computed: the text's, and what the user asks for."""
-        ranges = self.generation.must_do
+        self.generation.must_do.place(device, _CALLER)
+        ranges = self.generation.must_do.ranges
         if text_len == 0:
             return ranges, None
         first = 0 if self.model.text == "first" else tokens - text_len
@@ -171,18 +206,15 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         return torch.cat([ranges + video_start, text_row]), text
 
     def _record(self, fraction: Tensor) -> None:
-        branch = resolved_branch(None, "LiteAttentionProcessor")
-        row = self._history[branch]
-        step = self.generation.clock.step(branch).to(row.device)
-        steps = torch.arange(RECORDED_STEPS, device=row.device)
-        value = (fraction * FRACTION_UNIT).round().to(row.dtype)
-        row.copy_(torch.where(steps == step, value, torch.where(step == 0, NOT_RECORDED, row)))
+        branch = resolved_branch(None, _CALLER)
+        clock, device = self.generation.clock, fraction.device
+        self.history.place(device, _CALLER)
+        self.history.record(branch, clock.step(branch).to(device), clock.generation.to(device), fraction)
 
     def skip_fractions(self, branch: int) -> Tensor:
-        """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where not recorded."""
-        steps = int(self.generation.clock.step(branch)) + 1
-        row = self._history[branch, : max(0, min(steps, RECORDED_STEPS))].cpu()
-        return torch.where(row == NOT_RECORDED, torch.nan, row.float() / FRACTION_UNIT)
+        """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where the layer did not run."""
+        clock = self.generation.clock
+        return self.history.of_generation(branch, clock.step(branch), clock.state.generations[branch])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_processor, (self.stands_for,), self.__dict__.copy()
