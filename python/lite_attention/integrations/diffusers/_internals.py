@@ -18,7 +18,6 @@ ContextParallelConfig._mesh                    diffusers 0.36 - 0.42  mesh_of
 transformer._cp_plan                           diffusers 0.36 - 0.42  split_plan
 hooks.context_parallel.remove_context_parallel diffusers 0.36 - 0.42  remove_split_hooks
 module._diffusers_hook.hooks                   diffusers 0.36 - 0.42  hooks_of
-"group_offloading" in the name of a hook       diffusers 0.36 - 0.42  is_group_offloaded
 hook.module_forward_metadata                   diffusers 0.36 - 0.42  look_signatures_up
 metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signatures_up
 module._old_forward                            accelerate 0.31 - 1.15 forward_slot
@@ -124,11 +123,6 @@ def hooks_of(module: nn.Module) -> Mapping[str, Any]:
     """The hooks that diffusers put on a module, by name."""
     hooks: Mapping[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     return hooks
-
-
-def is_group_offloaded(module: nn.Module) -> bool:
-    """Whether diffusers moves the module's tensors to and fro by groups."""
-    return any("group_offloading" in name for name in hooks_of(module))
 
 
 def look_signatures_up(transformer: nn.Module) -> None:

@@ -73,7 +73,8 @@ def enable_lite_attention(
         TypeError: no transformer of a known class, or an argument is of another type.
         ValueError: an argument is not what it should be, LiteAttention is in the model already, the tokens of this
             model cannot be split.
-        RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
+        RuntimeError: one of two transformers is set up for context parallelism, or ``mesh`` is given without an
+            accelerator.
     """
     policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, dense_steps=dense_steps)
     transformers = _transformers_of(transformer_or_pipeline)

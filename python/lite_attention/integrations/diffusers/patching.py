@@ -72,7 +72,6 @@ class PatchedTransformer:
         chosen = chosen_layers(transformer, model, layers)
         check_threshold_count("enable_lite_attention", policy.threshold, chosen)
         self.timestep_position = _position_of_timestep(transformer)
-        _refuse_group_offloading(transformer)
         is_split = parallel_mesh(transformer) is not None
         if splits_tokens(mesh):
             check_splittable(transformer, model, is_split)
@@ -178,12 +177,3 @@ def _position_of_timestep(transformer: nn.Module) -> int:
             "expected timestep among them"
         )
     return parameters.index("timestep")
-
-
-def _refuse_group_offloading(transformer: nn.Module) -> None:
-    for name, module in transformer.named_modules():
-        if _internals.is_group_offloaded(module):
-            raise RuntimeError(
-                f"enable_lite_attention: {name or type(transformer).__name__} is set up for group offloading, which "
-                "loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole"
-            )

@@ -192,8 +192,9 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
 
     def _must_do(self, tokens: int, text_len: int, device: torch.device) -> tuple[Ranges | None, Ranges | None]:
         """Ranges of keys and of queries that are always computed: the text's, and what the user asks for."""
-        self.generation.must_do.place(device, _CALLER)
         ranges = self.generation.must_do.ranges
+        if ranges is not None:
+            ranges = ranges.to(device)
         if text_len == 0:
             return ranges, None
         first = 0 if self.model.text == "first" else tokens - text_len

@@ -166,4 +166,4 @@ class StartingSteps(_Wrapped):
         return vars(self) | {"_patched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"_patched": WeakSet[PatchedTransformer]()})
+        vars(self).update(state | {"_patched": WeakSet()})
