@@ -117,6 +117,7 @@ class LiteAttentionHandle:
         mesh: DeviceMesh | None,
         watched: bool,
     ) -> None:
+        pairs = checked_pairs(must_do)
         mesh = common_mesh(transformers, mesh)
         make_attention = functools.partial(layer_attention, policy, mesh)
         self._branches = BranchNames()
@@ -135,7 +136,7 @@ class LiteAttentionHandle:
                 for name, processor in patched.processors.items():
                     self.layers[f"{prefix}{name}"] = processor.attention
                     self._processors[f"{prefix}{name}"] = processor
-            self.set_must_do(must_do)
+                patched.set_must_do(pairs)
             share_room(*transformers.values())
             where_it_fails.pop_all()
         self._scheduler = None

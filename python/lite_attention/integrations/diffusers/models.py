@@ -33,6 +33,9 @@ class VideoModel:
             which splits the text too; "none": diffusers' plan does not work.
         text_layers: like ``layers``, the attention modules in which video attends to text and to nothing else. Where
             ``mesh`` makes diffusers split tokens among ranks, these layers get the whole text on every rank.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
     """
 
     layers: tuple[str, ...]
@@ -41,6 +44,16 @@ class VideoModel:
     may_bypass: bool = False
     token_split: Literal["any", "mesh only", "none"] = "any"
     text_layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "text_layers"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, (tuple, list)) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"VideoModel: {name} is {patterns!r}, expected a tuple of regular expressions")
+        for name, words in (("text", ("none", "first", "last")), ("token_split", ("any", "mesh only", "none"))):
+            if getattr(self, name) not in words:
+                expected = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+                raise ValueError(f"VideoModel: {name} is {getattr(self, name)!r}, expected {expected}")
 
 
 _VIDEO_MODELS = {
@@ -68,7 +81,14 @@ def register_video_model(class_name: str, model: VideoModel) -> None:
         class_name: name of the transformer's class; subclasses are treated likewise.
         model: where its video self-attention is. Its attention processors must call diffusers' dispatcher or torch's
             scaled_dot_product_attention once.
+
+    Raises:
+        TypeError: ``class_name`` is no text, or ``model`` no VideoModel.
     """
+    if not isinstance(class_name, str):
+        raise TypeError(f"register_video_model: class_name has type {type(class_name).__name__}, expected a str")
+    if not isinstance(model, VideoModel):
+        raise TypeError(f"register_video_model: model has type {type(model).__name__}, expected a VideoModel")
     _VIDEO_MODELS[class_name] = model
 
 
