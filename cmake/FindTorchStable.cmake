@@ -6,20 +6,22 @@
 # Provides   TorchStable::TorchStable, TorchStable_VERSION, TorchStable_CUDA (torch's CUDA version, empty without)
 
 include(BuildingPython)
+# Without an import, which would load CUDA's libraries.
 query_building_python(
   torch
-  "import pathlib, torch; print(torch.__version__); print(torch.version.cuda or ''); print(pathlib.Path(torch.__file__).parent)"
-)
+  "import importlib.util, pathlib, runpy
+folder = pathlib.Path(importlib.util.find_spec('torch').origin).parent
+facts = runpy.run_path(str(folder / 'version.py'))
+print(facts['__version__'], facts['cuda'] or '', folder, sep='\\n')")
 if(torch_ERROR)
   set(TorchStable_NOT_FOUND_MESSAGE
-      "${Python_EXECUTABLE} cannot import torch. Install torch >= 2.10 first; with a build tool other than pip, also pass --no-build-isolation. Python said:\n${torch_ERROR}"
-  )
+      "${Python_EXECUTABLE} has no torch: install torch >= 2.10 first. Python said:\n${torch_ERROR}")
 else()
   list(GET torch_LINES 0 TorchStable_VERSION)
   list(GET torch_LINES 1 TorchStable_CUDA)
   list(GET torch_LINES 2 torch_folder)
-  find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h PATHS "${torch_folder}/include" NO_DEFAULT_PATH)
-  find_library(TorchStable_LIBRARY torch PATHS "${torch_folder}/lib" NO_DEFAULT_PATH)
+  find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h PATHS "${torch_folder}/include" NO_DEFAULT_PATH NO_CACHE)
+  find_library(TorchStable_LIBRARY torch PATHS "${torch_folder}/lib" NO_DEFAULT_PATH NO_CACHE)
 endif()
 
 include(FindPackageHandleStandardArgs)

@@ -48,7 +48,7 @@ from support.masks import tile_lens
 from support.scores import make_scores
 
 MOST_UNSURE = 0.01  # of all visited tiles
-REPORT_EVERY = 500
+REPORT_EVERY = 100
 
 
 def laid_out(layout: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,46 +228,73 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass
+class Tally:
+    """What the cases so far came to."""
+
+    visited: int = 0
+    unsure: int = 0
+    operators: Counter[str] = field(default_factory=Counter)
+    named: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, number: int, problem: Problem, judgement: Judgement) -> None:
+        self.operators[problem.operator] += 1
+        self.named.update(problem.arguments())
+        self.visited, self.unsure = self.visited + judgement.visited, self.unsure + judgement.unsure
+        if judgement.wrong:
+            self.failures.append({"number": number, "wrong": judgement.wrong, "problem": str(problem)})
+
+    @property
+    def too_unsure(self) -> bool:
+        return self.unsure > max(1.0, MOST_UNSURE * self.visited)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "cases": dict(self.operators),
+            "with": dict(self.named),
+            "visited_tiles": self.visited,
+            "tiles_too_close_to_call": self.unsure,
+            "failures": self.failures,
+        }
+
+
 def main() -> int:
     arguments = parse_arguments()
-    began = time.monotonic()
-    failures, operators, named = [], Counter[str](), Counter[str]()
-    visited = unsure = 0
+    began, tally = time.monotonic(), Tally()
+
+    def summary() -> dict[str, Any]:
+        seconds = round(time.monotonic() - began, 1)
+        return {"seed": arguments.seed, "first": arguments.first, "seconds": seconds, **tally.facts()}
+
+    def write() -> None:
+        if arguments.output is not None:  # replaced as a whole: who reads it meanwhile, or kills this, finds one
+            draft = arguments.output.with_suffix(".draft")
+            draft.write_text(json.dumps(summary(), indent=2) + "\n")
+            draft.replace(arguments.output)
+
     for number in range(arguments.first, arguments.first + arguments.cases):
         problem = random_problem(arguments.seed, number)
         try:
             judgement = judge(problem, arguments.device)
         except Exception as error:  # named like any other failure; a device error makes the rest of the run fail too
             judgement = Judgement([f"{type(error).__name__}: {error}"])
-        operators[problem.operator] += 1
-        named.update(problem.arguments())
-        visited, unsure = visited + judgement.visited, unsure + judgement.unsure
+        tally.add(number, problem, judgement)
         if judgement.wrong:
-            failures.append({"number": number, "wrong": judgement.wrong, "problem": str(problem)})
             print(f"FAILED {', '.join(judgement.wrong)}\n  {problem}")
             print(f"  python tests/gpu/fuzz_sm90.py --seed {arguments.seed} --first {number} --cases 1", flush=True)
-        done, seconds = sum(operators.values()), time.monotonic() - began
+        done, seconds = number + 1 - arguments.first, time.monotonic() - began
         if done % REPORT_EVERY == 0:
-            print(f"{done} cases, {len(failures)} failed, {done / seconds:.0f} a second", flush=True)
+            print(f"{done} cases, {len(tally.failures)} failed, {done / seconds:.0f} a second", flush=True)
+            write()
         if seconds > arguments.seconds:
             break
-    too_unsure = unsure > max(1.0, MOST_UNSURE * visited)
-    summary = {
-        "seed": arguments.seed,
-        "first": arguments.first,
-        "cases": dict(operators),
-        "with": dict(named),
-        "seconds": round(time.monotonic() - began, 1),
-        "visited_tiles": visited,
-        "tiles_too_close_to_call": unsure,
-        "failures": failures,
-    }
-    print({**summary, "failures": len(failures)})
-    if too_unsure:
-        print(f"FAILED {unsure} of {visited} decisions are too close to call, expected at most {MOST_UNSURE:.0%}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
-    return 1 if failures or too_unsure else 0
+    write()
+    print({**summary(), "failures": len(tally.failures)})
+    if tally.too_unsure:
+        few = f"expected at most {MOST_UNSURE:.0%}"
+        print(f"FAILED {tally.unsure} of {tally.visited} decisions are too close to call, {few}")
+    return 1 if tally.failures or tally.too_unsure else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from lite_attention import attention, merge_attention, reference, top_k_map
-from lite_attention.ops import backends
+from lite_attention.ops import backends, load
 from lite_attention.ops.backends import Backend, Problem, registered
 from support.inputs import report
 
@@ -124,6 +124,26 @@ attention: no backend runs bfloat16, head_dim 128, on cuda:0
   sm90: NVIDIA A100-SXM4-80GB is of compute capability 8.0, expected 9.0
   cpu: runs on cpu tensors
   tiles: head_dim is 128, expected 64
+`python -m lite_attention.info` tells what can run here""",
+    )
+
+
+def test_a_build_without_nvcc_names_that_and_the_cure(fake_gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    build = SimpleNamespace(
+        CUDA_ARCHITECTURES="",
+        WHY_NO_CUDA="no nvcc was found when it was built: get nvcc 12.8 or newer (with the CUDA toolkit, or "
+        "`pip install 'cuda-toolkit[nvcc,cccl]'`) and install it again (`pip install .`)",
+    )
+    fake_gpus(H200, why_no_kernels=load._load_cuda_operators(build))
+    with pytest.raises(NotImplementedError) as caught:
+        backends.choose(ON_CUDA)
+    assert_expected_inline(
+        str(caught.value),
+        """\
+attention: no backend runs bfloat16, head_dim 128, on cuda:0
+  sm90: this build holds no CUDA kernels, as no nvcc was found when it was built: get nvcc 12.8 or newer (with the CUDA toolkit, or `pip install 'cuda-toolkit[nvcc,cccl]'`) and install it again (`pip install .`)
+  cpu: runs on cpu tensors
 `python -m lite_attention.info` tells what can run here""",
     )
 

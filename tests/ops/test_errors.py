@@ -277,7 +277,7 @@ threshold elsewhere -> RuntimeError: skip_attention: threshold is on meta, expec
 one of lses elsewhere -> RuntimeError: merge_attention: lses[1] is on meta, expected cpu, every argument's device
 module, key elsewhere -> ValueError: LiteAttention: key is on meta, expected cpu, query's device
 module, ranges elsewhere -> ValueError: LiteAttention: must_do_list is on meta, expected cpu, query's device
-module, lengths elsewhere -> RuntimeError: skip_attention: kv_lens is on meta, expected cpu, every argument's device""",
+module, lengths elsewhere -> ValueError: LiteAttention: kv_lens is on meta, expected cpu, query's device""",
     )
 
 

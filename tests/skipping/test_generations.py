@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lite_attention import LiteAttention, attention
 from lite_attention.skipping.dense_steps import GenerationClock
+from support.passes import video
 
 STEPS = (900.0, 700.0, 500.0, 300.0)
 Pass = Callable[[LiteAttention, GenerationClock, int, Tensor], Tensor]
@@ -19,14 +20,6 @@ def _no_grad() -> Iterator[None]:
     torch._dynamo.reset()
     with torch.no_grad():
         yield
-
-
-def video(seed: int) -> Tensor:
-    """Groups of like tokens in an order of the video's own, so that most tiles of its map say something else."""
-    random = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(8, 64, generator=random)
-    groups = torch.randint(8, (8,), generator=random).repeat_interleave(128)
-    return (centres[groups] + 0.3 * torch.randn(1024, 64, generator=random))[None, :, None]
 
 
 def call(layer: LiteAttention, clock: GenerationClock, x: Tensor) -> Tensor:

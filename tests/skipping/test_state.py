@@ -1,10 +1,12 @@
 """SkipState alone: whose map a pass starts from, who makes room, and when all starts over."""
 
 import copy
+import itertools
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -94,24 +96,54 @@ def test_the_oldest_map_of_the_same_branch_makes_room_and_else_the_oldest_of_all
     assert len({room for room, _ in (state.room_for(b, *s, False) for b, s in state.owners())}) == MAP_SLOTS
 
 
+@contextmanager
+def failing(allocation: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory runs out in the allocation of this number, if there are so many."""
+    count = itertools.count()
+
+    def limited(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, **kwargs: object) -> Tensor:
+            if next(count) == allocation:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make(*args, **kwargs)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        for name in ("empty", "zeros", "ones", "full", "tensor", "where"):
+            patch.setattr(torch, name, limited(getattr(torch, name)))
+        yield
+
+
+def memory_of(state: SkipState) -> list[tuple[str, Tensor]]:
+    return [(name, buffer.clone()) for name, buffer in state.named_buffers()]
+
+
+@pytest.mark.parametrize("allocation", range(30))
 @pytest.mark.parametrize("taken", [0, 1, MAP_SLOTS])
-def test_room_that_cannot_be_allocated_changes_nothing(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = SkipState(SkipPolicy())
+@pytest.mark.parametrize("device_before", ["cpu", "meta"])
+def test_room_that_cannot_be_allocated_changes_nothing(
+    taken: int, device_before: str, allocation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SkipState(SkipPolicy(threshold=(-1.0, -2.0), dense_steps=2))
     for branch in range(taken):
-        one_pass(state, branch % 6, branch)
-    before = state.owners(), state.layout_version, [state.keep_map(branch, "test") for branch in range(taken)]
-
-    def full(*_: object, **__: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(torch.OutOfMemoryError):
+        shape = shape_of(device=device_before)
+        recalled = state.first_pass(shape)
+        state.remember(recalled, (branch, shape), recalled.keep & dropping(branch % 6, shape), None, None)
+    before = state.owners(), state.layout_version, memory_of(state)
+    try:
+        with failing(allocation, monkeypatch):
+            one_pass(state, 0, 0, shape_of(900))
+    except torch.OutOfMemoryError:
+        assert (state.owners(), state.layout_version) == before[:2]
+        for (name, buffer), (_, old) in zip(memory_of(state), before[2], strict=True):
+            assert buffer.device == old.device, name
+            assert buffer.is_meta or torch.equal(buffer, old), name
         one_pass(state, 0, 0, shape_of(900))
-    monkeypatch.undo()
-    assert (state.owners(), state.layout_version) == before[:2]
-    for branch, keep in enumerate(before[2]):
-        assert torch.equal(state.keep_map(branch, "test"), keep)
-    assert [one_pass(state, 1, 0, shape_of(900)) for _ in range(2)] == [[], [1]]
+    else:
+        assert allocation > 1
+    assert [one_pass(state, drop, 0, shape_of(900)) for drop in (1, 2)] == [[], [1]]
+    assert state.threshold.tolist() == [-1.0, -2.0]
 
 
 def test_a_pass_on_another_device_starts_over_there() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
 
 import torch
 from torch import nn
@@ -21,11 +21,21 @@ def ordinary_tensors() -> AbstractContextManager[object]:
     return torch.inference_mode(False) if torch.compiler.is_compiling() else real_tensors()
 
 
-@contextmanager
-def real_tensors() -> Iterator[None]:
+class real_tensors:  # noqa: N801 - read as a function, like torch.no_grad
     """As :func:`ordinary_tensors`, for what runs as it is while something else is traced."""
-    with torch.inference_mode(False), _disable_current_modes():
-        yield
+
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(_disable_current_modes())
+            self._modes = modes.pop_all()
+
+    @torch.compiler.disable
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._modes.__exit__(kind, error, trace)
 
 
 def make_buffers_ordinary(module: nn.Module) -> None:

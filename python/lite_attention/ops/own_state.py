@@ -11,6 +11,7 @@ torch.export alone must see it, since a program carries the buffers of its model
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class OwnState(nn.Module):
     def device(self) -> torch.device | None:
         """Where the buffers are; None where there are none yet."""
 
+    @torch.compiler.disable
     def start_over(self, device: torch.device) -> None:
         """Fresh buffers on a device; where one of them cannot be allocated, nothing changes."""
         with real_tensors():
@@ -87,9 +89,15 @@ class OwnState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OwnState:
         return self  # neither cast nor moved with others, also while it is exportable
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnState:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        with real_tensors():
+            copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if any(map(is_fake, self.buffers())):  # a copy made under FakeTensorMode
+        if any(map(is_fake, self.buffers())):  # loaded under FakeTensorMode
             self.start_over(torch.device("cpu"))
         make_buffers_ordinary(self)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lite_attention.ops.checks import equals_any
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState
 from lite_attention.parallel.exchange import select_heads
@@ -52,7 +53,7 @@ class HeadOrder(OwnState):
         Raises:
             ValueError: it is not; the text begins with ``name``.
         """
-        if self.meant_for not in (None, (heads, per_key)):
+        if not equals_any(self.meant_for, None, (heads, per_key)):
             raise ValueError(
                 f"{name}: heads of query, and of those for each key head that is sent, are {(heads, per_key)}, "
                 f"expected {self.meant_for} as when balance_heads() was called"

@@ -55,6 +55,7 @@ class MapTable(OwnState):
             for name in ("live", "passes", "generations")
         }
 
+    @torch.compiler.disable
     def start_over(self, device: torch.device) -> None:
         """As OwnState's, without any map."""
         with real_tensors():

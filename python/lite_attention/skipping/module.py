@@ -21,6 +21,7 @@ from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
     Threshold,
+    check_kv_lens,
     check_scalar,
     check_scale,
     checked_inputs,
@@ -139,6 +140,7 @@ class LiteAttention(nn.Module):
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
         must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
+        check_kv_lens(self.caller, kv_lens, query)
         check_scalar(self.caller, "start_full", start_full, torch.bool, query)
         check_scalar(self.caller, "generation", generation, torch.int64, query)
         check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)

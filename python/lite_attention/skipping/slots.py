@@ -74,8 +74,13 @@ class MapSlot(nn.Module):
             "stamp": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def fit(self, shape: PassShape) -> None:
-        """Hold a map of this shape, on the slot's device, which counts as never written."""
-        if self.words.shape != shape.map_shape():
-            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
+    def memory_for(self, shape: PassShape) -> Tensor:
+        """For a map of this shape: the slot's own where it fits, else new."""
+        if self.words.shape == shape.map_shape() and self.words.device == shape.device:
+            return self.words
+        return torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
+
+    def hold(self, words: Tensor) -> None:
+        """Take this memory, on the slot's device, for a map that counts as never written."""
+        self.words = words
         self.stamp.zero_()

@@ -229,6 +229,7 @@ class SkipState(MapTable):
         alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
         return [self, *(state for state in alike if state.device == self.device)]
 
+    @torch.compiler.disable
     def _room_made_for(self, owner: Owner) -> Room:
         with _making_room, real_tensors():
             self._make_room(owner)
@@ -238,15 +239,18 @@ class SkipState(MapTable):
         branch, shape = owner
         if owner in self._rooms:
             return  # another thread was faster
-        if self.device != shape.device:
+        is_moving = self.device != shape.device
+        taken = 0 if is_moving else len(self._rooms)
+        given_away = self._owner_to_give_way(branch) if taken == MAP_SLOTS else None
+        index = taken if given_away is None else self._rooms[given_away][0]
+        words = self.slot(index).memory_for(shape)
+        if is_moving:
             self.start_over(shape.device)
-        given_away = self._owner_to_give_way(branch) if len(self._rooms) == MAP_SLOTS else None
-        index = len(self._rooms) if given_away is None else self._rooms[given_away][0]
-        self.slot(index).fit(shape)
-        # Noted only now: a slot that could not be allocated is nobody's.
+        # Only now is all memory there, and nothing has changed before.
         if given_away is not None:
             del self._rooms[given_away]
             self.outdate_captured_graphs()
+        self.slot(index).hold(words)
         self._rooms[owner] = index, stamp_of(owner)
 
     def _owner_to_give_way(self, branch: int) -> Owner:

@@ -122,7 +122,9 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     // Once V is in the ring's stage.
     const auto clear_missing = [&](auto per_visit) {
       if constexpr (per_visit && Config::kMasksVisits) {
-        clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].flags.keys(), warpgroup);
+        // Read by the lane that hands the stage back, as in `visits`.
+        const int keys = __shfl_sync(kAllLanes, lane == 0 ? shared.v_visit[ring.stage].flags.keys() : 0, 0);
+        clear_missing_values<Config>(shared.v[ring.stage], keys, warpgroup);
       } else if (params.forward.visibility.kv_lens != nullptr) {
         clear_missing_values<Config>(shared.v[ring.stage], item.masked_keys, warpgroup);
       }
