@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lite_attention import SkipPolicy, unpack_keep_map
 from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.map_table import MAP_SLOTS
 from lite_attention.skipping.slots import PassShape
-from lite_attention.skipping.state import MAP_SLOTS, SkipState, share_room
+from lite_attention.skipping.state import SkipState, share_room
 
 HEADS, QUERIES, KEYS = 2, 300, 700
 
@@ -33,12 +34,15 @@ def one_pass(
     branch: int = 0,
     shape: PassShape | None = None,
     start_full: Tensor | None = None,
+    generation: int | None = None,
     compiling: bool = False,
 ) -> list[int]:
     """A pass that drops a tile besides those dropped before; the tiles it had been given as dropped."""
     shape = shape_of() if shape is None else shape
-    recalled = state.recall(state.room_for(branch, *shape, compiling), branch, start_full)
-    state.remember(recalled, branch, recalled.keep & dropping(drop, shape), start_full)
+    number = None if generation is None else torch.tensor(generation)
+    room = state.room_for(branch, *shape, compiling)
+    recalled = state.first_pass(shape) if room is None else state.recall(room, branch, start_full, number)
+    state.remember(recalled, (branch, shape), recalled.keep & dropping(drop, shape), start_full, number)
     return dropped(unpack_keep_map(recalled.keep, shape.kv_tiles()))
 
 
@@ -114,7 +118,8 @@ def test_a_pass_on_another_device_starts_over_there() -> None:
     state = SkipState(SkipPolicy(threshold=(-1.0, -2.0)))
     one_pass(state, 0)
     elsewhere = shape_of(device="meta")
-    state.remember(state.recall(state.room_for(0, *elsewhere, False), 0, None), 0, dropping(0, elsewhere), None)
+    recalled = state.first_pass(elsewhere)
+    state.remember(recalled, (0, elsewhere), recalled.keep, None, None)
     assert {buffer.device.type for buffer in state.buffers()} == {"meta"}
     assert one_pass(state, 0) == []
     assert state.threshold.tolist() == [-1.0, -2.0]
@@ -195,6 +200,58 @@ def test_a_map_that_was_set_is_used_whatever_the_count() -> None:
     state.set_keep_map(keep, 0, "test")
     assert dropped(state.keep_map(0, "test")) == [4]
     assert [one_pass(state, 1), one_pass(state, 1)] == [[4], [1, 4]]
+
+
+# Generations
+
+
+def test_a_pass_of_another_generation_starts_full_and_each_branch_has_its_own() -> None:
+    state = SkipState(SkipPolicy())
+    assert [one_pass(state, drop, generation=7) for drop in (3, 1)] == [[], [3]]
+    assert one_pass(state, 2, branch=1, generation=7) == []
+    assert [one_pass(state, drop, generation=8) for drop in (4, 5)] == [[], [4]]
+    assert one_pass(state, 0, branch=1, generation=7) == [2]
+    assert one_pass(state, 0, generation=7) == [], "no way back to a generation that was left"
+
+
+def test_passes_that_nobody_numbers_go_on_from_one_to_the_next() -> None:
+    state = SkipState(SkipPolicy())
+    assert [one_pass(state, drop, generation=number) for drop, number in ((3, 7), (1, None), (2, 7))] == [
+        [], [3], [1, 3],
+    ]  # fmt: skip
+
+
+def test_dense_passes_are_counted_from_the_start_of_a_generation() -> None:
+    state = SkipState(SkipPolicy(dense_steps=2))
+    for generation in (7, 8):
+        assert [one_pass(state, drop, generation=generation) for drop in range(4)] == [[], [], [1], [1, 2]]
+
+
+@pytest.mark.parametrize("given", ["start_full", "generation", "both"])
+def test_a_dense_pass_that_begins_a_generation_ends_the_map_of_its_branch(given: str) -> None:
+    state, other = SkipState(SkipPolicy()), SkipState(SkipPolicy())
+    for each in (state, other):
+        for branch in (0, 1):
+            one_pass(each, 3, branch, generation=7)
+
+    def note(begins: bool) -> None:
+        start_full = None if given == "generation" else torch.tensor(begins)
+        generation = None if given == "start_full" else torch.tensor(8 if begins else 7)
+        state.note_dense_pass(0, torch.device("cpu"), start_full, generation)
+
+    note(begins=False)
+    assert dropped(state.keep_map(0, "test")) == [3]
+    note(begins=True)
+    assert state.keep_map(0, "test").all()
+    assert one_pass(state, 1) == []
+    assert one_pass(state, 1, branch=1) == [3]
+
+
+def test_a_dense_pass_on_another_device_ends_the_map_without_asking_it() -> None:
+    state = SkipState(SkipPolicy())
+    one_pass(state, 3)
+    state.note_dense_pass(0, torch.device("meta"), torch.zeros((), dtype=torch.bool, device="meta"), None)
+    assert one_pass(state, 1) == []
 
 
 # Room for sisters
@@ -292,5 +349,8 @@ def test_threads_may_make_room_in_one_state_at_the_same_time() -> None:
 def test_stamps_are_the_same_in_every_process() -> None:
     """An exported program finds the map that another process saved in it."""
     state = SkipState(SkipPolicy())
-    stamps = [state.room_for(branch, *shape_of(), False)[1] for branch in range(2)]
+    stamps = []
+    for branch in range(2):
+        one_pass(state, 0, branch)
+        stamps.append(int(state.live[branch]))
     assert stamps == [5146744426198026097, 3195467625201304139]

@@ -204,6 +204,7 @@ class LiteAttentionOverride:
             must_do_queries=text,
             branch=self._branch,
             start_full=self.clock.start_full,
+            generation=self.clock.generation,
         )
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(-2)
 

@@ -102,7 +102,7 @@ class PatchedTransformer:
             stand_in = processor_class(type(original))(  # type: ignore[arg-type]
                 name, original, model, self.generation, make_attention(), has_all_tokens=not splits_tokens(mesh)
             )
-            self.processors[name] = stand_in.to(self.generation.clock.start_full.device)
+            self.processors[name] = stand_in.to(next(transformer.parameters()).device)
         self._enabled_parallelism = False
         if mesh is not None and splits_tokens(mesh) and not is_split:
             enable_context_parallelism(transformer, model, mesh)

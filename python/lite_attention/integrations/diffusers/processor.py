@@ -144,6 +144,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             must_do_queries=must_do_queries,
             kv_lens=kv_lens,
             start_full=self.generation.clock.start_full.to(query.device),
+            generation=self.generation.clock.generation.to(query.device),
             skip_fraction_out=fraction,
         )
         self._record(fraction)
