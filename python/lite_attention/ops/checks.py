@@ -1,10 +1,32 @@
-"""Checks of arguments that are no tensors, for every room."""
+"""Checks of values, for every room: numbers that users write, and the entries of tensors of lengths."""
 
 from __future__ import annotations
 
-import torch
+import numbers
 
-__all__ = ["checked_int"]
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+__all__ = ["as_int", "checked_bool", "checked_int", "checked_number", "limited_entries"]
+
+
+def as_int(value: object) -> int | None:
+    """A whole number: an int, the symbolic one of a traced size, a scalar of numpy as an int. None for all else."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    return int(value) if isinstance(value, numbers.Integral) else None
+
+
+def checked_bool(what: str, value: bool) -> bool:
+    """``value``, if it is True or False: text and numbers have a truth of their own that nobody meant.
+
+    Raises:
+        TypeError: ``value`` is something else; the text begins with ``what``.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} has type {type(value).__name__}, expected a bool")
+    return value
 
 
 def checked_int(what: str, value: int, lowest: int | None = None, highest: int | None = None) -> int:
@@ -12,14 +34,16 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
 
     Args:
         what: the argument as errors name it, for instance "LiteAttention: max_batch_size".
-        value: an int, or the symbolic one of a traced size. bool is none.
+        value: an int, or the symbolic one of a traced size; a scalar of numpy becomes an int. bool is none.
         lowest, highest: None for no limit.
 
     Raises:
         TypeError, ValueError: ``value`` is something else; the text begins with ``what``.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{what} has type {type(value).__name__}, expected an int")
+    value = number
     too_small = lowest is not None and value < lowest
     if too_small or (highest is not None and value > highest):
         if highest is None:
@@ -27,3 +51,51 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
         expected = f"at most {highest}" if lowest is None else f"{lowest} to {highest}"
         raise ValueError(f"{what} is {value}, expected {expected}")
     return value
+
+
+def checked_number(what: str, value: float, expected: str = "a number") -> float:
+    """``value``, if it is a number: an int or float, or the symbolic one of a traced value; numpy's become floats.
+
+    Args:
+        what: the argument as errors name it.
+        value: bool and tensors are none.
+        expected: what errors say is.
+
+    Raises:
+        TypeError: ``value`` is something else; the text begins with ``what``.
+    """
+    given: object = value
+    if isinstance(given, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(given, bool):
+        return given  # type: ignore[return-value]
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{what} has type {type(given).__name__}, expected {expected}")
+    return float(given)
+
+
+def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Tensor:
+    """``entries``, all of them from ``lowest`` to ``highest``.
+
+    On the CPU others are refused. Elsewhere, and where a call is traced, looking would mean waiting for the device, or
+    is not possible: there they are limited.
+
+    Raises:
+        ValueError: an entry is out of range; the text begins with ``what`` and says which it is.
+    """
+    if not _can_look(entries):
+        return entries.clamp(lowest, highest)
+    wrong = (entries < lowest) | (entries > highest)
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{what}[{', '.join(map(str, place))}] is {int(entries[tuple(place)])}, expected {lowest} to {highest}"
+        )
+    return entries
+
+
+def _can_look(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

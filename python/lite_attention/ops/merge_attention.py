@@ -85,6 +85,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"merge_attention: {name} has type {type(parts).__name__}, expected a list of tensors")
     outs, lses = list(outs), list(lses)
     if not outs:
         raise ValueError("merge_attention: outs is empty, expected at least one partial result")
