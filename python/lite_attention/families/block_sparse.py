@@ -52,6 +52,7 @@ def attention(
         NotImplementedError: the device has no kernel in this build.
     """
     check_qkv(_NAME, q, k, v)
+    check_tensors(_NAME, keep=keep)
     volume = volume_of_blocks(k, block_sizes)
     sizes = checked_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume, lowest=0)
     tile_lens = tile_lens_of_checked(sizes, volume)

@@ -31,6 +31,7 @@ def parse_ranges(
     """
     if isinstance(ranges, (str, bytes)) or not isinstance(ranges, Sequence):
         raise TypeError(f"{name} has type {type(ranges).__name__}, expected a list of positions: [start, end, ...]")
+    checked_int("parse_ranges: length", length, lowest=0)
     if len(ranges) % 2 != 0:
         raise ValueError(
             f"{name} has {len(ranges)} entries, expected an even number: [start, end, start, end, ...] "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["as_int", "checked_bool", "checked_int", "checked_number", "limited_entries"]
+__all__ = ["as_int", "check_entries", "checked_bool", "checked_int", "checked_number", "limited_entries"]
 
 
 def as_int(value: object) -> int | None:
@@ -72,24 +72,33 @@ def checked_number(what: str, value: float, expected: str = "a number") -> float
     return float(given)
 
 
-def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Tensor:
-    """``entries``, all of them from ``lowest`` to ``highest``.
+def check_entries(what: str, entries: Tensor, lowest: int, highest: int) -> bool:
+    """Whether all entries were found to be from ``lowest`` to ``highest``.
 
-    On the CPU others are refused. Elsewhere, and where a call is traced, looking would mean waiting for the device, or
-    is not possible: there they are limited.
+    They are looked at on the CPU. Elsewhere, and where a call is traced, looking would mean waiting for the device, or
+    is not possible.
 
     Raises:
         ValueError: an entry is out of range; the text begins with ``what`` and says which it is.
     """
     if not _can_look(entries):
-        return entries.clamp(lowest, highest)
+        return False
     wrong = (entries < lowest) | (entries > highest)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"{what}[{', '.join(map(str, place))}] is {int(entries[tuple(place)])}, expected {lowest} to {highest}"
         )
-    return entries
+    return True
+
+
+def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Tensor:
+    """``entries``, all of them from ``lowest`` to ``highest``: others are refused where they are looked at, or limited.
+
+    Raises:
+        ValueError: as :func:`check_entries`.
+    """
+    return entries if check_entries(what, entries, lowest, highest) else entries.clamp(lowest, highest)
 
 
 def _can_look(x: Tensor) -> bool:
