@@ -296,7 +296,7 @@ sta: more text than there is -> ValueError: sliding_tile.attention: text_length 
 sta: fewer keys -> ValueError: sliding_tile.attention: k has shape [2, 334, 1, 40], expected [B, 335, H, D]: 315 tokens of the canvas and 20 of text
 vsa: q without batch -> ValueError: video_sparse_attn: q has 3 dimensions, expected 4, [B, H, S, D]
 vsa: v of other heads -> ValueError: video_sparse.attention: v has shape [2, 512, 1, 16], expected [2, 512, 2, 16] like k, as [B, S, H, D]
-vsa: block of 48 -> ValueError: video_sparse.attention: volume is 48 slots, expected a multiple of 64
+vsa: block of 48 -> ValueError: video_sparse_attn: block_size is (3, 4, 4): volume is 48 slots, expected a multiple of 64
 vsa: sizes -> ValueError: video_sparse.attention: block_sizes has shape [5], expected [8], one size for each block of 64 slots of k
 vsa: gate without batch -> ValueError: video_sparse_attn: compress_attn_weight has 3 dimensions, expected 4, [B, H, S, D]
 vsa: topk -> ValueError: video_sparse.attention: topk is 0, expected at least 1
@@ -307,8 +307,8 @@ map: columns -> ValueError: block_sparse_attention: block_map has shape [2, 2, 8
 map: one batch entry -> ValueError: block_sparse_attention: block_map has shape [1, 2, 8, 8], expected [2, 2, 8, 8] or [2, 8, 8]
 map: packed -> RuntimeError: attention: keep has query tiles 3, expected 8 for Sq=512 and tile_m=64
 map: floats -> TypeError: block_sparse_attention: block_map has dtype torch.float32, expected torch.bool or torch.int32
-metadata: grid -> ValueError: VideoTiles: grid is (0, 4, 4), expected three integers of at least 1: (time, height, width)
-metadata: tile -> ValueError: VideoTiles: tile is (4, 4), expected three integers of at least 1: (time, height, width)""",
+metadata: grid -> ValueError: build_vsa_metadata: shape is (0, 4, 4), expected three integers of at least 1: (time, height, width)
+metadata: tile -> ValueError: build_vsa_metadata: tile is (4, 4), expected three integers of at least 1: (time, height, width)""",
     )
 
 

@@ -157,7 +157,7 @@ page_table -> ValueError: streaming_sparse_attn_func: page_table is given, expec
 softcap -> ValueError: streaming_sparse_attn_func: softcap is given, expected 0.0: it is not supported here
 tile -> ValueError: streaming_sparse_attn_func: n_block_size is given, expected 128: it is not supported here
 no keyword of it -> TypeError: streaming_sparse_attn_func: windows is not one of its keywords
-lengths in place of a scale -> TypeError: streaming_sparse_attn_func: softmax_scale is a tensor, expected a number or None
+lengths in place of a scale -> TypeError: streaming_sparse_attn_func: softmax_scale has type Tensor, expected a number or None
 not causal -> ValueError: streaming_sparse_attn_func: causal is False, expected True: no row sees keys after its own
 not streaming -> ValueError: streaming_sparse_attn_func: enable_streaming is False, expected True: heads that see everything have window_size (None, None)
 keys to the right -> ValueError: streaming_sparse_attn_func: window_size[1] is 7, expected 0 or None: no row sees keys after its own

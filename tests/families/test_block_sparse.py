@@ -58,6 +58,24 @@ def test_what_padding_holds_does_not_matter(value: float, device: str) -> None:
     assert torch.equal(out[:, tokens], clean[:, tokens])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [-3, 65, 10**6])
+def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_on_the_gpu(size: int, device: str) -> None:
+    video = Video(sizes=(64,) * 6)
+    q, k, v, _ = (x if x is None else swapped(x).to(device) for x in make_inputs(video, torch.bfloat16))
+    keep = expand_blocks(random_blocks(video), 64).to(device)
+    sizes = torch.tensor([64, 64, size, 0, 64, 1], dtype=torch.int32, device=device)
+    if device == "cpu":
+        with pytest.raises(
+            ValueError, match=rf"^block_sparse\.attention: block_sizes\[2\] is {size}, expected 0 to 64$"
+        ):
+            block_sparse.attention(q, k, v, keep, sizes)
+        return
+    limited = block_sparse.attention(q, k, v, keep, sizes.clamp(0, 64))
+    for result, expected in zip(block_sparse.attention(q, k, v, keep, sizes), limited, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_queries_need_no_blocks() -> None:
     video = Video()
     q, k, v, _ = (x if x is None else swapped(x) for x in make_inputs(video, torch.float32))

@@ -213,6 +213,29 @@ def _no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "size", "smallest"), [("sink_size", -1, 0), ("recent_size", 0, 1), ("recent_size", -5, 1)]
+)
+def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_on_the_gpu(
+    name: str, size: int, smallest: int, device: str
+) -> None:
+    full_heads = torch.tensor([False, True, False], device=device)
+    sizes = {
+        "sink_size": torch.full((3,), 2, dtype=torch.int32, device=device),
+        "recent_size": torch.tensor([4, 4, 4], dtype=torch.int32, device=device),
+    }
+    wrong = sizes | {name: torch.tensor([4, 4, size], dtype=torch.int32, device=device)}
+    if device == "cpu":
+        with pytest.raises(
+            ValueError, match=rf"^head_windows: {name}\[2\] is {size}, expected {smallest} to 2147483647$"
+        ):
+            head_windows(full_heads, **wrong)
+        return
+    limited = sizes | {name: wrong[name].clamp(min=smallest)}
+    assert torch.equal(head_windows(full_heads, **wrong), head_windows(full_heads, **limited))
+
+
 def test_errors() -> None:
     q, k, v = make_qkv(Case(1, 20, 20, 4, 2, 16), torch.float32)
     full, sizes = torch.tensor([True, False]), torch.ones(4, dtype=torch.int32)

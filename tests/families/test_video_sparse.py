@@ -209,6 +209,38 @@ def test_sums_of_large_fp16_values_do_not_overflow() -> None:
     assert torch.equal(out, 2 * v)  # fine + coarse
 
 
+@pytest.mark.parametrize("size", [-3, 0, 65, 10**6])
+@pytest.mark.parametrize("device", DEVICES)
+def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_on_the_gpu(device: str, size: int) -> None:
+    video = Video(sizes=(64,) * 6)
+    q, k, v, _ = (x if x is None else swapped(x).to(device) for x in make_inputs(video, torch.bfloat16))
+    sizes = torch.tensor(video.sizes, dtype=torch.int32, device=device)
+    wrong = sizes.clone()
+    wrong[4] = size
+    if device == "cpu":
+        message = rf"^video_sparse\.attention: {{}}\[4\] is {size}, expected 1 to 64$"
+        with pytest.raises(ValueError, match=message.format("block_sizes")):
+            video_sparse.attention(q, k, v, wrong, 3)
+        with pytest.raises(ValueError, match=message.format("q_block_sizes")):
+            video_sparse.attention(q, k, v, sizes, 3, q_block_sizes=wrong)
+        return
+    limited = video_sparse.attention(q, k, v, wrong.clamp(1, 64), 3)
+    for result, expected in zip(video_sparse.attention(q, k, v, wrong, 3), limited, strict=True):
+        assert torch.equal(result, expected)
+        assert bool(result.isfinite().all())
+
+
+def test_autocast_attends_to_the_blocks_that_would_be_chosen_without_it() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 40 * 64, 2, 64)
+    sizes = torch.full((40,), 64, dtype=torch.int32)
+    expected, _ = video_sparse.attention(q, k, v, sizes, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = video_sparse.attention(q, k, v, sizes, 4)
+    assert out.dtype == torch.bfloat16
+    assert float((out - expected).abs().max()) < 0.02  # another block moves a row by 0.1 and more
+
+
 def test_a_gradient_is_refused() -> None:
     q, k, v, gate = make_inputs(Video(), torch.float32)
     out = run(Video(), q.requires_grad_(), k, v, gate)

@@ -372,7 +372,7 @@ def test_errors_of_the_layers_name_the_argument() -> None:
         report(calls),
         """\
 heads that do not share evenly -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 3
-no KV head -> ValueError: LocalAttention: num_heads is 4, expected a multiple of num_kv_heads, 0
+no KV head -> ValueError: LocalAttention: num_kv_heads is 0, expected at least 1
 an unknown argument -> TypeError: LocalAttention: got the argument 'treshold', expected one that a backend takes: enable_skipping, max_batch_size, policy, threshold (LITE_ATTN); layer_index (SLIDING_TILE_ATTN)
 a threshold above 0 -> ValueError: LITE_ATTN: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
 causal skipping -> ValueError: LITE_ATTN: causal is True, expected False: it has no causal mask

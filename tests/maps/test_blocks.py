@@ -118,6 +118,54 @@ def test_the_best_blocks_and_the_prefix_are_chosen(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_no_score_and_no_choice(compiled: bool, device: str) -> None:
+    q_means, k_means = (torch.randn(1, 40, 2, 64, device=device) for _ in range(2))
+
+    def choose(q_means: Tensor, k_means: Tensor) -> tuple[Tensor, Tensor]:
+        return block_scores(q_means, k_means, 0.125), choose_blocks(q_means, k_means, 4, 0.125)
+
+    expected = choose(q_means, k_means)
+    torch._dynamo.reset()
+    call = torch.compile(choose, fullgraph=True, backend="aot_eager") if compiled else choose
+    with torch.autocast(device, torch.bfloat16):
+        found = call(q_means, k_means)
+        assert (q_means[0, :, 0] @ k_means[0, :, 0].mT).dtype == torch.bfloat16  # it is on again
+    for result, wanted in zip(found, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device_and_trace", ["eager", "compiled"])
+@pytest.mark.parametrize("size", [-3, 0, 65, 10**6])
+def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_elsewhere(
+    size: int, device_and_trace: str, device: str
+) -> None:
+    """A trace cannot look at them either."""
+    x, sizes = torch.randn(1, 256, 2, 8, device=device), torch.tensor([64, 64, size, 5], device=device)
+    limited = sizes.clamp(1, 64)
+    means, lens = block_means(x, limited, 64), block_tile_lens(sizes.clamp(0, 64), 64)
+    if device_and_trace == "compiled":
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x, sizes: (block_means(x, sizes, 64), block_tile_lens(sizes, 64)), backend="eager", fullgraph=True
+        )
+        found = compiled(x, sizes)
+    elif device == "cuda":
+        found = block_means(x, sizes, 64), block_tile_lens(sizes, 64)
+    else:
+        with pytest.raises(ValueError, match=rf"^block_means: sizes\[2\] is {size}, expected 1 to 64$"):
+            block_means(x, sizes, 64)
+        if size != 0:
+            with pytest.raises(ValueError, match=rf"^block_tile_lens: sizes\[2\] is {size}, expected 0 to 64$"):
+                block_tile_lens(sizes, 64)
+        return
+    assert torch.equal(found[0], means)
+    assert torch.equal(found[1], lens)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_without_a_prefix_the_choice_is_top_k_map_of_the_scores(device: str) -> None:
     q, k = torch.randn(1, 9, 4, 16, device=device), torch.randn(1, 70, 2, 16, device=device)
     assert torch.equal(choose_blocks(q, k, 5, 0.25), top_k_map(block_scores(q, k, 0.25), 5))
@@ -207,7 +255,7 @@ sizes elsewhere -> ValueError: block_means: sizes is on meta, expected cpu like 
 topk -> ValueError: choose_blocks: topk is 0, expected at least 1
 prefix -> ValueError: choose_blocks: prefix_blocks is 3, expected 0 to 2, the blocks there are
 volume -> ValueError: expand_blocks: volume is 96 slots, expected a multiple of 64
-a packed map -> TypeError: pack_keep_map: keep has dtype torch.int32, expected torch.bool
+a packed map -> TypeError: expand_blocks: block_map has dtype torch.int32, expected torch.bool
 sparsity -> ValueError: topk_of_sparsity: sparsity is 1.5, expected a number from 0 to 1
 no block -> ValueError: topk_of_sparsity: blocks is 0, expected at least 1""",
     )

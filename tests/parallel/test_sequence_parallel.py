@@ -431,6 +431,8 @@ def _errors() -> str:
         "no token": lambda: layer(q[:, :0], kv[:, :0], kv[:, :0]),
         "kv tokens": lambda: layer(q, *[torch.zeros(1, 4, 2, 8)] * 2),
         "kv_lens": lambda: layer(q, kv, kv, kv_lens=torch.tensor([5])),
+        "more keys than there are": lambda: layer(q, kv, kv, kv_lens=torch.tensor([10**6], dtype=torch.int32)),
+        "fewer than none": lambda: layer(q, kv, kv, kv_lens=torch.tensor([-1], dtype=torch.int32)),
         "seq_len type": lambda: layer(q, kv, kv, seq_len=True),
         "skip_fraction_out": lambda: layer(q, kv, kv, skip_fraction_out=0.0),
         "threshold of other heads": lambda: DistributedLiteAttention(mesh, threshold=[-1.0] * 6)(q, kv, kv),
@@ -481,6 +483,8 @@ dtypes -> TypeError: DistributedLiteAttention: key has dtype torch.float16, expe
 no token -> ValueError: DistributedLiteAttention: query has shape [1, 0, 4, 8], expected no size of 0
 kv tokens -> ValueError: DistributedLiteAttention: key has 4 tokens, expected 6 like query
 kv_lens -> TypeError: DistributedLiteAttention: kv_lens has dtype torch.int64, expected torch.int32
+more keys than there are -> ValueError: DistributedLiteAttention: kv_lens[0] is 1000000, expected 0 to 12
+fewer than none -> ValueError: DistributedLiteAttention: kv_lens[0] is -1, expected 0 to 12
 seq_len type -> TypeError: DistributedLiteAttention: seq_len has type bool, expected an int
 skip_fraction_out -> TypeError: DistributedLiteAttention: skip_fraction_out has type float, expected a tensor
 threshold of other heads -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head of query

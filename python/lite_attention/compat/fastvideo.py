@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lite_attention.families import block_sparse, sliding_tile, video_sparse
 from lite_attention.families.sliding_tile import SEQ_SHAPE, TILE, WindowSize
-from lite_attention.maps.blocks import expand_blocks
-from lite_attention.maps.video_tiles import Size, VideoTiles
+from lite_attention.maps.blocks import check_volume, expand_blocks
+from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.call import check_tensors
-from lite_attention.ops.checks import equals_any
+from lite_attention.ops.checks import as_int, checked_bool, equals_any
 
 __all__ = [
     "VSAMetadata",
@@ -70,6 +70,7 @@ def sliding_tile_attention(
     """
     function = "sliding_tile_attention"
     query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    checked_bool(f"{function}: has_text", has_text)
     canvas = sliding_tile.canvas_size(function, seq_shape)
     image_tokens, tokens = math.prod(canvas), query.shape[1]
     if tokens < image_tokens or (tokens > image_tokens and not has_text):
@@ -121,7 +122,8 @@ def build_vsa_metadata(
     Raises:
         TypeError, ValueError: a size is not three positive integers.
     """
-    tiles = VideoTiles(shape, tile)
+    function = "build_vsa_metadata"
+    tiles = VideoTiles(check_size(f"{function}: shape", shape), check_size(f"{function}: tile", tile))
     device = torch.get_default_device() if device is None else torch.device(device)
     return {
         "tile_partition_indices": tiles.order(device),
@@ -158,6 +160,7 @@ def block_sparse_attention(
     """
     function = "block_sparse_attention"
     query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_tensors(function, block_map=block_map)
     keep = block_map
     if block_map.dtype == torch.bool:
         volume = block_sparse.volume_of_blocks(key, block_sizes)
@@ -210,7 +213,12 @@ def video_sparse_attn(
         RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
-    query, key, value = (_swapped("video_sparse_attn", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    function = "video_sparse_attn"
+    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    volume = as_int(block_size)
+    if volume is None:
+        volume = math.prod(check_size(f"{function}: block_size", block_size))
+    check_volume(f"{function}: block_size is {block_size}", volume)
     gate = compress_attn_weight
     out, _ = video_sparse.attention(
         query,
@@ -218,8 +226,8 @@ def video_sparse_attn(
         value,
         variable_block_sizes,
         topk,
-        volume=block_size if isinstance(block_size, int) else math.prod(block_size),
-        gate=None if gate is None else _swapped("video_sparse_attn", "compress_attn_weight", gate),
+        volume=volume,
+        gate=None if gate is None else _swapped(function, "compress_attn_weight", gate),
         q_block_sizes=q_variable_block_sizes,
         scale=scale,
         prefix_blocks=prefix_blocks,

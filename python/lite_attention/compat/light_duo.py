@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lite_attention.families import duo, streaming
 from lite_attention.families.duo.weights import HeadTable
 from lite_attention.maps.tiles import UNLIMITED
+from lite_attention.ops.checks import checked_bool, checked_int, checked_number
 
 __all__ = ["DuoAttentionConfig", "reorder_weights_for_duo_attn", "streaming_sparse_attn_func"]
 
@@ -76,19 +77,21 @@ def streaming_sparse_attn_func(
                 f"{function}: {name} is given, expected {nothing}: it is not supported here"
                 + (". streaming_attention places the queries at the last keys" if name == "position_ids" else "")
             )
-    if isinstance(softmax_scale, Tensor):
-        raise TypeError(f"{function}: softmax_scale is a tensor, expected a number or None")
-    if not causal:
+    if softmax_scale is not None:
+        checked_number(f"{function}: softmax_scale", softmax_scale, "a number or None")
+    if not checked_bool(f"{function}: causal", causal):
         raise ValueError(f"{function}: causal is {causal}, expected True: no row sees keys after its own")
-    if not enable_streaming:
+    if not checked_bool(f"{function}: enable_streaming", enable_streaming):
         raise ValueError(
             f"{function}: enable_streaming is {enable_streaming}, expected True: heads that see everything have "
             "window_size (None, None)"
         )
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"{function}: window_size is {window_size!r}, expected a pair: (left, right)")
     left, right = window_size
-    if left is not None and left < 0:
+    if left is not None and checked_int(f"{function}: window_size[0]", left) < 0:
         raise ValueError(f"{function}: window_size[0] is {left}, expected 0 or more keys, or None")
-    if right not in (0, None):
+    if right is not None and checked_int(f"{function}: window_size[1]", right) != 0:
         raise ValueError(f"{function}: window_size[1] is {right}, expected 0 or None: no row sees keys after its own")
     return streaming.attention(
         q,
@@ -136,6 +139,9 @@ def reorder_weights_for_duo_attn(
     Raises:
         TypeError, ValueError, RuntimeError: as there; the model is then unchanged.
     """
+    function = "reorder_weights_for_duo_attn"
+    checked_int(f"{function}: sink_size", sink_size, lowest=0)
+    checked_int(f"{function}: recent_size", recent_size, lowest=0)
     full = duo.reorder_weights(
         model,
         full_attention_heads,

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
-from lite_attention.maps.blocks import GRAIN, block_tile_lens, check_sizes, check_volume
+from lite_attention.maps.blocks import GRAIN, check_volume, checked_sizes, tile_lens_of_checked
+from lite_attention.ops.call import check_tensors
 
 __all__ = ["attention"]
 
@@ -19,10 +20,10 @@ def volume_of_blocks(k: Tensor, block_sizes: Tensor) -> int:
     Raises:
         TypeError, ValueError: there is no such number, or it is no multiple of 64.
     """
+    check_tensors(_NAME, block_sizes=block_sizes)
     volume: int = k.shape[1] // max(block_sizes.numel(), 1)
     if volume < 1 or volume % GRAIN != 0:  # first, as a text with sizes in it binds compiled code to them
         check_volume(f"{_NAME}: k has {k.shape[1]} slots for {block_sizes.numel()} block_sizes", volume)
-    check_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume)
     return volume
 
 
@@ -39,7 +40,8 @@ def attention(
         keep: packed map of 64 query rows by 64 keys, int32 ``[B, Hq, query_tiles, words]``
             (:mod:`lite_attention.maps.keep_map`). :func:`lite_attention.maps.blocks.expand_blocks` makes it from a bool
             map over blocks.
-        block_sizes: int32 ``[kv_blocks]``: the first so many keys of each block exist, whatever the others hold.
+        block_sizes: int32 ``[kv_blocks]``: the first so many keys of each block exist, whatever the others hold. From
+            0 to a block's slots: on the CPU others raise an error, on a GPU they are limited.
         scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
 
     Returns:
@@ -51,5 +53,8 @@ def attention(
         NotImplementedError: the device has no kernel in this build.
     """
     check_qkv(_NAME, q, k, v)
-    tile_lens = block_tile_lens(block_sizes, volume_of_blocks(k, block_sizes))
+    check_tensors(_NAME, keep=keep)
+    volume = volume_of_blocks(k, block_sizes)
+    sizes = checked_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume, lowest=0)
+    tile_lens = tile_lens_of_checked(sizes, volume)
     return ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)

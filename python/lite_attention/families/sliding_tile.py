@@ -17,6 +17,8 @@ from lite_attention import ops
 from lite_attention.maps.keep_map import ceil_div, pack_keep_map
 from lite_attention.maps.tiles import FINE_TILE_N, tile_shape
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
+from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import as_int, checked_int
 from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = ["SlidingTileMap", "attention", "attention_in_slots", "sliding_tile_map"]
@@ -131,6 +133,11 @@ def attention_in_slots(
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, windows: SlidingTileMap) -> None:
+    if not isinstance(windows, SlidingTileMap):
+        raise TypeError(
+            f"{_NAME}: windows has type {type(windows).__name__}, expected a SlidingTileMap, from sliding_tile_map"
+        )
+    check_tensors(_NAME, q=q, k=k, v=v)
     tokens = windows.image_tokens + windows.text_tokens
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.shape[1] != tokens:
@@ -158,13 +165,14 @@ def _kv_lens(text_length: int | Tensor | None, windows: SlidingTileMap, q: Tenso
                 f"expected torch.int32 and [{q.shape[0]}], one length a batch entry"
             )
         return text_length.clamp(0, text_tokens) + image_slots
-    if isinstance(text_length, bool) or not isinstance(text_length, (int, torch.SymInt)):
+    length = as_int(text_length)
+    if length is None:
         raise TypeError(f"{_NAME}: text_length has type {type(text_length).__name__}, expected int or Tensor")
-    if not 0 <= text_length <= text_tokens:
+    if not 0 <= length <= text_tokens:
         raise ValueError(
             f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the tokens after the canvas"
         )
-    return torch.full(q.shape[:1], image_slots + text_length, dtype=torch.int32, device=q.device)
+    return torch.full(q.shape[:1], image_slots + length, dtype=torch.int32, device=q.device)
 
 
 def sliding_tile_map(
@@ -207,8 +215,7 @@ def sliding_tile_map(
                 text_tokens=text_tokens,
                 device=device,
             )
-    if text_tokens < 0:
-        raise ValueError(f"{function}: text_tokens is {text_tokens}, expected at least 0")
+    checked_int(f"{function}: text_tokens", text_tokens, lowest=0)
     tiles = VideoTiles(canvas_size(function, seq_shape), check_size(f"{function}: tile", tile))
     windows = _windows(function, window_size)
     tile_m, tile_n = tile_shape(head_dim, dtype)
@@ -258,7 +265,7 @@ def _windows(function: str, window_size: WindowSize) -> list[Size]:
     """One window for all heads, or one a head."""
     if not isinstance(window_size, (list, tuple)) or len(window_size) == 0:
         raise TypeError(f"{function}: window_size is {window_size!r}, expected a window in tiles, or one a query head")
-    if isinstance(window_size[0], int):
+    if as_int(window_size[0]) is not None:
         return [check_size(f"{function}: window_size", tuple(window_size))]
     return [
         check_size(f"{function}: window_size[{head}]", tuple(window) if isinstance(window, list) else window)

@@ -13,7 +13,7 @@ from lite_attention import ops
 from lite_attention.maps.tiles import UNLIMITED
 from lite_attention.ops import CausalAlignment
 from lite_attention.ops.call import check_tensors
-from lite_attention.ops.checks import equals_any
+from lite_attention.ops.checks import as_int, equals_any, limited_entries
 
 __all__ = ["attention", "head_windows"]
 
@@ -28,7 +28,8 @@ def head_windows(full_heads: Tensor, sink_size: int | Tensor, recent_size: int |
     Args:
         full_heads: bool ``[Hq]``, True for a head that sees all keys up to its row's position.
         sink_size: of the others, so many first keys are seen; an int, or int32 ``[Hq]``, one for each head.
-        recent_size: so many last keys, the row's own included; an int from 1, or int32 ``[Hq]``.
+        recent_size: so many last keys, the row's own included; an int from 1, or int32 ``[Hq]``. On a GPU, where
+            looking would mean waiting, the sizes of a tensor are limited: to at least 0, and at least 1 here.
 
     Returns:
         int32 ``[Hq, 2]`` on the device of ``full_heads``.
@@ -63,7 +64,8 @@ def attention(
         q: ``[B, Sq, Hq, D]``, fp32, bf16 or fp16; any strides whose last one is 1. D is a multiple of 8, at most 256.
         k, v: ``[B, Sk, Hkv, D]`` of q's dtype and device, ``Hq % Hkv == 0``.
         sink_size: first keys that are always seen; an int, or int32 ``[Hq]`` on q's device, one for each head.
-        recent_size: last keys that are seen, the row's own included; an int from 1, or int32 ``[Hq]``.
+        recent_size: last keys that are seen, the row's own included; an int from 1, or int32 ``[Hq]``. On a GPU, where
+            looking would mean waiting, the sizes of a tensor are limited: to at least 0, and at least 1 here.
         full_heads: bool ``[Hq]``, or ``[Hkv]`` for whole GQA groups: these heads see all keys up to the row's position.
         causal: "bottom-right": the last row is at the last existing key, for queries that continue earlier keys;
             "top-left": row i is at position i.
@@ -125,11 +127,12 @@ def _window_table(
                     f"{function}: {name} is {size.dtype} {list(size.shape)} on {size.device}, expected a number or "
                     f"torch.int32 [{heads}] on {table.device}, one a head"
                 )
-            table[:, column].copy_(size)
+            table[:, column].copy_(limited_entries(f"{function}: {name}", size, smallest, UNLIMITED))
             continue
-        if isinstance(size, bool) or not isinstance(size, int):
+        number = as_int(size)
+        if number is None:
             raise TypeError(f"{function}: {name} has type {type(size).__name__}, expected an int or a tensor")
-        if not smallest <= size <= UNLIMITED:
-            raise ValueError(f"{function}: {name} is {size}, expected {smallest} to {UNLIMITED} keys")
-        table[:, column].fill_(size)
+        if not smallest <= number <= UNLIMITED:
+            raise ValueError(f"{function}: {name} is {number}, expected {smallest} to {UNLIMITED} keys")
+        table[:, column].fill_(number)
     return table

@@ -6,23 +6,22 @@ Only a map is made here (:mod:`lite_attention.maps.blocks`); the attention itsel
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import (
     GRAIN,
-    block_means,
-    block_tile_lens,
     check_choice,
-    check_sizes,
     check_volume,
+    checked_sizes,
     choose_blocks,
     expand_blocks,
+    means_of_checked,
+    tile_lens_of_checked,
 )
 from lite_attention.maps.keep_map import unpack_keep_map
+from lite_attention.ops.call import check_tensors, softmax_scale
 
 __all__ = ["attention"]
 
@@ -52,7 +51,8 @@ def attention(
         q: ``[B, Sq, Hq, D]`` in padded slots (:mod:`lite_attention.maps.video_tiles`), fp32, bf16 or fp16; any strides
             whose last one is 1. Slots without a token hold 0 in q, k and v: the coarse stage sums whole blocks.
         k, v: ``[B, Sk, Hkv, D]`` in padded slots, of q's dtype and device, ``Hq % Hkv == 0``.
-        block_sizes: int32 ``[kv_blocks]``, how many tokens each block of keys has, at least 1.
+        block_sizes: int32 ``[kv_blocks]``, how many tokens each block of keys has, 1 to ``volume``: on the CPU others
+            raise an error, on a GPU they are limited.
         topk: blocks of keys for each block of queries, at least 1; all of them where there are fewer.
         volume: slots of a block, a multiple of 64.
         gate: the factor on the coarse result, of q's shape; 1 if None.
@@ -72,26 +72,29 @@ def attention(
     """
     check_qkv(_NAME, q, k, v)
     check_volume(_NAME, volume)
-    check_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume)
+    sizes = checked_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume)
+    q_sizes = sizes
     if q_block_sizes is not None:
-        check_sizes(_NAME, "q_block_sizes", q_block_sizes, "q", q, volume)
+        q_sizes = checked_sizes(_NAME, "q_block_sizes", q_block_sizes, "q", q, volume)
     elif q.shape[1] != k.shape[1]:
         raise ValueError(
             f"{_NAME}: q_block_sizes is None, expected the sizes of q's blocks, "
             f"as q has {q.shape[1]} slots and k {k.shape[1]}"
         )
     check_choice(_NAME, topk, prefix_blocks, q.shape[1] // volume, k.shape[1] // volume)
+    if gate is not None:
+        check_tensors(_NAME, gate=gate)
     if gate is not None and gate.shape != q.shape:
         raise ValueError(f"{_NAME}: gate has shape {list(gate.shape)}, expected {list(q.shape)} like q")
 
-    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    q_means = block_means(q, block_sizes if q_block_sizes is None else q_block_sizes, volume)
-    k_means, v_means = (block_means(x, block_sizes, volume) for x in (k, v))
+    scale = softmax_scale(_NAME, q, scale)
+    q_means = means_of_checked(q, q_sizes, volume)
+    k_means, v_means = (means_of_checked(x, sizes, volume) for x in (k, v))
     keep = choose_blocks(q_means, k_means, topk, scale, prefix_blocks=prefix_blocks)
     if volume > GRAIN:
-        keep = expand_blocks(unpack_keep_map(keep, block_sizes.numel()), volume)
+        keep = expand_blocks(unpack_keep_map(keep, sizes.numel()), volume)
     coarse, _ = ops.attention(q_means, k_means, v_means, scale=scale)
-    tile_lens = block_tile_lens(block_sizes, volume)
+    tile_lens = tile_lens_of_checked(sizes, volume)
     out, lse = ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
 
     # One pass over out, in place: neither the repeated coarse result nor its product with the gate is written out.

@@ -13,6 +13,7 @@ from lite_attention.layers.registry import AttentionBackendEnum, BackendName, kn
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
 from lite_attention.layers.selector import get_attn_backend
 from lite_attention.ops.autocast import autocast, autocast_dtype
+from lite_attention.ops.checks import checked_bool, checked_int, checked_number
 
 __all__ = ["AttentionLayer", "LocalAttention"]
 
@@ -39,19 +40,25 @@ class AttentionLayer(nn.Module):
         extra_impl_args: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        for what, number in (("num_heads", num_heads), ("head_size", head_size)):
-            if number < 1:
-                raise ValueError(f"{type(self).__name__}: {what} is {number}, expected at least 1")
-        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads != 0:
+        name = type(self).__name__
+        self.num_heads = num_heads = checked_int(f"{name}: num_heads", num_heads, lowest=1)
+        self.head_size = head_size = checked_int(f"{name}: head_size", head_size, lowest=1)
+        self.num_kv_heads = (
+            num_heads if num_kv_heads is None else checked_int(f"{name}: num_kv_heads", num_kv_heads, lowest=1)
+        )
+        if num_heads % self.num_kv_heads != 0:
             raise ValueError(
-                f"{type(self).__name__}: num_heads is {num_heads}, expected a multiple of num_kv_heads, "
-                f"{self.num_kv_heads}"
+                f"{name}: num_heads is {num_heads}, expected a multiple of num_kv_heads, {self.num_kv_heads}"
             )
-        self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(f"{name}: dtype is {self.dtype!r}, expected a floating-point torch.dtype")
+        checked_bool(f"{name}: causal", causal)
+        if not isinstance(prefix, str):
+            raise TypeError(f"{name}: prefix has type {type(prefix).__name__}, expected str")
+        self.softmax_scale = (
+            head_size**-0.5 if softmax_scale is None else checked_number(f"{name}: softmax_scale", softmax_scale)
+        )
         backend = get_attn_backend(
             head_size, self.dtype, supported_attention_backends, default_backend=self.default_backend
         )

@@ -13,6 +13,7 @@ import torch
 
 from lite_attention.layers.abstract import AttentionBackend
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, find_backend, is_available, known_name
+from lite_attention.ops.checks import checked_int
 from lite_attention.scoped_default import ScopedDefault
 
 __all__ = [
@@ -103,6 +104,13 @@ def get_attn_backend(
         raise TypeError(
             f"{function}: supported_attention_backends is a str, expected a tuple of names, or None for any"
         )
+    if supported_attention_backends is not None and not isinstance(supported_attention_backends, Sequence):
+        raise TypeError(
+            f"{function}: supported_attention_backends has type {type(supported_attention_backends).__name__}, "
+            "expected a tuple of names, or None for any"
+        )
+    checked_int(f"{function}: head_size", head_size)
+    default_backend = known_name(default_backend, f"{function}: default_backend")
     if supported_attention_backends is not None:
         supported = [
             known_name(name, f"{function}: supported_attention_backends[{index}]")

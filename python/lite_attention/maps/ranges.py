@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lite_attention.maps.keep_map import ceil_div
+from lite_attention.ops.checks import as_int, checked_int
 
 __all__ = ["parse_ranges", "tiles_inside", "tiles_touched"]
 
@@ -25,44 +26,65 @@ def parse_ranges(
     to 79. Pairs may touch, overlap and come in any order.
 
     Raises:
-        TypeError: an entry is not an int.
+        TypeError: ``ranges`` is no list, or an entry not an int; one of numpy is.
         ValueError: odd length, or a pair that is empty, negative or past ``length``; the text names the entry.
     """
+    if isinstance(ranges, (str, bytes)) or not isinstance(ranges, Sequence):
+        raise TypeError(f"{name} has type {type(ranges).__name__}, expected a list of positions: [start, end, ...]")
+    checked_int("parse_ranges: length", length, lowest=0)
     if len(ranges) % 2 != 0:
         raise ValueError(
             f"{name} has {len(ranges)} entries, expected an even number: [start, end, start, end, ...] "
             f"(entry {len(ranges) - 1}, {ranges[-1]!r}, has no partner)"
         )
-    for index, entry in enumerate(ranges):
-        if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
-            raise TypeError(f"{name}[{index}] is {entry!r} of type {type(entry).__name__}, expected an int")
+    positions = []
+    for index, given in enumerate(ranges):
+        entry = as_int(given)
+        if entry is None:
+            raise TypeError(f"{name}[{index}] is {given!r} of type {type(given).__name__}, expected an int")
+        positions.append(entry)
         if entry < 0:
             raise ValueError(f"{name}[{index}] is {entry}, expected a position of at least 0")
         if entry > length:
             raise ValueError(f"{name}[{index}] is {entry}, expected at most the number of {tokens}, {length}")
     pairs = []
     for index in range(0, len(ranges), 2):
-        first, second = ranges[index], ranges[index + 1]
+        first, second = positions[index], positions[index + 1]
         if first == second:
             raise ValueError(f"{name}[{index}:{index + 2}] is [{first}, {second}], an empty range")
         pairs.append((first, second) if first < second else (second, first))
     return pairs
 
 
-def _token_cover(ranges: Tensor | Sequence[tuple[int, int]], kv_len: int, device: torch.device | None) -> Tensor:
+def _token_cover(
+    ranges: Tensor | Sequence[tuple[int, int]], kv_len: int, tile_n: int, device: torch.device | None
+) -> Tensor:
     """Which keys lie in any of the half-open ranges: bool ``[kv_len]``."""
+    checked_int("kv_len", kv_len, lowest=0)
+    checked_int("tile_n", tile_n, lowest=1)
     if isinstance(ranges, Tensor):
         if ranges.dim() != 2 or ranges.shape[-1] != 2:
             raise ValueError(f"ranges has shape {list(ranges.shape)}, expected [count, 2]")
+        if ranges.is_floating_point() or ranges.is_complex() or ranges.dtype == torch.bool:
+            raise TypeError(f"ranges has dtype {ranges.dtype}, expected integers")
         token = torch.arange(kv_len, device=ranges.device).unsqueeze(-1)
         low, high = ranges.amin(-1), ranges.amax(-1)
         return ((token >= low) & (token < high)).any(-1)
     # Compared as scalars, not copied as a tensor: a copy to the device may not happen while a CUDA graph is captured.
     token = torch.arange(kv_len, device=device)
     cover = torch.zeros(kv_len, dtype=torch.bool, device=device)
-    for low_key, high_key in ranges:
+    if not isinstance(ranges, (list, tuple)):
+        raise TypeError(f"ranges has type {type(ranges).__name__}, expected pairs of positions, or a tensor of them")
+    for index, pair in enumerate(ranges):
+        low_key, high_key = (None, None) if not _is_pair(pair) else (as_int(pair[0]), as_int(pair[1]))
+        if low_key is None or high_key is None:
+            raise TypeError(f"ranges[{index}] is {pair!r}, expected a pair of positions")
         cover = cover | ((token >= low_key) & (token < high_key))
     return cover
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 def tiles_touched(
@@ -78,9 +100,9 @@ def tiles_touched(
         device: of the result; for a tensor of ranges, its own.
 
     Raises:
-        ValueError: a tensor of ranges is not ``[count, 2]``.
+        TypeError, ValueError: an argument is something else; the text names it.
     """
-    cover = _token_cover(ranges, kv_len, device)
+    cover = _token_cover(ranges, kv_len, tile_n, device)
     kv_tiles = ceil_div(kv_len, tile_n)
     padded = F.pad(cover, (0, kv_tiles * tile_n - kv_len))
     return torch.any(padded.view(kv_tiles, tile_n), -1)
@@ -93,7 +115,7 @@ def tiles_inside(
 
     Arguments and errors as for :func:`tiles_touched`. Of a ragged last tile only the keys that exist count.
     """
-    cover = _token_cover(ranges, kv_len, device)
+    cover = _token_cover(ranges, kv_len, tile_n, device)
     kv_tiles = ceil_div(kv_len, tile_n)
     padded = F.pad(cover, (0, kv_tiles * tile_n - kv_len), value=True)
     return torch.all(padded.view(kv_tiles, tile_n), -1)

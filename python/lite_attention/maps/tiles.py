@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.ops import backends
-from lite_attention.ops.checks import equals_any
+from lite_attention.ops.checks import checked_int, equals_any
 from lite_attention.ops.load import host
 
 
@@ -26,6 +26,7 @@ UNLIMITED: int = torch.iinfo(torch.int32).max  # the recent_size of a head that 
 
 
 def _look_up(head_dim: int, dtype: torch.dtype) -> _TileShape:
+    checked_int("head_dim", head_dim)
     if head_dim < 1 or head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE != 0:
         raise ValueError(f"head_dim is {head_dim}, expected a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}")
     if dtype not in SUPPORTED_DTYPES:
@@ -47,7 +48,7 @@ def tile_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
         (tile_m, tile_n), in query rows and in keys.
 
     Raises:
-        ValueError: head_dim or dtype is not supported.
+        TypeError, ValueError: head_dim or dtype is not supported.
     """
     row = _look_up(head_dim, dtype)
     return row.tile_m, row.tile_n
@@ -61,7 +62,7 @@ def visit_rows(head_dim: int, dtype: torch.dtype) -> int:
         dtype: of q, k and v.
 
     Raises:
-        ValueError: head_dim or dtype is not supported.
+        TypeError, ValueError: head_dim or dtype is not supported.
     """
     return _look_up(head_dim, dtype).visit_rows
 
@@ -70,12 +71,12 @@ def resolve_tile_n(head_dim: int, tile_n: int | None) -> int:
     """Keys per KV tile of a map: ``tile_n`` where it is a grain that the kernels have, and the default for None.
 
     Raises:
-        ValueError: head_dim is not supported, or the kernels have no such grain for it.
+        TypeError, ValueError: head_dim is not supported, or the kernels have no such grain for it.
     """
     default = _look_up(head_dim, SUPPORTED_DTYPES[0]).tile_n
     if tile_n is None:
         return default
-    if not equals_any(tile_n, default, FINE_TILE_N):
+    if not equals_any(checked_int("tile_n", tile_n), default, FINE_TILE_N):
         grains = " or ".join(map(str, sorted({default, FINE_TILE_N}, reverse=True)))
         raise ValueError(f"tile_n is {tile_n}, expected {grains} for head_dim {head_dim}")
     return tile_n

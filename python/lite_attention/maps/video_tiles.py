@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lite_attention.maps.keep_map import ceil_div
 from lite_attention.maps.kept import KeptTensors
+from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import as_int, checked_int
 
 __all__ = ["VideoTiles", "pad_tiles", "tile_tokens", "unpad_tiles", "untile_tokens"]
 
@@ -24,16 +26,18 @@ Size = tuple[int, int, int]
 
 
 def check_size(what: str, size: object) -> Size:
-    """``size``, if it is a tuple of three positive integers.
+    """``size``, if it is a tuple of three positive integers; those of numpy become ints.
 
     Raises:
         TypeError, ValueError: it is not; the text begins with ``what``.
     """
-    if not isinstance(size, tuple) or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in size):
+    entries = [as_int(entry) for entry in size] if isinstance(size, tuple) else [None]
+    integers = [entry for entry in entries if entry is not None]
+    if len(integers) != len(entries):
         raise TypeError(f"{what} is {size!r}, expected a tuple of integers: (time, height, width)")
-    if len(size) != 3 or min(size) < 1:
+    if len(integers) != 3 or min(integers) < 1:
         raise ValueError(f"{what} is {size}, expected three integers of at least 1: (time, height, width)")
-    return size[0], size[1], size[2]
+    return integers[0], integers[1], integers[2]
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class VideoTiles:
     _kept: KeptTensors = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_size("VideoTiles: grid", self.grid)
-        check_size("VideoTiles: tile", self.tile)
+        object.__setattr__(self, "grid", check_size("VideoTiles: grid", self.grid))
+        object.__setattr__(self, "tile", check_size("VideoTiles: tile", self.tile))
         object.__setattr__(self, "_kept", KeptTensors())
 
     def __reduce__(self) -> tuple[type[VideoTiles], tuple[Size, Size]]:
@@ -106,7 +110,7 @@ class VideoTiles:
         """int64 ``[tokens]``: the slot of each token in tile order, where each tile owns ``block`` consecutive slots.
 
         Raises:
-            ValueError: a whole tile has more than ``block`` tokens.
+            TypeError, ValueError: ``block`` is no int, or a whole tile has more than ``block`` tokens.
         """
         self._check_block(block)
         return self._kept.get(("slots", block), device, lambda: _slots(self, block, device))
@@ -115,13 +119,13 @@ class VideoTiles:
         """int64 ``[tokens]``: as :meth:`slots`, of each token in raster order.
 
         Raises:
-            ValueError: a whole tile has more than ``block`` tokens.
+            TypeError, ValueError: ``block`` is no int, or a whole tile has more than ``block`` tokens.
         """
         self._check_block(block)
         return self._kept.get(("raster_slots", block), device, lambda: _raster_slots(self, block, device))
 
     def _check_block(self, block: int) -> None:
-        if block < self.volume:
+        if checked_int("VideoTiles: block", block) < self.volume:
             raise ValueError(f"VideoTiles: block is {block}, expected at least {self.volume}, the tokens of a tile")
 
 
@@ -191,12 +195,20 @@ def _slots(tiles: VideoTiles, block: int, device: torch.device) -> Tensor:
     return _raster_slots(tiles, block, device)[tiles.order(device)]
 
 
+def _check_arguments(function: str, x: Tensor, dim: int, tiles: VideoTiles) -> None:
+    check_tensors(function, x=x)
+    if not isinstance(tiles, VideoTiles):
+        raise TypeError(f"{function}: tiles has type {type(tiles).__name__}, expected VideoTiles")
+    checked_int(f"{function}: dim", dim, -x.dim(), x.dim() - 1)
+
+
 def _check_length(function: str, x: Tensor, dim: int, expected: int, what: str) -> None:
     if x.shape[dim] != expected:
         raise ValueError(f"{function}: x has {x.shape[dim]} entries in dimension {dim}, expected {expected}, {what}")
 
 
 def _check_tokens(function: str, x: Tensor, dim: int, tiles: VideoTiles) -> None:
+    _check_arguments(function, x, dim, tiles)
     if x.shape[dim] != tiles.tokens:  # words are for errors alone: Dynamo makes none of a size that may change
         _check_length(function, x, dim, tiles.tokens, "the tokens of the grid " + "x".join(map(str, tiles.grid)))
 
@@ -205,7 +217,7 @@ def tile_tokens(x: Tensor, tiles: VideoTiles, dim: int) -> Tensor:
     """Tokens along ``dim`` from raster order into tile order; ``x`` may have any dtype and other sizes.
 
     Raises:
-        ValueError: ``x`` has not as many entries in ``dim`` as the grid has tokens.
+        TypeError, ValueError: an argument does not fit: ``x`` has as many entries in ``dim`` as the grid has tokens.
     """
     _check_tokens("tile_tokens", x, dim, tiles)
     return x.index_select(dim, tiles.order(x.device))
@@ -215,7 +227,7 @@ def untile_tokens(x: Tensor, tiles: VideoTiles, dim: int) -> Tensor:
     """Tokens along ``dim`` from tile order back into raster order: the inverse of :func:`tile_tokens`.
 
     Raises:
-        ValueError: ``x`` has not as many entries in ``dim`` as the grid has tokens.
+        TypeError, ValueError: an argument does not fit: ``x`` has as many entries in ``dim`` as the grid has tokens.
     """
     _check_tokens("untile_tokens", x, dim, tiles)
     return x.index_select(dim, tiles.positions(x.device))
@@ -227,7 +239,8 @@ def pad_tiles(x: Tensor, tiles: VideoTiles, block: int, dim: int) -> Tensor:
     Where every tile fills its slots the result is ``x`` itself.
 
     Raises:
-        ValueError: ``x`` has not as many entries in ``dim`` as the grid has tokens, or ``block`` is below a tile's.
+        TypeError, ValueError: an argument does not fit: ``x`` has as many entries in ``dim`` as the grid has tokens,
+            and ``block`` is at least a tile's.
     """
     _check_tokens("pad_tiles", x, dim, tiles)
     slots = tiles.slots(block, x.device)
@@ -245,9 +258,11 @@ def unpad_tiles(x: Tensor, tiles: VideoTiles, block: int, dim: int) -> Tensor:
     Where every tile fills its slots the result is ``x`` itself.
 
     Raises:
-        ValueError: ``x`` has not ``block`` entries in ``dim`` for each tile, or ``block`` is below a tile's.
+        TypeError, ValueError: an argument does not fit: ``x`` has ``block`` entries in ``dim`` for each tile, and
+            ``block`` is at least a tile's.
     """
-    length = tiles.number * block
+    _check_arguments("unpad_tiles", x, dim, tiles)
+    length = tiles.number * checked_int("unpad_tiles: block", block, lowest=1)
     _check_length("unpad_tiles", x, dim, length, f"{block} slots for each of {tiles.number} tiles")
     slots = tiles.slots(block, x.device)
     return x if length == tiles.tokens else x.index_select(dim, slots)

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, softmax_scale
+from lite_attention.ops.checks import checked_int
 from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["CausalAlignment", "attention"]
@@ -96,8 +97,8 @@ def attention(
         v,
         keep,
         kv_lens,
-        softmax_scale(q, scale),
-        tile_n=tile_n,
+        softmax_scale("attention", q, scale),
+        tile_n=None if tile_n is None else checked_int("attention: tile_n", tile_n),
         kv_tile_lens=kv_tile_lens,
         causal=causal,
         head_windows=head_windows,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from lite_attention.ops.backends import DEVICE_TYPES
 
-__all__ = ["autocast", "autocast_dtype"]
+__all__ = ["autocast", "autocast_dtype", "without_autocast"]
 
 
 def _is_on(device: torch.device) -> bool:
@@ -31,3 +33,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not _is_on(tensors[0].device):
         return tensors
     return tuple(x.to(autocast_dtype(x.dtype, x.device)) for x in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which torch's operators on this device keep the dtypes they are given: for what is only decided by."""
+    return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()

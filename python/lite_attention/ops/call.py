@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lite_attention.ops.checks import checked_number
+
 __all__ = ["call", "check_optional_tensors", "check_tensors", "in_fp32_range", "softmax_scale"]
 
 
-def softmax_scale(q: Tensor, scale: float | None) -> float:
+def softmax_scale(operator: str, q: Tensor, scale: float | None) -> float:
     """The given scale, or 1/sqrt(D). For a D of 0 any number will do: the operator refuses such a q by name."""
     if scale is not None:
-        return scale
+        return checked_number(f"{operator}: scale", scale)
     head_dim = q.shape[-1] if q.dim() > 0 else 0
     return 1.0 / math.sqrt(max(head_dim, 1))
 

@@ -1,12 +1,42 @@
-"""Checks of arguments that are no tensors, for every room."""
+"""Checks of values, for every room: numbers that users write, and the entries of tensors of lengths."""
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["checked_int", "equals_any", "settled"]
+__all__ = [
+    "as_int",
+    "check_entries",
+    "checked_bool",
+    "checked_int",
+    "checked_number",
+    "equals_any",
+    "limited_entries",
+    "settled",
+]
+
+
+def as_int(value: object) -> int | None:
+    """A whole number: an int, the symbolic one of a traced size, a scalar of numpy as an int. None for all else."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    return int(value) if isinstance(value, numbers.Integral) else None
+
+
+def checked_bool(what: str, value: bool) -> bool:
+    """``value``, if it is True or False: text and numbers have a truth of their own that nobody meant.
+
+    Raises:
+        TypeError: ``value`` is something else; the text begins with ``what``.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} has type {type(value).__name__}, expected a bool")
+    return value
 
 
 def checked_int(what: str, value: int, lowest: int | None = None, highest: int | None = None) -> int:
@@ -14,14 +44,16 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
 
     Args:
         what: the argument as errors name it, for instance "LiteAttention: max_batch_size".
-        value: an int, or the symbolic one of a traced size. bool is none.
+        value: an int, or the symbolic one of a traced size; a scalar of numpy becomes an int. bool is none.
         lowest, highest: None for no limit.
 
     Raises:
         TypeError, ValueError: ``value`` is something else; the text begins with ``what``.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{what} has type {type(value).__name__}, expected an int")
+    value = number
     too_small = lowest is not None and value < lowest
     if too_small or (highest is not None and value > highest):
         if highest is None:
@@ -47,3 +79,60 @@ def settled(condition: bool) -> bool:
     if condition:  # noqa: SIM103 - bool() of a symbolic condition stays symbolic
         return True
     return False
+
+
+def checked_number(what: str, value: float, expected: str = "a number") -> float:
+    """``value``, if it is a number: an int or float, or the symbolic one of a traced value; numpy's become floats.
+
+    Args:
+        what: the argument as errors name it.
+        value: bool and tensors are none.
+        expected: what errors say is.
+
+    Raises:
+        TypeError: ``value`` is something else; the text begins with ``what``.
+    """
+    given: object = value
+    if isinstance(given, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(given, bool):
+        return given  # type: ignore[return-value]
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{what} has type {type(given).__name__}, expected {expected}")
+    return float(given)
+
+
+def check_entries(what: str, entries: Tensor, lowest: int, highest: int) -> bool:
+    """Whether all entries were found to be from ``lowest`` to ``highest``.
+
+    They are looked at on the CPU. Elsewhere, and where a call is traced, looking would mean waiting for the device, or
+    is not possible.
+
+    Raises:
+        ValueError: an entry is out of range; the text begins with ``what`` and says which it is.
+    """
+    if not _can_look(entries):
+        return False
+    wrong = (entries < lowest) | (entries > highest)
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{what}[{', '.join(map(str, place))}] is {int(entries[tuple(place)])}, expected {lowest} to {highest}"
+        )
+    return True
+
+
+def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Tensor:
+    """``entries``, all of them from ``lowest`` to ``highest``: others are refused where they are looked at, or limited.
+
+    Raises:
+        ValueError: as :func:`check_entries`.
+    """
+    return entries if check_entries(what, entries, lowest, highest) else entries.clamp(lowest, highest)
+
+
+def _can_look(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

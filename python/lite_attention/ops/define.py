@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from lite_attention.ops import backends
@@ -28,6 +30,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Sequence[Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    over_samples: Callable[..., tuple[Any, Any]] | None = None,
     autocasts: Sequence[str] = (),
     flops: Callable[..., int] | None = None,
 ) -> OpOverload:
@@ -40,6 +43,8 @@ def define(
             call (``setup_context(ctx, inputs, output)``), and the gradients of all positional arguments in their order,
             a list for a list, None for what has none (``backward(ctx, *grads)``, None for a result that plays no part).
             Without them the operator runs on inputs that require a gradient and refuses when it is asked for.
+        over_samples: the call for all samples of a torch.vmap, as for :func:`torch.library.register_vmap`. Without it
+            torch runs the operator sample by sample, which it can where no argument is a list.
         autocasts: names of the positional arguments that autocast gives its dtype.
         flops: what ``torch.utils.flop_counter`` counts for a call: takes the arguments, shapes in place of tensors.
     """
@@ -49,6 +54,8 @@ def define(
     operator: OpOverload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
     backends.serve(name)
     _register_autograd(operator, _Gradient(name, backward, setup_context))
+    if over_samples is not None:
+        torch.library.register_vmap(operator, over_samples, lib=_library)
     if autocasts:
         _register_autocast(name, operator, autocasts)
     if flops is not None:
@@ -76,8 +83,12 @@ class _Gradient(NamedTuple):
         return self.backward(ctx, *grads)
 
 
-class _Differentiated(torch.autograd.Function):
-    """A call some of whose tensors require a gradient. Autograd sees them in ``flat``, where lists are unrolled."""
+class _Differentiated(_SingleLevelFunction):
+    """A call some of whose tensors require a gradient. Autograd sees them in ``flat``, where lists are unrolled.
+
+    Of a single level: where it is applied, below the dispatcher, the transforms of torch.func have taken the call apart
+    already, as they do for torch's own operators. A torch.autograd.Function would do so again, and refuse this form.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: _Gradient, run: Callable[[], Any], inputs: tuple[Any, ...], *flat: Any) -> Any:
@@ -107,8 +118,20 @@ def _refuse_tangents(name: str, flat: list[Any]) -> None:
         raise NotImplementedError(f"{name}: has no forward-mode gradient (torch.func.jvp); detach its inputs")
 
 
+def _as_outside(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as it is outside of an autograd function, which records nothing: transforms further out still have to."""
+    tangents = torch._C._is_fwd_grad_enabled()
+
+    def run_recorded() -> Any:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(tangents):
+            return run()
+
+    return run_recorded
+
+
 def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
     """Every call passes here, therefore by hand: torch.library.register_autograd costs 15 us a call, this 8."""
+    differentiated: Callable[..., Any] = _Differentiated.apply  # type: ignore[attr-defined]
 
     def run_below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any, **named: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
@@ -118,7 +141,10 @@ def _register_autograd(operator: OpOverload, gradient: _Gradient) -> None:
             flat = _flatten((*arguments, *named.values()))
             if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
                 run = partial(operator.redispatch, below, *arguments, **named)
-                return _Differentiated.apply(gradient, run, arguments, *flat)  # type: ignore[no-untyped-call]
+                if not torch._C._are_functorch_transforms_active():
+                    return differentiated(gradient, run, arguments, *flat)
+                with enable_single_level_autograd_function():
+                    return differentiated(gradient, _as_outside(run), arguments, *flat)
         return operator.redispatch(below, *arguments, **named)
 
     _library.impl(gradient.name, run_below_autograd, "Autograd", with_keyset=True)

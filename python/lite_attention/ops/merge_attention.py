@@ -51,7 +51,24 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[list[
     return douts, list(shares * (towards if dlse is None else towards + dlse))
 
 
-_OPERATOR = define(SCHEMA, fake=_fake, backward=_backward, setup_context=_remember)
+def _over_samples(
+    info: Any, in_dims: tuple[list[int | None], list[int | None]], outs: list[Tensor], lses: list[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Samples become further batch entries, of which a merge takes each by itself."""
+
+    def as_entries(tensors: list[Tensor], dims: list[int | None]) -> list[Tensor]:
+        stacked = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, dims, strict=True)
+        )
+        return [x.flatten(0, 1) for x in stacked]
+
+    out, lse = _OPERATOR(as_entries(outs, in_dims[0]), as_entries(lses, in_dims[1]))
+    sizes = info.batch_size, out.shape[0] // info.batch_size
+    return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)
+
+
+_OPERATOR = define(SCHEMA, fake=_fake, backward=_backward, setup_context=_remember, over_samples=_over_samples)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -68,6 +85,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"merge_attention: {name} has type {type(parts).__name__}, expected a list of tensors")
     outs, lses = list(outs), list(lses)
     if not outs:
         raise ValueError("merge_attention: outs is empty, expected at least one partial result")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, in_fp32_range, softmax_scale
+from lite_attention.ops.checks import checked_number
 from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["skip_attention"]
@@ -68,12 +69,9 @@ def skip_attention(
     check_tensors("skip_attention", q=q, k=k, v=v, keep=keep)
     check_optional_tensors("skip_attention", must_keep=must_keep, kv_lens=kv_lens)
     if not isinstance(threshold, Tensor):
-        if not isinstance(threshold, (int, float, torch.SymFloat)):
-            raise TypeError(
-                f"skip_attention: threshold has type {type(threshold).__name__}, expected a number or tensor"
-            )
-        threshold = torch.full((), in_fp32_range(threshold), dtype=torch.float32, device=q.device)
+        number = in_fp32_range(checked_number("skip_attention: threshold", threshold, "a number or tensor"))
+        threshold = torch.full((), number, dtype=torch.float32, device=q.device)
     result: tuple[Tensor, Tensor, Tensor] = call(
-        _OPERATOR, q, k, v, keep, must_keep, kv_lens, threshold, softmax_scale(q, scale)
+        _OPERATOR, q, k, v, keep, must_keep, kv_lens, threshold, softmax_scale("skip_attention", q, scale)
     )
     return result

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_tensors
+from lite_attention.ops.checks import checked_int
 from lite_attention.ops.define import define
 
 __all__ = ["top_k_map"]
@@ -39,5 +40,5 @@ def top_k_map(scores: Tensor, count: int) -> Tensor:
         NotImplementedError: the device has no kernel in this build.
     """
     check_tensors("top_k_map", scores=scores)
-    result: Tensor = call(_OPERATOR, scores, count)
+    result: Tensor = call(_OPERATOR, scores, checked_int("top_k_map: count", count))
     return result

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lite_attention.ops.checks import check_entries
 from lite_attention.parallel.shards import Block, check_seq_len
 from lite_attention.skipping.arguments import (
     CheckedRanges,
@@ -62,6 +63,8 @@ class SequenceArguments(NamedTuple):
         seq_len = operator.index(seq_len)
         check_scale(name, scale)
         check_kv_lens(name, kv_lens, query)
+        if kv_lens is not None:
+            check_entries(f"{name}: kv_lens", kv_lens, 0, seq_len)  # of_split limits them
         check_scalar(name, "start_full", start_full, torch.bool, query)
         check_scalar(name, "generation", generation, torch.int64, query)
         return cls(

@@ -63,8 +63,7 @@ def decisions(
         next_keep, a packed map of ``keep``'s shape, and the margins ``[B, Hq, query_tiles, kv_tiles]`` that were
         compared with the threshold: the largest ``(m_tile - m_run) * scale * log2(e)`` over a tile's rows, NaN if it is
         NaN for one of them, +inf for the first tile visited, -inf for tiles not visited. A kernel that rounds
-        differently may decide differently
-        only where the margin is within rounding of the threshold.
+        differently may decide differently only where the margin is within rounding of the threshold.
     """
     batch, query_len, heads, head_dim = q.shape
     kv_len, group = k.shape[1], heads // k.shape[2]

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import checked_int, checked_number
+
 __all__ = ["DuoPattern", "load_duo_pattern", "save_duo_pattern", "sparsify_attention_heads"]
 
 _GATES_FILE = "full_attention_heads.tsv"
@@ -89,8 +92,13 @@ def save_duo_pattern(
         sink_size, recent_size: in tokens.
 
     Raises:
-        ValueError: full_attention_heads has not two dimensions.
+        TypeError, ValueError: full_attention_heads is no tensor of two dimensions, or a size is negative or no int.
     """
+    check_tensors("save_duo_pattern", full_attention_heads=full_attention_heads)
+    sizes = {
+        name: checked_int(f"save_duo_pattern: {name}", size, lowest=0)
+        for name, size in (("sink_size", sink_size), ("recent_size", recent_size))
+    }
     if full_attention_heads.dim() != 2:
         raise ValueError(
             f"save_duo_pattern: full_attention_heads has {full_attention_heads.dim()} dimensions, expected 2: "
@@ -102,8 +110,7 @@ def save_duo_pattern(
     # 17 digits after the point give every fp64 back exactly.
     lines = ["\t".join(f"{gate:.17e}" for gate in row) + "\n" for row in rows]
     (folder / _GATES_FILE).write_text("".join(lines))
-    config = {"sink_size": sink_size, "recent_size": recent_size}
-    (folder / _CONFIG_FILE).write_text(json.dumps(config) + "\n")
+    (folder / _CONFIG_FILE).write_text(json.dumps(sizes) + "\n")
 
 
 def sparsify_attention_heads(
@@ -113,7 +120,7 @@ def sparsify_attention_heads(
 
     Args:
         full_attention_heads: ``[layers, KV heads]``, fp32.
-        threshold: heads of at least this gate see everything.
+        threshold: heads of at least this gate see everything; so does one whose gate is NaN.
         sparsity: share of all heads that stream, 0 to 1: the ``round(sparsity * heads)`` of the smallest gates. Of
             equal gates the one of the earlier layer, then the earlier head, goes on seeing everything.
 
@@ -121,16 +128,17 @@ def sparsify_attention_heads(
         bool ``[layers, KV heads]``.
 
     Raises:
-        ValueError: not exactly one of threshold and sparsity is given, or sparsity is out of range.
+        TypeError, ValueError: not exactly one of threshold and sparsity is given, sparsity is out of range, or an
+            argument is something else.
     """
+    function = "sparsify_attention_heads"
+    check_tensors(function, full_attention_heads=full_attention_heads)
     if threshold is not None and sparsity is None:
-        return full_attention_heads >= threshold
+        return ~(full_attention_heads < checked_number(f"{function}: threshold", threshold))  # NaN never drops
     if sparsity is None or threshold is not None:
-        raise ValueError(
-            f"sparsify_attention_heads: threshold is {threshold} and sparsity is {sparsity}, expected one of the two"
-        )
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsify_attention_heads: sparsity is {sparsity}, expected 0 to 1")
+        raise ValueError(f"{function}: threshold is {threshold} and sparsity is {sparsity}, expected one of the two")
+    if not 0 <= checked_number(f"{function}: sparsity", sparsity) <= 1:
+        raise ValueError(f"{function}: sparsity is {sparsity}, expected 0 to 1")
     gates = full_attention_heads.flatten()
     full = gates.numel() - round(sparsity * gates.numel())
     table = torch.zeros_like(gates, dtype=torch.bool)

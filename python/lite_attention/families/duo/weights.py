@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lite_attention.ops.checks import checked_int
+
 __all__ = [
     "HEAD_ORDER",
     "HEAD_WINDOWS",
@@ -66,6 +68,12 @@ def reorder_weights(
         ValueError: a layer or a weight occurs twice. The model is then unchanged.
     """
     caller = "duo.reorder_weights"
+    for what, number in (
+        ("num_attention_heads", num_attention_heads),
+        ("num_key_value_heads", num_key_value_heads),
+        ("hidden_size", hidden_size),
+    ):
+        checked_int(f"{caller}: {what}", number, lowest=1)
     layers = attention_layers(caller, model)
     table = head_table(caller, full_attention_heads, len(layers), num_key_value_heads)
     if num_attention_heads % num_key_value_heads != 0:

@@ -18,6 +18,7 @@ from lite_attention.maps.kept import KeptTensors, current_place
 from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
+from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = [
@@ -104,20 +105,30 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
         """
+        if checked_int(f"{_NAME}: head_size", head_size) not in HEAD_DIMS:
+            raise ValueError(
+                f"{_NAME}: head_size is {head_size}, expected a multiple of {HEAD_DIMS.step} up to {HEAD_DIMS[-1]}"
+            )
         device = torch.empty(0, device=device).device  # with its index
         arguments = (canvas, head_size, dtype, tile, text_tokens, device, current_place(device))
         table = self._table
         if table is None or table.source is not STA_param or table.arguments != arguments:
             table = self._table = _make_table(STA_param, arguments)
         steps = len(table.window_of_head)
-        if not 0 <= current_timestep < steps:
+        if not 0 <= checked_int(f"{_NAME}: current_timestep", current_timestep) < steps:
             raise ValueError(
                 f"{_NAME}: current_timestep is {current_timestep}, expected 0 to {steps - 1}, an index of STA_param"
             )
-        if isinstance(text_length, int):
-            if not 0 <= text_length <= text_tokens:
-                raise ValueError(f"{_NAME}: text_length is {text_length}, expected 0 to {text_tokens}, the text_tokens")
-            length = text_length
+        if isinstance(text_length, Tensor):
+            if text_length.dtype != torch.int32 or text_length.dim() != 1:
+                raise TypeError(
+                    f"{_NAME}: text_length has dtype {text_length.dtype} and shape {list(text_length.shape)}, expected "
+                    "torch.int32 and [B], one length a batch entry"
+                )
+        elif text_length is not None:
+            length = checked_int(f"{_NAME}: text_length", text_length)
+            if not 0 <= length <= text_tokens:
+                raise ValueError(f"{_NAME}: text_length is {length}, expected 0 to {text_tokens}, the text_tokens")
             text_length = self._text_lengths.get(length, device, lambda: _text_length(length, device))
         return SlidingTileAttentionMetadata(
             current_timestep=current_timestep,
@@ -132,6 +143,7 @@ def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
     canvas, head_size, dtype, tile, text_tokens, device, _ = arguments
     tiles = VideoTiles(check_size(f"{_NAME}: canvas", canvas), check_size(f"{_NAME}: tile", tile))
     numbers: dict[Size, int] = {}
+    _check_nesting(source)
     window_of_head = [
         [
             [
@@ -171,6 +183,17 @@ def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
             windows,
             made._replace(keep=windows[:1].unsqueeze(0), token_of_slot=token_of_slot, slot_of_token=slot_of_token),
         )
+
+
+def _check_nesting(source: Windows) -> None:
+    if not isinstance(source, (list, tuple)):
+        raise TypeError(f"{_NAME}: STA_param is {source!r}, expected STA_param[step][layer][head]")
+    for step, layers in enumerate(source):
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(f"{_NAME}: STA_param[{step}] is {layers!r}, expected a list of layers")
+        for layer, heads in enumerate(layers):
+            if not isinstance(heads, (list, tuple)):
+                raise TypeError(f"{_NAME}: STA_param[{step}][{layer}] is {heads!r}, expected a list of windows")
 
 
 def _text_length(length: int, device: torch.device) -> Tensor:

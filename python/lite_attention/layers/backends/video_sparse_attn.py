@@ -14,7 +14,7 @@ from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Att
 from lite_attention.layers.backends._checks import expect_metadata, refuse_causal
 from lite_attention.maps.blocks import topk_of_sparsity
 from lite_attention.maps.tiles import HEAD_DIMS
-from lite_attention.maps.video_tiles import VideoTiles
+from lite_attention.maps.video_tiles import VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
 
 __all__ = [
@@ -78,12 +78,11 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         Raises:
             TypeError, ValueError: a size is not three positive integers, or the sparsity no such number.
         """
-        for name, size in (("raw_latent_shape", raw_latent_shape), ("patch_size", patch_size)):
-            if len(size) != 3 or min(size) < 1:
-                raise ValueError(
-                    f"{_NAME}: {name} is {tuple(size)}, expected three integers of at least 1: (time, height, width)"
-                )
-        time, height, width = (latents // patch for latents, patch in zip(raw_latent_shape, patch_size, strict=True))
+        latents_of, patch_of = (
+            check_size(f"{_NAME}: {name}", tuple(size) if isinstance(size, list) else size)
+            for name, size in (("raw_latent_shape", raw_latent_shape), ("patch_size", patch_size))
+        )
+        time, height, width = (latents // patch for latents, patch in zip(latents_of, patch_of, strict=True))
         tiles = VideoTiles((time, height, width), VSA_TILE_SIZE)
         if tiles == self._tiles:
             tiles = self._tiles  # which keeps its tensors for the steps of a video
