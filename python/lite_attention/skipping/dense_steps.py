@@ -37,6 +37,9 @@ class ClockState(OwnState):
     generations: Tensor
     timesteps: Tensor
     directions: Tensor
+    watched: Tensor
+    mixed: Tensor
+    mixed_calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +58,9 @@ class ClockState(OwnState):
             "generations": of_branches(first),
             "timesteps": of_branches(0),
             "directions": of_branches(0),
+            "watched": of_branches(0),
+            "mixed": of_branches(0),
+            "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
         }
 
     @property
@@ -69,6 +75,11 @@ class GenerationClock(nn.Module):
     (schedulers of higher order). A timestep against the direction of those before starts a new generation. Where the
     timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
     :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
+
+    A caller that cannot know whether calls with one timestep follow each other (a scheduler of higher order) or belong
+    to two streams that would share a map (guidance branches that nobody names) says that they are ``watched``. From the
+    first repeated timestep to the end of the generation every call then starts from the full map, which is right for
+    both.
 
     Args:
         dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
@@ -95,13 +106,19 @@ class GenerationClock(nn.Module):
         """Number of this call's generation, for layers to compare: int64, 0-d, written by :meth:`tick`."""
         return self.state.generation
 
-    def tick(self, timestep: Tensor, branch: int | None = None) -> None:
+    @property
+    def mixed_calls(self) -> Tensor:
+        """Watched calls so far that repeated the timestep of the call before: int64, 0-d."""
+        return self.state.mixed_calls
+
+    def tick(self, timestep: Tensor, branch: int | None = None, watched: bool = False) -> None:
         """Note that a model call begins. One of FakeTensors is not noted.
 
         Args:
             timestep: of this call, any shape and numeric dtype. Of several (one for each batch entry, frame or token)
                 the largest counts. May be a sigma.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
+            watched: whether the call may be of another stream than the branch's call before.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -121,7 +138,9 @@ class GenerationClock(nn.Module):
         is_new = (step == NO_STEP) | (change * direction < 0)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
-        start_full = new_step < max(self._dense_steps, 1)
+        repeats = ~is_new & (change == 0) & ((state.watched[branch] != 0) | watched)
+        mixed = torch.where(is_new, 0, state.mixed[branch] + repeats)
+        start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
         # Everything is computed before anything is written.
         generation.add_(is_new)
         state.generation.copy_(generation)
@@ -129,6 +148,9 @@ class GenerationClock(nn.Module):
         step.copy_(new_step)
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
+        state.mixed[branch].copy_(mixed)
+        state.mixed_calls.add_(repeats)
+        state.watched[branch].fill_(watched)
 
     def step(self, branch: int | None = None) -> Tensor:
         """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
