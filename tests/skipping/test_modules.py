@@ -641,10 +641,15 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
 
 
-def test_a_first_pass_of_another_shape_copies_nothing_from_the_host() -> None:
+def test_a_first_pass_of_another_shape_copies_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     x = torch.empty(1, 300, 2, 64, device="meta")
     layer(x, x, x)
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("values go from the host to the device, which waits for it")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
     with Recorder() as recorder:
         layer(x[:, :200], x, x)
     assert not [call for call in recorder.calls if "cpu" in call[1]]
