@@ -300,6 +300,30 @@ def test_the_share_of_skipped_tiles_is_that_of_all_maps_of_the_rank(ring: int, u
         assert 0.05 < used < left
 
 
+def _under_default_dtype(dtype: torch.dtype) -> None:
+    mesh = mesh_of("cpu", 2, 1)
+    ranks = sequence_mesh(mesh, "test")
+    layer, expected = (DistributedLiteAttention(mesh, threshold=RING_THRESHOLD) for _ in range(2))
+    fractions = torch.zeros(2, dtype=torch.float32).unbind()
+    before = torch.get_default_dtype()
+    for inputs in _passes(LONG, "cpu"):
+        local = _shards(inputs, ranks)
+        out = expected(*local, skip_fraction_out=fractions[0])
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(layer(*local, skip_fraction_out=fractions[1]), out)
+            assert layer.skip_fraction() == expected.skip_fraction()
+        finally:
+            torch.set_default_dtype(before)
+        assert fractions[0] == fractions[1]
+    assert fractions[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    run_on_ranks(2, "cpu", _under_default_dtype, dtype)
+
+
 def _branches_after_balancing() -> None:
     mesh = mesh_of("cpu", 1, 2)
     ranks = sequence_mesh(mesh, "test")

@@ -48,7 +48,7 @@ def parse_ranges(
         if entry > length:
             raise ValueError(f"{name}[{index}] is {entry}, expected at most the number of {tokens}, {length}")
     pairs = []
-    for index in range(0, len(ranges), 2):
+    for index in range(0, len(positions), 2):
         first, second = positions[index], positions[index + 1]
         if first == second:
             raise ValueError(f"{name}[{index}:{index + 2}] is [{first}, {second}], an empty range")
