@@ -12,6 +12,11 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SANITIZED := build/sanitized
 CUDA_BUILD := build/cuda
+INSTALLS := build/install
+# What every Python and every torch must pass: operators, modules and their compilation.
+SMOKE := tests/ops/test_opcheck.py tests/skipping/test_modules.py tests/skipping/test_compile.py
+PYTHONS ?= 3.10 3.13
+TORCHES ?= 2.10.0 2.11.0 2.15.0
 
 .PHONY: help
 help: ## Show this list
@@ -39,6 +44,24 @@ test-sanitized: $(SANITIZED)/done ## Run the operator tests on an ASan + UBSan b
 build-cuda: $(CUDA_BUILD)/done ## Compile the Hopper kernels, without a GPU, into a wheel; prints what each takes
 	$(BIN)/python cmake/check_ptxas.py table $(CUDA_BUILD)
 
+.PHONY: test-install
+test-install: $(INSTALLS)/nvcc.done ## Install as the README says, with CUDA torch and with CPU torch, with nvcc and without
+
+.PHONY: test-torch-versions
+test-torch-versions: $(INSTALLS)/nvcc.done ## Run one built library under several versions of torch: TORCHES="2.10.0 2.11.0"
+	for torch in $(TORCHES); do \
+	  $(BIN)/uv pip install --quiet --python $(INSTALLS)/nvcc/bin/python torch==$$torch && \
+	  $(INSTALLS)/nvcc/bin/python -c "import torch; print('torch', torch.__version__)" && \
+	  $(INSTALLS)/nvcc/bin/python -m pytest $(SMOKE) || exit 1; \
+	done
+
+.PHONY: test-pythons
+test-pythons: $(VENV)/test.done ## Build and test with other Pythons, which uv finds or downloads: PYTHONS="3.10 3.13"
+	$(PIP_INSTALL) uv
+	for python in $(PYTHONS); do \
+	  $(BIN)/python .ci/installs.py $$python && $(INSTALLS)/$$python/bin/python -m pytest $(SMOKE) || exit 1; \
+	done
+
 .PHONY: lint
 lint: $(VENV)/test.done $(VENV)/lint.done ## Check format, style and types
 	$(BIN)/ruff check .
@@ -63,7 +86,6 @@ clean: ## Remove the environment and everything built
 $(VENV)/base.done: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
-	$(PIP_INSTALL) --no-deps nvidia-cutlass # headers, for where torch has CUDA; what they depend on is for other uses
 	touch $@
 
 $(VENV)/package.done: $(VENV)/base.done $(BUILD_INPUTS)
@@ -87,9 +109,12 @@ $(SANITIZED)/done: $(VENV)/test.done
 # nvcc comes as wheels, of one version everywhere: another may allocate registers in another way.
 $(CUDA_BUILD)/done: $(VENV)/base.done $(BUILD_INPUTS)
 	$(PIP_INSTALL) --no-deps nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
-	toolkit=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13; \
-	CUDACXX=$$toolkit/bin/nvcc LIBRARY_PATH=$$toolkit/lib \
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	  -C build-dir=$(CUDA_BUILD) -C cmake.define.LITE_ATTENTION_WERROR=ON -C cmake.define.LITE_ATTENTION_CUDA=ON \
 	  --wheel-dir $(CUDA_BUILD) .
+	touch $@
+
+$(INSTALLS)/nvcc.done: $(VENV)/test.done $(BUILD_INPUTS)
+	$(PIP_INSTALL) uv
+	$(BIN)/python .ci/installs.py nvcc
 	touch $@

@@ -28,7 +28,7 @@ else()
         _download "import runpy; runpy.run_module('pip', run_name='__main__', alter_sys=True)" ${_arguments})
     endif()
     set(Cutlass_NOT_FOUND_MESSAGE
-        "The CUDA kernels need CUTLASS's headers, and ${_requirement} cannot be downloaded: install it (pip install --no-deps '${_requirement}') in the environment of ${Python_EXECUTABLE}, or pass -DCUTLASS_ROOT=<checkout>. A build without these kernels: -DLITE_ATTENTION_CUDA=OFF. The download said:\n${_download_ERROR}"
+        "The CUDA kernels need CUTLASS's headers, and ${_requirement} cannot be downloaded: install it (pip install --no-deps '${_requirement}') in the environment of ${Python_EXECUTABLE}, or pass -C cmake.define.CUTLASS_ROOT=<checkout>. A build without these kernels: -C cmake.define.LITE_ATTENTION_CUDA=OFF. The download said:\n${_download_ERROR}"
     )
   endif()
 endif()

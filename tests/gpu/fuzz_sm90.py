@@ -5,7 +5,8 @@
 
 The second line runs one case again: a case follows from the seed and its number alone, and a failure prints that line.
 Values are judged element by element, by what rounding the weights and the output to the inputs' dtype can cost.
-Decisions equal the oracle's, except where a margin is within rounding of the threshold; such tiles are counted.
+Decisions equal the oracle's, except where a margin is within rounding of the threshold; such tiles are counted. Of some
+problems q or k holds NaN: a row is NaN exactly where the oracle's is, and a tile with a margin of NaN is kept.
 Exit status 1 if any case fails. ``--device cpu`` puts the same questions to the CPU's kernels.
 """
 
@@ -78,6 +79,22 @@ class Judgement:
             self.wrong.append(name)
 
 
+def spoil(q: Tensor, k: Tensor, problem: Problem) -> None:
+    """Put a few NaN where the problem says."""
+    if problem.spoilt is None:
+        return
+    tensor = q if problem.spoilt == "q" else k
+    random_numbers = torch.Generator().manual_seed(problem.seed)
+    for _ in range(1 + problem.seed % 3):
+        place = tuple(int(torch.randint(size, (), generator=random_numbers)) for size in tensor.shape)
+        tensor[place] = math.nan
+
+
+def rounding(q: Tensor, k: Tensor, scale: float) -> Any:
+    """What rounding can cost a score that is a number."""
+    return score_rounding(q.nan_to_num(), k.nan_to_num(), scale)
+
+
 def judge_values(
     judgement: Judgement,
     results: tuple[Tensor, Tensor],
@@ -93,17 +110,18 @@ def judge_values(
     exact_out, exact_lse = reference.attention(q, k, v, keep, kv_lens, problem.scale, **masks)
     weighted, _ = reference.attention(q, k, v.abs(), keep, kv_lens, problem.scale, **masks)  # sum of weight * |value|
     eps = torch.finfo(out.dtype).eps
-    score_error = score_rounding(q, k, problem.scale)
+    score_error = rounding(q, k, problem.scale)
     # Half an eps for each weight, half for the output, and the scores' own error above and below the fraction line.
     allowed = (1.05 * eps + 2 * score_error) * weighted + 1e-6
     if out.dtype == torch.float16:  # weights under its normal range are rounded to multiples of 2**-24
         allowed += problem.case.kv_len * 2.0**-25 * v.abs().max()
-    judgement.expect("out", (out - exact_out).abs() <= allowed)
+    judgement.expect("out", ((out - exact_out).abs() <= allowed) | (out.isnan() & exact_out.isnan()))
     empty = exact_lse == -math.inf
     judgement.expect("out of empty rows", (out == 0) | ~empty.transpose(1, 2).unsqueeze(-1))
     judgement.expect("lse of empty rows", (lse == -math.inf) == empty)
-    error = (lse - exact_lse).masked_fill(empty, 0.0).abs()
-    judgement.expect("lse", error <= 2e-5 + score_error + 4 * torch.finfo(torch.float32).eps * exact_lse.abs())
+    error = (lse - exact_lse).masked_fill(empty | (lse.isnan() & exact_lse.isnan()), 0.0).abs()
+    few = 4 * torch.finfo(torch.float32).eps * exact_lse.nan_to_num().abs()
+    judgement.expect("lse", error <= 2e-5 + score_error + few)
 
 
 def judge_decisions(
@@ -119,9 +137,9 @@ def judge_decisions(
 ) -> Tensor:
     """Returns the map of visited tiles."""
     expected, margins = reference.decisions(q, k, keep, must_keep, kv_lens, threshold, problem.scale)
-    visited = margins > -math.inf
+    visited = margins != -math.inf  # NaN is visited
     distance = (margins - threshold.double().reshape(-1, 1, 1)).abs()
-    unsure = visited & (distance <= score_rounding(q, k, problem.scale))
+    unsure = visited & (distance <= rounding(q, k, problem.scale))
     judgement.visited, judgement.unsure = int(visited.sum()), int(unsure.sum())
     judgement.expect("next_keep", ((next_keep ^ expected) & ~pack_keep_map(unsure)) == 0)
     return pack_keep_map(visited)
@@ -182,10 +200,12 @@ def judge(problem: Problem, device: torch.device) -> Judgement:
         judge_top_k(judgement, problem, device)
         return judgement
     dtype = next(dtype for dtype in GPU_DTYPES if str(dtype) == problem.dtype)
-    q, k, v = laid_out(problem.layout, *make_qkv(case, dtype, problem.kind, problem.seed, device))
+    q, k, v = make_qkv(case, dtype, problem.kind, problem.seed, device)
     if problem.operator == "merge_attention":
-        judge_merge(judgement, problem, q)
+        judge_merge(judgement, problem, laid_out(problem.layout, q, k, v)[0])
         return judgement
+    spoil(q, k, problem)
+    q, k, v = laid_out(problem.layout, q, k, v)
 
     kv_lens = None if problem.kv_lens is None else torch.tensor(problem.kv_lens, dtype=torch.int32, device=device)
     tile_n = problem.masks.tile_n if problem.operator in MASKED else None

@@ -32,16 +32,16 @@ class Machine:
         self.path = folder / "path"
         self.path.mkdir()
         self.python = folder / "python"
-        self._write(self.python, f'PYTHONPATH={self.site} exec {sys.executable} -S "$@"')
+        self.add_program(self.python, f'PYTHONPATH={self.site} exec {sys.executable} -S "$@"')
 
-    def _write(self, program: Path, text: str) -> None:
+    def add_program(self, program: Path, text: str) -> None:
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(0o755)
 
     def add_nvcc(self, program: Path, version: str) -> None:
         release = ".".join(version.split(".")[:2])
-        self._write(program, f"echo 'Cuda compilation tools, release {release}, V{version}'")
+        self.add_program(program, f"echo 'Cuda compilation tools, release {release}, V{version}'")
 
     def add_wheels(self, version: str, without: str = "") -> None:
         toolkit = self.site / "nvidia" / "cu13"
@@ -57,34 +57,60 @@ class Machine:
                 (toolkit / part).parent.mkdir(parents=True, exist_ok=True)
                 (toolkit / part).touch()
 
-    def chooses(self, torch_cuda: str = "13.0", asked: str = "AUTO", **environment: str) -> str:
-        """The nvcc that the build would take, or why none; folders are written as names."""
-        script = self.folder / "choose.cmake"
-        script.write_text(
+    def configures(self, script: str, **environment: str) -> tuple[int, str]:
+        """The exit code of a project that consists of a script, and what it said; folders are written as names."""
+        (self.folder / "CMakeLists.txt").write_text(
             f"""
-            cmake_minimum_required(VERSION 3.26)
+            cmake_minimum_required(VERSION 3.26...3.31)
+            project(any LANGUAGES NONE)
             set(CMAKE_MODULE_PATH "{ROOT}/cmake")
             set(Python_EXECUTABLE "{self.python}")
-            set(Nvcc_PLACES nvcc "{self.folder}/usual/nvcc")
-            set(TorchStable_VERSION "2.13.0+{"cu" + torch_cuda.replace(".", "") if torch_cuda else "cpu"}")
-            set(TorchStable_CUDA "{torch_cuda}")
-            set(LITE_ATTENTION_CUDA {asked} CACHE STRING "")
-            include(ChooseCuda)
-            message("${{why_no_cuda}}${{Nvcc_EXECUTABLE}}, libraries ${{Nvcc_LIBRARY_DIR}}")
+            {script}
             """
         )
+        folders = ["-S", self.folder, "-B", self.folder / "build", "-G", "Unix Makefiles"]
         done = subprocess.run(
-            [str(CMAKE), "-P", script],
+            [str(CMAKE), "--fresh", *folders, "-DCMAKE_MAKE_PROGRAM=/bin/true"],
             env={"PATH": str(self.path), **environment},
             capture_output=True,
             text=True,
             check=False,
         )
-        text = done.stderr.replace(f"{self.folder}/", "").removesuffix(", libraries \n")
-        if done.returncode == 0:
-            return text.strip()
-        message = text.partition("(message):")[2].partition("Call Stack")[0]
-        return f"error: {' '.join(message.split())}"
+        return done.returncode, done.stderr.replace(f"{self.folder}/", "")
+
+    def chooses(self, torch_cuda: str = "13.0", asked: str = "AUTO", **environment: str) -> str:
+        """The nvcc that the build would take, or why none; folders are written as names."""
+        version = f"2.13.0+{'cu' + torch_cuda.replace('.', '') if torch_cuda else 'cpu'}"
+        code, text = self.configures(
+            f"""
+            set(Nvcc_PLACES nvcc "{self.folder}/usual/nvcc")
+            set(TorchStable_VERSION "{version}")
+            set(TorchStable_CUDA "{torch_cuda}")
+            set(LITE_ATTENTION_CUDA {asked} CACHE STRING "")
+            include(ChooseCuda)
+            message("${{why_no_cuda}}${{Nvcc_EXECUTABLE}}, libraries ${{Nvcc_LIBRARY_DIR}}")
+            """,
+            **environment,
+        )
+        return text.removesuffix(", libraries \n").strip() if code == 0 else error(text)
+
+    def finds_cutlass(self, root: str = "", **environment: str) -> str:
+        """The folder of CUTLASS's headers that the build would take, and their version; or why none."""
+        code, text = self.configures(
+            f"""
+            set(CUTLASS_ROOT "{root}")
+            find_package(Cutlass 4.2 REQUIRED)
+            message("${{Cutlass_INCLUDE_DIR}} ${{Cutlass_VERSION}}")
+            """,
+            **environment,
+        )
+        return text.strip().replace("/ ", " ") if code == 0 else error(text)
+
+
+def error(text: str) -> str:
+    """The first error of CMake's, without where it arose and where lines were broken."""
+    message = text.partition("(message):")[2].partition("Call Stack")[0]
+    return f"error: {' '.join(message.split())}"
 
 
 @pytest.fixture
@@ -160,6 +186,68 @@ def test_a_library_tells_why_it_holds_no_cuda_kernels_where_torch_could_use_them
 
 def test_this_build_tells_why_it_holds_none() -> None:
     assert bool(load.host.WHY_NO_CUDA) != bool(load.host.CUDA_ARCHITECTURES)
+
+
+# CUTLASS's headers
+
+# Stands for pip and uv: writes what CUTLASS's wheel holds where it is told to, and what it was told.
+INSTALLER = """
+import os, pathlib, sys
+if "OFFLINE" in os.environ:
+    sys.exit("no network")
+target = pathlib.Path(sys.argv[sys.argv.index("--target") + 1])
+target.mkdir(parents=True, exist_ok=True)
+(target / "told").write_text(" ".join(sys.argv[1:]))
+include = target / "cutlass_library" / "source" / "include"
+for folder in ("cute", "cutlass"):
+    (include / folder).mkdir(parents=True)
+(include / "cute" / "tensor.hpp").touch()
+(include / "cutlass" / "version.h").write_text("#define CUTLASS_MAJOR 4\\n#define CUTLASS_MINOR 2\\n")
+"""
+
+
+@pytest.fixture
+def installer(machine: Machine) -> Path:
+    """A script that is the machine's pip."""
+    script = machine.site / "pip" / "__main__.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(INSTALLER)
+    return script
+
+
+@pytest.mark.parametrize("by_uv", [False, True])
+def test_cutlass_is_downloaded_once_without_what_it_depends_on(machine: Machine, installer: Path, by_uv: bool) -> None:
+    environment = {}
+    if by_uv:
+        machine.add_program(
+            machine.folder / "uv", f'exec {sys.executable} {installer.rename(machine.folder / "it")} "$@"'
+        )
+        environment["UV"] = str(machine.folder / "uv")
+    folder = "build/cutlass"
+    assert machine.finds_cutlass(**environment) == f"{folder}/cutlass_library/source/include 4.2"
+    told = (machine.folder / folder / "told").read_text().replace(f"{machine.folder}/", "")
+    what = f"install --quiet --no-deps --target {folder} nvidia-cutlass==4.2.*"
+    assert told == (f"pip {what} --python python" if by_uv else what)
+    assert machine.finds_cutlass(OFFLINE="") == f"{folder}/cutlass_library/source/include 4.2"
+
+
+def test_cutlass_of_the_environment_or_of_a_checkout_needs_no_network(machine: Machine, installer: Path) -> None:
+    checkout = machine.folder / "checkout"
+    installer_of = [sys.executable, installer, "--target"]
+    subprocess.run([*installer_of, machine.site], check=True)
+    assert machine.finds_cutlass(OFFLINE="") == "site/cutlass_library/source/include 4.2"
+    (machine.site / "cutlass_library" / "source").rename(checkout)
+    assert machine.finds_cutlass(root=str(checkout), OFFLINE="") == "checkout/include 4.2"
+
+
+def test_where_cutlass_is_missing_the_build_tells_every_way_to_have_it(machine: Machine, installer: Path) -> None:
+    found = {"no network": machine.finds_cutlass(OFFLINE=""), "empty root": machine.finds_cutlass(root="/nowhere")}
+    assert_expected_inline(
+        "\n".join(f"{case} -> {text}" for case, text in found.items()),
+        """\
+no network -> error: Could NOT find Cutlass (missing: Cutlass_INCLUDE_DIR) (Required is at least version "4.2") Reason given by package: The CUDA kernels need CUTLASS's headers, and nvidia-cutlass==4.2.* cannot be downloaded: install it (pip install --no-deps 'nvidia-cutlass==4.2.*') in the environment of python, or pass -C cmake.define.CUTLASS_ROOT=<checkout>. A build without these kernels: -C cmake.define.LITE_ATTENTION_CUDA=OFF. The download said: no network no network
+empty root -> error: Could NOT find Cutlass (missing: Cutlass_INCLUDE_DIR) (Required is at least version "4.2") Reason given by package: CUTLASS_ROOT is /nowhere, where there is no include/cute/tensor.hpp""",
+    )
 
 
 # What a build requires

@@ -99,7 +99,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     if (tiles == kNoMoreWork) break;
 
     Softmax softmax;
-    RunningBest best(first_row_of_thread(item, warpgroup), params.forward.problem.query_len);
+    RunningBest best(static_cast<int>(params.forward.problem.query_len) - first_row_of_thread(item, warpgroup));
     clear(output);
     float maxima[kRowsPerThread], correction[kRowsPerThread];
 
@@ -176,7 +176,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
         start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
         wait_product<0>(scores);
         if (masks(per_visit, left, shared.k_flags[ring.stage])) mask(per_visit, scores);
-        tile_maxima(scores, maxima);
+        tile_maxima<Config::kDecides>(scores, maxima);
         decide();
         if (softmax.move_reference(maxima, scale_log2, correction)) scale_rows(output, correction);
         release(&shared.k_empty[ring.stage]);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
             barrier_wait(&shared.v_full[ring.stage], ring.phase);
             clear_missing(per_visit);
           }
-          tile_maxima(scores, maxima);
+          tile_maxima<Config::kDecides>(scores, maxima);
           decide();
           const bool rescale = softmax.move_reference(maxima, scale_log2, correction);
           release(&shared.k_empty[ring.stage]);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           barrier_wait(&shared.v_full[pending.stage], pending.phase);
           start_product<true>(output_mma, weights, values(_, _, _, pending.stage), output);
           wait_product<1>(scores);
-          tile_maxima(scores, maxima);
+          tile_maxima<Config::kDecides>(scores, maxima);
           decide();
           const bool rescale = softmax.move_reference(maxima, scale_log2, correction);
           release(&shared.k_empty[ring.stage]);
