@@ -80,7 +80,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 def state_bytes(layer: LiteAttention) -> int:
     """Bytes of all that a layer keeps between passes."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
+    return sum(buffer.numel() * buffer.element_size() for buffer in layer.state.buffers())
 
 
 def required_error(name: str, step: Step, out: Tensor, expected: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lite_attention import LiteAttention, skip_branch
+from lite_attention.ops.own_state import state_buffers
 from lite_attention.skipping.cuda_graphs import CapturedStep, capture_step
 from support.inputs import GPU
 from support.stack import HEADS, LENGTH, THRESHOLD, Stack, stack_latents, time
@@ -112,9 +113,10 @@ def assert_same_state(one: Subject, other: Subject) -> None:
     for layer, same in zip(one.layers, other.layers, strict=True):
         for branch in range(BRANCHES):
             assert torch.equal(layer.keep_map(branch), same.keep_map(branch))
-    others = dict(other.model.named_buffers())
-    for name, buffer in one.model.named_buffers():
-        if not name.endswith(".words"):  # the maps above; capturing makes room for others before they are written
+    others = state_buffers(other.model)
+    for name, buffer in state_buffers(one.model).items():
+        # The maps above; capturing makes room for others before they are written. Each clock numbers generations anew.
+        if not name.endswith((".words", "generation", "generations")):
             assert torch.equal(buffer, others[name]), name
 
 
@@ -233,10 +235,10 @@ def test_warming_up_leaves_the_state_as_it_was(passes_before: int, make: Callabl
     subject = make()
     for step in range(passes_before):
         subject.step(subject.latents(0, step), time(0, step))
-    before = {name: buffer.clone() for name, buffer in subject.model.named_buffers()}
+    before = {name: buffer.cpu() for name, buffer in state_buffers(subject.model).items()}
     subject.capture()
-    for name, buffer in subject.model.named_buffers():
-        assert buffer.shape != before[name].shape or torch.equal(buffer, before[name]), name
+    for name, buffer in state_buffers(subject.model).items():  # on the GPU by now
+        assert buffer.shape != before[name].shape or torch.equal(buffer.cpu(), before[name]), name
     assert (subject.skipped() > 0) == (passes_before > 0)
     if passes_before == 0:
         with pytest.raises(RuntimeError, match="branch 0 has no keep map yet"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from lite_attention import exportable
 from support.inputs import GPU
 from support.packages import run_in_another_process
 from support.stack import Stack, stack_latents, time
@@ -28,7 +29,8 @@ def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path
         model(**calls[0])  # makes room for the state
         model.clock.reset()
         eager = copy.deepcopy(model)
-        program = torch.export.export(model, (), calls[0])
+        with exportable(model):
+            program = torch.export.export(model, (), calls[0])
         expected = [eager(**call) for call in calls]
     assert all(float(layer.skip_fraction()) > 0.02 for layer in eager.layers)
     outs = run_in_another_process(program, calls, tmp_path)

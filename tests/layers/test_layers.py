@@ -212,16 +212,16 @@ def test_no_text_is_as_text_of_no_tokens() -> None:
 def test_a_layer_made_in_inference_mode_moves_outside_of_it() -> None:
     with torch.inference_mode():
         made = layer(DistributedAttention, SLIDING_TILE_ATTN)
-    assert made.float().attn_impl._layer.tolist() == [1]
+    assert made.float().attn_impl._layer.number.tolist() == [1]
 
 
 def test_the_number_of_a_sliding_layer_survives_moves() -> None:
     with torch.device("meta"):
         attend = layer(DistributedAttention, SLIDING_TILE_ATTN, prefix="blocks.2")
     attend.to_empty(device="cpu").to(torch.bfloat16)
-    assert attend.attn_impl._layer.tolist() == [2]
-    assert attend.attn_impl._layer.dtype == torch.int64
-    assert copy.deepcopy(attend).attn_impl._layer.tolist() == [2]
+    assert attend.attn_impl._layer.number.tolist() == [2]
+    assert attend.attn_impl._layer.number.dtype == torch.int64
+    assert copy.deepcopy(attend).attn_impl._layer.number.tolist() == [2]
     assert attend.state_dict() == {}
 
 

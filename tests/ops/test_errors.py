@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -347,6 +348,7 @@ def test_module_inputs() -> None:
         "value shorter than key": bad_module(value=V[:, :5]),
         "strided query": bad_module(query=torch.randn(*Q.shape[:-1], 32)[..., ::2]),
         "scale as text": bad_module(scale="1"),
+        "scale True": bad_module(scale=True),
         "scale as a tensor": bad_module(scale=torch.tensor(1.0)),
         "scale 0": bad_module(scale=0),
         "branch 8": bad_module(branch=8),
@@ -372,6 +374,7 @@ batches differ -> ValueError: LiteAttention: key has batch 1 and head_dim 16, ex
 value shorter than key -> ValueError: LiteAttention: value has shape [2, 5, 2, 16], expected key's shape, [2, 2400, 2, 16]
 strided query -> RuntimeError: skip_attention: q has stride 2 in its last dimension, expected 1
 scale as text -> TypeError: LiteAttention: scale has type str, expected a float or None
+scale True -> TypeError: LiteAttention: scale has type bool, expected a float or None
 scale as a tensor -> TypeError: LiteAttention: scale has type Tensor, expected a float or None
 scale 0 -> RuntimeError: skip_attention: scale is 0, expected a number above 0 that is finite in fp32
 branch 8 -> ValueError: LiteAttention: branch is 8, expected 0 to 7
@@ -390,6 +393,7 @@ def test_module_ranges() -> None:
         "past the end": bad_module(must_do_list=[0, 5, 2401, 9]),
         "negative": bad_module(must_skip_list=[5, -1]),
         "empty range": bad_module(must_do_list=[0, 5, 9, 9]),
+        "a bool of numpy": bad_module(must_do_list=[0, np.bool_(True)]),
         "a float": bad_module(must_do_list=[0, 5.0]),
         "a text": bad_module(must_do_list="0-5"),
         "a flat tensor": bad_module(must_do_list=torch.tensor([0, 5])),
@@ -405,6 +409,7 @@ odd length of the other list -> ValueError: LiteAttention: must_skip_list has 1 
 past the end -> ValueError: LiteAttention: must_do_list[2] is 2401, expected at most the number of keys, 2400
 negative -> ValueError: LiteAttention: must_skip_list[1] is -1, expected a position of at least 0
 empty range -> ValueError: LiteAttention: must_do_list[2:4] is [9, 9], an empty range
+a bool of numpy -> TypeError: LiteAttention: must_do_list[1] is np.True_ of type bool, expected an int
 a float -> TypeError: LiteAttention: must_do_list[1] is 5.0 of type float, expected an int
 a text -> TypeError: LiteAttention: must_do_list has type str, expected a list of ints or an integer tensor
 a flat tensor -> ValueError: LiteAttention: must_do_list has shape [2], expected [count, 2]: one [start, end] a row
@@ -463,6 +468,12 @@ def test_module_construction_and_settings() -> None:
         "thresholds of rank 2": lambda: layer.set_threshold(torch.zeros(2, 2)),
         "threshold None": lambda: layer.set_threshold(None),  # type: ignore[arg-type]
         "threshold True": lambda: layer.set_threshold(True),
+        "threshold True of numpy": lambda: layer.set_threshold(np.bool_(True)),
+        "threshold NaN of numpy": lambda: layer.set_threshold([-1.0, np.float32("nan")]),
+        "threshold too large for a float": lambda: layer.set_threshold(-(10**400)),
+        "thresholds as an array of rank 2": lambda: layer.set_threshold(np.zeros((2, 2))),
+        "thresholds of complex numbers": lambda: layer.set_threshold(np.zeros(2, complex)),
+        "skipping as text": lambda: layer.enable_skip_optimization("no"),  # type: ignore[arg-type]
         "max_batch_size 0": lambda: LiteAttention(max_batch_size=0),
         "max_batch_size 1.5": lambda: LiteAttention(max_batch_size=1.5),  # type: ignore[arg-type]
         "num_nodes 0": lambda: SeqParallelLiteAttention(0),
@@ -489,6 +500,12 @@ one threshold NaN -> ValueError: set_threshold[1] is NaN, expected a number of a
 thresholds of rank 2 -> ValueError: set_threshold has shape [2, 2], expected [] or [heads]
 threshold None -> TypeError: set_threshold is None of type NoneType, expected a number
 threshold True -> TypeError: set_threshold is True of type bool, expected a number
+threshold True of numpy -> TypeError: set_threshold is True of type bool, expected a number
+threshold NaN of numpy -> ValueError: set_threshold[1] is NaN, expected a number of at most 0
+threshold too large for a float -> ValueError: set_threshold is beyond the numbers that a float can hold, expected one of these
+thresholds as an array of rank 2 -> ValueError: set_threshold has shape [2, 2], expected [] or [heads]
+thresholds of complex numbers -> TypeError: set_threshold[0] is 0j of type complex, expected a number
+skipping as text -> TypeError: enable_skip_optimization: enable has type str, expected a bool
 max_batch_size 0 -> ValueError: LiteAttention: max_batch_size is 0, expected at least 1
 max_batch_size 1.5 -> TypeError: LiteAttention: max_batch_size has type float, expected an int
 num_nodes 0 -> ValueError: SeqParallelLiteAttention: num_nodes is 0, expected at least 1

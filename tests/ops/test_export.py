@@ -1,6 +1,7 @@
 """torch.export and AOTInductor: what leaves Python carries its skip state along."""
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_exported_model_steps_like_eager(strict: bool) -> None:
         names = ("state.live", "state.slots.0.words", "state.slots.0.stamp")
         assert {f"blocks.{block}.attn.{name}" for name in names} <= mutated
     assert same_state(model, prepared_from(model)), "exporting does not advance the model's own state"
+
+
+def through_file(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_shares_its_state_with_the_model_and_copies_of_it_have_their_own(strict: bool) -> None:
+    model = prepared_model()
+    expected = expected_outputs(model)
+    with torch.no_grad():
+        with exportable(model):
+            program = torch.export.export(model, (noise(0),), strict=strict)
+        for copied in (copy.deepcopy(program), through_file(program)):
+            step = copied.module()
+            torch.testing.assert_close([step(noise(i % 2)) for i in range(STEPS)], expected, atol=1e-5, rtol=1e-5)
+        runners = (program.module(), model, program.module(), model)
+        outs = [runner(noise(i % 2)) for i, runner in enumerate(runners)]
+    torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
 
 
 def prepared_from(model: Model) -> Model:

@@ -89,7 +89,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return {name: buffer.clone() for name, buffer in cuda_graphs._buffers({"": module}).items()}
 
 
 def timed_model() -> nn.ModuleList:
@@ -358,12 +358,24 @@ one more -> ValueError: CapturedStep: mask is given, expected only args[0], guid
 a tuple for a list -> ValueError: CapturedStep: the arguments are in other lists, tuples or dicts, expected those captured
 a gradient -> ValueError: CapturedStep: args[0] requires a gradient, expected none: the step is forward-only. Detach it, or call under torch.no_grad()
 another branch -> RuntimeError: CapturedStep: called in skip_branch(1), expected 0, the branch of the capture. Capture one step for each branch, or one that runs both
-skipping off -> RuntimeError: CapturedStep: layer modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
-threshold per head -> RuntimeError: CapturedStep: layer modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
-state moved -> RuntimeError: CapturedStep: layer modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again""",
+skipping off -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
+threshold per head -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
+state moved -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again""",
     )
     torch.testing.assert_close(state_of(model), before, atol=0, rtol=0)
     replayed(x, text=text, guidance=5.0)
+
+
+@pytest.mark.usefixtures("_no_gpu_needed")
+def test_a_clock_that_has_moved_outdates_the_graph_that_reads_it() -> None:
+    models = timed_model()
+    replayed = captured(lambda x, t: run(models, x, t), noise(0), torch.tensor(3.0), modules=[models])
+    replayed(noise(0), torch.tensor(9.0))
+    models[1].tick(torch.tensor(8.0, device="meta"))
+    with pytest.raises(
+        RuntimeError, match=r"modules\[0\]\.1 has layout version 1, expected 0, the one captured: its state"
+    ):
+        replayed(noise(0), torch.tensor(7.0))
 
 
 def test_what_changes_nothing_in_the_layout_is_accepted() -> None:

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def test_a_reset_forgets_and_keeps_the_memory() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     for q, k, v in inputs:
         layer(q, k, v)
-    addresses = [buffer.data_ptr() for buffer in layer.buffers()]
+    addresses = [buffer.data_ptr() for buffer in layer.state.buffers()]
     assert float(layer.skip_fraction()) > 0
     layer.reset_skip_state()
     assert float(layer.skip_fraction()) == 0
@@ -167,7 +168,7 @@ def test_a_reset_forgets_and_keeps_the_memory() -> None:
     for (q, k, v), (out, _, keep) in zip(inputs, by_hand(inputs), strict=True):
         assert torch.equal(layer(q, k, v), out)
         assert torch.equal(kept(layer), keep)
-    assert [buffer.data_ptr() for buffer in layer.buffers()] == addresses
+    assert [buffer.data_ptr() for buffer in layer.state.buffers()] == addresses
 
 
 OTHERS = {
@@ -553,8 +554,8 @@ def test_copies_carry_the_state_and_then_go_their_own_way(duplicate: object) -> 
     assert torch.equal(kept(layer), by_hand(inputs[:1])[0][2])
     twin.set_threshold(-1.0)
     assert float(layer.state.threshold) == THRESHOLD
-    own = {buffer.data_ptr() for buffer in layer.buffers() if buffer.numel()}
-    assert own.isdisjoint(buffer.data_ptr() for buffer in twin.buffers() if buffer.numel())
+    own = {buffer.data_ptr() for buffer in layer.state.buffers() if buffer.numel()}
+    assert own.isdisjoint(buffer.data_ptr() for buffer in twin.state.buffers() if buffer.numel())
 
 
 def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
@@ -638,6 +639,15 @@ def test_a_pass_neither_waits_for_the_device_nor_copies_from_the_host(ranges: st
     assert names.count("lite_attention.skip_attention.default") == 2
     assert not {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default"} & set(names)
     assert not [call for call in recorder.calls if "cpu" in call[1]], "everything stays on the device"
+
+
+def test_a_first_pass_of_another_shape_copies_nothing_from_the_host() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    x = torch.empty(1, 300, 2, 64, device="meta")
+    layer(x, x, x)
+    with Recorder() as recorder:
+        layer(x[:, :200], x, x)
+    assert not [call for call in recorder.calls if "cpu" in call[1]]
 
 
 def test_layers_without_dense_steps_pay_nothing_for_their_count() -> None:
@@ -737,6 +747,21 @@ def test_thresholds_beyond_fp32_are_infinite_and_a_refused_one_changes_nothing()
     with pytest.raises(ValueError, match="threshold is NaN"):
         layer.set_threshold(math.nan)
     assert layer.threshold == -3.0
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    layer = LiteAttention(threshold=np.float32(-2), max_batch_size=np.int64(3))  # type: ignore[arg-type]
+    assert (layer.threshold, layer.max_batch_size) == (-2.0, 3)
+    layer.set_threshold(np.int64(-3))  # type: ignore[arg-type]
+    assert layer.threshold == -3.0
+    for thresholds in ([np.float16(-1), np.int8(-2)], np.array([-1, -2]), np.array([-1.0, -2.0], np.float32)):
+        layer.set_threshold(thresholds)  # type: ignore[arg-type]
+        assert layer.threshold == (-1.0, -2.0)
+    layer.set_threshold(np.array(-4.0))  # type: ignore[arg-type]
+    x, branch, ranges = torch.randn(1, 300, 1, 8), np.int64(1), list(np.array([0, 128]))
+    out = layer(x, x, x, branch=branch, must_skip_list=ranges)
+    assert torch.equal(out, LiteAttention()(x, x, x, must_skip_list=[0, 128]))
+    assert layer.used_branches() == [1]
 
 
 def test_tile_shape_follows_compiled_passes() -> None:

@@ -212,7 +212,7 @@ def sliding_tile_map(
     tiles = VideoTiles(canvas_size(function, seq_shape), check_size(f"{function}: tile", tile))
     windows = _windows(function, window_size)
     tile_m, tile_n = tile_shape(head_dim, dtype)
-    device = torch.empty(0, device=device).device  # with its index
+    device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
     # A query tile and a KV tile must lie inside one tile of the video; both are to be had with 64 rows.
     block = ceil_div(tiles.volume, FINE_TILE_N) * FINE_TILE_N
     if block % tile_n != 0:

@@ -269,7 +269,8 @@ class LiteAttentionOverride:
         """For people: what each stream of the latest sampling skips, and how many calls were not taken. Waits."""
         lines = []
         for stream, branch in self._streams.numbers.items():
-            skipped = sum((layer.skipped_tiles(branch).cpu() for layer in self.layers.values()), torch.zeros(2))
+            counts = (layer.skipped_tiles(branch).cpu() for layer in self.layers.values())
+            skipped = sum(counts, torch.zeros(2, dtype=torch.float32))
             lines.append(f"{stream}: {float(skipped[0] / skipped[1].clamp(min=1)):.0%} skipped")
         if self._turns:
             lines.append(f"started full again {self._turns} times, as the sigmas or their schedule turned")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lite_attention.maps.keep_map import ceil_div
+from lite_attention.ops.checks import whole_number
 
 __all__ = ["parse_ranges", "tiles_inside", "tiles_touched"]
 
@@ -33,16 +34,19 @@ def parse_ranges(
             f"{name} has {len(ranges)} entries, expected an even number: [start, end, start, end, ...] "
             f"(entry {len(ranges) - 1}, {ranges[-1]!r}, has no partner)"
         )
-    for index, entry in enumerate(ranges):
-        if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
-            raise TypeError(f"{name}[{index}] is {entry!r} of type {type(entry).__name__}, expected an int")
+    positions = []
+    for index, given in enumerate(ranges):
+        entry = whole_number(given)
+        if entry is None:
+            raise TypeError(f"{name}[{index}] is {given!r} of type {type(given).__name__}, expected an int")
+        positions.append(entry)
         if entry < 0:
             raise ValueError(f"{name}[{index}] is {entry}, expected a position of at least 0")
         if entry > length:
             raise ValueError(f"{name}[{index}] is {entry}, expected at most the number of {tokens}, {length}")
     pairs = []
-    for index in range(0, len(ranges), 2):
-        first, second = ranges[index], ranges[index + 1]
+    for index in range(0, len(positions), 2):
+        first, second = positions[index], positions[index + 1]
         if first == second:
             raise ValueError(f"{name}[{index}:{index + 2}] is [{first}, {second}], an empty range")
         pairs.append((first, second) if first < second else (second, first))

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any
 
 import torch
 
-__all__ = ["checked_int", "equals_any", "settled"]
+__all__ = ["checked_int", "equals_any", "settled", "whole_number"]
+
+
+def whole_number(value: Any) -> int | None:
+    """``value`` as an int, where it is one, the symbolic one of a traced size, or one of numpy. None for all else.
+
+    A bool is none.
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    return operator.index(value) if isinstance(value, numbers.Integral) else None
 
 
 def checked_int(what: str, value: int, lowest: int | None = None, highest: int | None = None) -> int:
@@ -14,14 +28,16 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
 
     Args:
         what: the argument as errors name it, for instance "LiteAttention: max_batch_size".
-        value: an int, or the symbolic one of a traced size. bool is none.
+        value: as :func:`whole_number` takes it.
         lowest, highest: None for no limit.
 
     Raises:
         TypeError, ValueError: ``value`` is something else; the text begins with ``what``.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    number = whole_number(value)
+    if number is None:
         raise TypeError(f"{what} has type {type(value).__name__}, expected an int")
+    value = number
     too_small = lowest is not None and value < lowest
     if too_small or (highest is not None and value > highest):
         if highest is None:

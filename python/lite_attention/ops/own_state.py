@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.modes import make_buffers_ordinary, real_tensors
 
-__all__ = ["Held", "OwnState", "exportable", "held_states", "hold"]
+__all__ = ["Held", "OwnState", "exportable", "held_states", "hold", "state_buffers"]
 
 
 class OwnState(nn.Module):
@@ -50,9 +50,11 @@ class OwnState(nn.Module):
     def start_over(self, device: torch.device) -> None:
         """Fresh buffers on a device; where one of them cannot be allocated, nothing changes."""
         with real_tensors():
-            for name, buffer in self.fresh_buffers(device).items():
+            fresh = self.fresh_buffers(device)
+            if self._buffers:
+                self.outdate_captured_graphs()
+            for name, buffer in fresh.items():
                 self.register_buffer(name, buffer, persistent=False)
-        self.outdate_captured_graphs()
 
     @torch.compiler.assume_constant_result
     def place(self, device: torch.device, caller: str) -> None:
@@ -129,6 +131,13 @@ def held_states(module: nn.Module, prefix: str = "") -> Iterator[Held]:
             if isinstance(value, OwnState) and value not in seen:
                 seen.add(value)
                 yield Held(name, part, attribute, value)
+
+
+def state_buffers(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The buffers of the states that a module and its parts hold, named as if they were parts of it."""
+    return {
+        name: buffer for held in held_states(module, prefix) for name, buffer in held.state.named_buffers(held.name)
+    }
 
 
 @contextmanager

@@ -74,7 +74,9 @@ def decisions(
 
     kept = expanded_map(keep, kv_tiles, batch, heads, query_tiles)
     must = torch.zeros_like(kept) if must_keep is None else expanded_map(must_keep, kv_tiles, batch, heads, query_tiles)
-    lens = torch.full((batch,), kv_len, device=q.device) if kv_lens is None else kv_lens.to(torch.int64)
+    lens = (
+        torch.full((batch,), kv_len, dtype=torch.int64, device=q.device) if kv_lens is None else kv_lens.to(torch.int64)
+    )
     tile_start = torch.arange(kv_tiles, device=q.device) * tile_n
     exists = (tile_start < lens[:, None])[:, None, None, :].expand_as(kept)
     visited = (kept | must) & exists

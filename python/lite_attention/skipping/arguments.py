@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +34,22 @@ Threshold = float | Sequence[float] | Tensor
 
 def checked_threshold(what: str, threshold: Threshold, allow_positive: bool) -> float | tuple[float, ...]:
     """A threshold as plain numbers within fp32; errors begin with ``what``."""
-    if isinstance(threshold, Tensor):
-        if threshold.dim() > 1:
-            raise ValueError(f"{what} has shape {list(threshold.shape)}, expected [] or [heads]")
-        threshold = threshold.tolist()
+    array: Any = threshold if hasattr(threshold, "tolist") else None  # a tensor, or an array or a number of numpy
+    if array is not None:
+        if array.ndim > 1:
+            raise ValueError(f"{what} has shape {list(array.shape)}, expected [] or [heads]")
+        threshold = array.tolist()
     many = isinstance(threshold, Sequence) and not isinstance(threshold, str)
     values: list[float] = []
     for index, entry in enumerate(threshold if many else [threshold]):  # type: ignore[arg-type]
         name = f"{what}[{index}]" if many else what
-        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+        # numpy's numbers are Real, too; its bool is not.
+        if isinstance(entry, bool) or not isinstance(entry, numbers.Real):
             raise TypeError(f"{name} is {entry!r} of type {type(entry).__name__}, expected a number")
+        try:
+            entry = float(entry)
+        except OverflowError:
+            raise ValueError(f"{name} is beyond the numbers that a float can hold, expected one of these") from None
         if math.isnan(entry):
             raise ValueError(f"{name} is NaN, expected a number of at most 0")
         if entry > 0 and not allow_positive:
@@ -49,7 +57,7 @@ def checked_threshold(what: str, threshold: Threshold, allow_positive: bool) -> 
                 f"{name} is {entry}, expected at most 0 (powers of two; -10 is the default). For experiments above 0, "
                 "set LITE_ATTENTION_DEBUG"
             )
-        values.append(in_fp32_range(float(entry)))
+        values.append(in_fp32_range(entry))
     if not values:
         raise ValueError(f"{what} is empty, expected one number, or one per query head")
     return tuple(values) if many else values[0]
@@ -138,7 +146,7 @@ def check_scalar(caller: str, name: str, tensor: Tensor | None, dtype: torch.dty
 
 def check_scale(caller: str, scale: float | None) -> None:
     """That the factor on q.k is a number, or None."""
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, type(None))):
         raise TypeError(f"{caller}: scale has type {type(scale).__name__}, expected a float or None")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
-from lite_attention.ops.own_state import OwnState, held_states
+from lite_attention.ops.own_state import OwnState, held_states, state_buffers
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.state import SkipState
 
@@ -80,7 +80,7 @@ class CapturedStep(Generic[Result]):
         for name, state, layout_version in self._layouts:
             if state.layout_version != layout_version:
                 raise RuntimeError(
-                    f"CapturedStep: layer {name} has layout version {state.layout_version}, expected {layout_version}, "
+                    f"CapturedStep: {name} has layout version {state.layout_version}, expected {layout_version}, "
                     "the one captured: its state moved or made room for another shape, skipping was switched on or "
                     "off, or its threshold changed between one number and one per head. Capture the step again"
                 )
@@ -294,10 +294,10 @@ def _states(roots: dict[str, nn.Module]) -> dict[str, OwnState]:
 
 def _buffers(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Of the modules, and of what they keep to themselves."""
-    found = {name: buffer for prefix, root in roots.items() for name, buffer in root.named_buffers(prefix)}
+    found: dict[str, Tensor] = {}
     for prefix, root in roots.items():
-        for held in held_states(root, prefix):
-            found.update(held.state.named_buffers(held.name))
+        found.update(root.named_buffers(prefix))
+        found.update(state_buffers(root, prefix))
     return found
 
 

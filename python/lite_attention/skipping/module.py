@@ -187,10 +187,9 @@ class LiteAttention(nn.Module):
         is_compiling = torch.compiler.is_compiling()
         is_remembered = is_compiling or not is_fake(query)
         room = state.room_for(branch, *shape, is_compiling) if is_remembered else None
-        if room is None:
-            threshold, recalled = state.new_threshold(query.device), state.first_pass(shape)
-        else:
-            threshold, recalled = state.threshold, state.recall(room, branch, start_full, generation)
+        is_here = is_remembered and state.device == query.device
+        threshold = state.threshold if is_here else state.new_threshold(query.device)
+        recalled = state.first_pass(shape) if room is None else state.recall(room, branch, start_full, generation)
         keep = recalled.keep
         # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
@@ -265,9 +264,15 @@ class LiteAttention(nn.Module):
         return self._enabled
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
-        """Switch between skipping and dense attention; what dense passes change in the state, :meth:`forward` tells."""
-        if self._enabled != bool(enable):
-            self._enabled = bool(enable)
+        """Switch between skipping and dense attention; what dense passes change in the state, :meth:`forward` tells.
+
+        Raises:
+            TypeError: ``enable`` is not a bool.
+        """
+        if not isinstance(enable, bool):
+            raise TypeError(f"enable_skip_optimization: enable has type {type(enable).__name__}, expected a bool")
+        if self._enabled != enable:
+            self._enabled = enable
             self.outdate_captured_graphs()
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:

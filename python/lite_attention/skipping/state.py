@@ -81,7 +81,6 @@ class SkipState(MapTable):
         self._last_shapes: dict[int, PassShape] = {}  # kept for the log alone
         self._shared_room: SharedRoom[SkipState] | None = None
         self.start_over(torch.device("cpu"))
-        self.layout_version = 0
 
     def _set_threshold_values(self, values: float | tuple[float, ...]) -> None:
         self.threshold_values = values
@@ -89,7 +88,7 @@ class SkipState(MapTable):
         self.threshold_heads = len(values) if isinstance(values, tuple) else None
 
     def new_threshold(self, device: torch.device) -> Tensor:
-        """Made anew, for a pass that has no room yet."""
+        """Made anew, for a pass of which the state is not where it is computed."""
         return torch.tensor(self.threshold_values, dtype=torch.float32, device=device)
 
     def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:

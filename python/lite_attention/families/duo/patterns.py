@@ -56,7 +56,7 @@ def load_duo_pattern(folder: str | os.PathLike[str]) -> DuoPattern:
         raise ValueError(f"load_duo_pattern: {gates_file} is empty, expected a line for each layer")
     config = json.loads(config_file.read_text())
     sink_size, recent_size = (_read_size(config_file, config, name) for name in ("sink_size", "recent_size"))
-    return DuoPattern(torch.tensor(rows).clamp(0, 1), sink_size, recent_size)
+    return DuoPattern(torch.tensor(rows, dtype=torch.float32).clamp(0, 1), sink_size, recent_size)
 
 
 def _read_size(file: Path, config: object, name: str) -> int:

@@ -311,4 +311,4 @@ def head_table(caller: str, full_attention_heads: HeadTable, layers: int, kv_hea
                     f"{caller}: full_attention_heads[{layer}][{head}] is {value}, expected 0 or 1; "
                     "sparsify_attention_heads makes such a table"
                 )
-    return torch.tensor([[bool(value) for value in row] for row in rows])
+    return torch.tensor([[bool(value) for value in row] for row in rows], dtype=torch.bool)

@@ -47,7 +47,7 @@ class MustDo(OwnState):
         if self.ranges is None:
             self.start_over(torch.device("cpu"))
         else:
-            self.ranges.copy_(torch.tensor(self._rows))
+            self.ranges.copy_(torch.tensor(self._rows, dtype=torch.int64))
 
 
 class Call:

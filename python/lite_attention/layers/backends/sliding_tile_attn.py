@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
 from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.own_state import OwnState, hold
 
 __all__ = [
     "BACKEND",
@@ -104,7 +105,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
         """
-        device = torch.empty(0, device=device).device  # with its index
+        device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
         arguments = (canvas, head_size, dtype, tile, text_tokens, device, current_place(device))
         table = self._table
         if table is None or table.source is not STA_param or table.arguments != arguments:
@@ -167,7 +168,10 @@ def _make_table(source: Windows, arguments: tuple[Any, ...]) -> _Table:
             source,
             arguments,
             # Tensors of their own, not views of one: compilers may look at where a view begins.
-            [numbers_of_step.clone() for numbers_of_step in torch.tensor(window_of_head, device=device)],
+            [
+                numbers_of_step.clone()
+                for numbers_of_step in torch.tensor(window_of_head, dtype=torch.int64, device=device)
+            ],
             windows,
             made._replace(keep=windows[:1].unsqueeze(0), token_of_slot=token_of_slot, slot_of_token=slot_of_token),
         )
@@ -183,6 +187,24 @@ def _window(window: Sequence[int], where: tuple[int, int, int]) -> Size:
     return check_size(name, tuple(window) if isinstance(window, list) else window)
 
 
+class _LayerNumber(OwnState):
+    """A tensor: as a number it would make a graph for each layer of a model that is compiled block by block."""
+
+    number: Tensor
+
+    def __init__(self, layer_index: int) -> None:
+        super().__init__()
+        self._layer_index = layer_index
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
+        return {"number": torch.tensor([self._layer_index], dtype=torch.int64, device=device)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.number.device
+
+
 class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMetadata]):
     """:func:`lite_attention.families.sliding_tile.attention` on tokens in raster order, text after them.
 
@@ -190,7 +212,7 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         layer_index: number of the layer in STA_param; by default n of ``"blocks.<n>."`` in the prefix.
     """
 
-    _layer: Tensor
+    _layer: _LayerNumber
 
     def __init__(
         self,
@@ -218,16 +240,7 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
         self.num_heads = num_heads
         self.layer_index = layer_index
         self._heads = 0, num_heads
-        # A tensor: as a number it would make a graph for each layer of a model that is compiled block by block.
-        with ordinary_tensors():
-            self.register_buffer("_layer", torch.tensor([layer_index]), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlidingTileAttentionImpl:
-        """As nn.Module's, but the number of the layer survives ``to_empty``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        with ordinary_tensors():
-            self._layer = torch.tensor([self.layer_index], device=self._layer.device)
-        return self
+        hold(self, "_layer", _LayerNumber(layer_index))
 
     def set_local_heads(self, first: int, count: int) -> None:
         """Use the windows of these heads."""
@@ -253,7 +266,8 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
                 f"canvas and {metadata.layout.text_tokens} of text. Give the layer original_seq_len where some are "
                 "padding"
             )
-        windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer).flatten()
+        self._layer.place(query.device, _NAME)
+        windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer.number).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
         text_length = metadata.text_length
         out, _ = sliding_tile.attention_in_slots(

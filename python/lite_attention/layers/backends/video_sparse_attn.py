@@ -88,7 +88,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         if tiles == self._tiles:
             tiles = self._tiles  # which keeps its tensors for the steps of a video
         self._tiles = tiles
-        device = torch.empty(0, device=device).device  # with its index
+        device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             VSA_sparsity=VSA_sparsity,
