@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, LTXVideoTransformer3DModel, WanTransformer3DModel
-from diffusers.hooks import HookRegistry
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    LTXVideoTransformer3DModel,
+    PyramidAttentionBroadcastConfig,
+    WanTransformer3DModel,
+)
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
 from support.inputs import report
@@ -122,6 +126,38 @@ def test_a_block_that_a_cache_leaves_out_in_mid_video_goes_on_with_its_map() -> 
     transformer, handle = fresh()
     denoise(transformer, first_block_cache(transformer, lambda step: step == 2), name="cond")
     assert ((handle.skip_fraction("cond")[1] > 0) == torch.tensor([False, True, False, True])).all()
+
+
+@pytest.mark.parametrize("name", ["pyramid", "faster"])
+def test_videos_made_with_a_cache_of_attention_are_as_if_each_were_the_first(name: str) -> None:
+    def made() -> tuple[Any, LiteAttentionHandle, Before]:
+        transformer, handle = fresh()
+        now = [0.0]
+        if name == "pyramid":
+            config: object = PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(50, 950),
+                spatial_attention_block_identifiers=("blocks",), current_timestep_callback=lambda: now[0],
+            )  # fmt: skip
+        else:
+            config = FasterCacheConfig(
+                spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 701),
+                spatial_attention_block_identifiers=("^blocks.*attn1",), current_timestep_callback=lambda: now[0],
+                attention_weight_callback=lambda _: 0.3, tensor_format="BCFHW", is_guidance_distilled=True,
+            )  # fmt: skip
+        transformer.enable_cache(config)
+
+        def before(step: int) -> None:
+            if step == 0:
+                transformer._reset_stateful_cache()  # as pipelines do when a video ends
+            now[0] = TIMESTEPS[step]
+
+        return transformer, handle, before
+
+    handle = assert_the_second_video_is_as_if_it_were_the_first(made, name="cond")
+    fractions = handle.skip_fraction("cond")
+    assert (fractions[:, 0] == 0).all()
+    assert fractions.isnan().any(), "the cache leaves attention out"
+    assert (fractions.nan_to_num(0.0).amax(1) > 0.05).all()
 
 
 @pytest.mark.parametrize("dense_start", [False, True], ids=["skipping start", "dense start"])
@@ -258,14 +294,3 @@ def test_a_forward_put_around_the_one_that_is_there_ticks_once(named: bool) -> N
 def test_a_layer_can_be_called_alone() -> None:
     transformer, _ = fresh()
     transformer.blocks[0].attn1(torch.randn(1, 980, 128))
-
-
-def test_a_cache_that_comes_and_goes_costs_no_compile_of_the_blocks() -> None:
-    counter = CompileCounter()
-    transformer, _ = fresh()
-    transformer.compile_repeated_blocks(backend=counter)
-    denoise(transformer, name="cond")
-    frames = counter.frame_count
-    HookRegistry.check_if_exists_or_initialize(transformer)
-    denoise(transformer, seed=1, name="cond")
-    assert counter.frame_count == frames

@@ -97,6 +97,48 @@ def test_branches_count_their_own_generations() -> None:
     assert [number - first for number in numbers] == [0, 0, 0, 0, 1, 0]
 
 
+def ticks(clock: GenerationClock, timesteps: list[float], watched: bool, branch: int = 0) -> list[bool]:
+    """For each call, whether it starts from the full map."""
+    starts = []
+    for timestep in timesteps:
+        clock.tick(torch.tensor(timestep), branch, watched)
+        starts.append(bool(clock.start_full))
+    return starts
+
+
+def test_watched_calls_start_full_from_a_repeated_timestep_to_the_end_of_the_generation() -> None:
+    clock = GenerationClock()
+    one = [900.0, 700.0, 500.0, 500.0, 300.0, 300.0, 100.0]
+    assert ticks(clock, one * 2, watched=True) == [True, False, False, True, True, True, True] * 2
+    assert int(clock.mixed_calls) == 4
+    assert ticks(clock, [900.0, 700.0, 500.0], watched=True) == [True, False, False]
+    clock.reset()
+    assert ticks(clock, [900.0, 900.0], watched=True) == [True, True]
+    clock.reset()
+    assert ticks(clock, [800.0, 700.0], watched=True) == [True, False]
+
+
+def test_calls_that_are_not_watched_repeat_timesteps_as_one_stream() -> None:
+    clock = GenerationClock()
+    assert ticks(clock, [900.0, 700.0, 700.0, 500.0], watched=False) == [True, False, False, False]
+    assert int(clock.mixed_calls) == 0
+
+
+def test_a_watched_call_and_one_that_is_not_are_two_streams() -> None:
+    for first in (False, True):
+        clock = GenerationClock()
+        starts = ticks(clock, [900.0, 700.0], first)
+        starts += [*ticks(clock, [700.0], not first), *ticks(clock, [500.0], first)]
+        assert starts == [True, False, True, True]
+
+
+def test_branches_are_watched_for_themselves() -> None:
+    clock = GenerationClock()
+    ticks(clock, [900.0, 700.0, 700.0], True, branch=1)
+    assert ticks(clock, [900.0, 700.0], True, branch=2) == [True, False]
+    assert ticks(clock, [500.0], True, branch=1) == [True]
+
+
 def test_branches_have_their_own_time() -> None:
     clock = GenerationClock()
     clock.tick(torch.tensor(900.0))

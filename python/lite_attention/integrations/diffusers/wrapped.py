@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from lite_attention.integrations.diffusers import _internals
+from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.guidance import BranchNames
 from lite_attention.skipping.branches import skip_branch
-
-if TYPE_CHECKING:
-    from lite_attention.integrations.diffusers.patching import PatchedTransformer
 
 __all__ = ["NamedContext", "Replaced", "StartingSteps", "TickingForward"]
 
@@ -94,6 +93,21 @@ class _Wrapped:
         return type(self).__call__.__code__
 
 
+class Timed(Protocol):
+    """A transformer whose forward tells its layers the time."""
+
+    transformer: nn.Module
+    generation: Generation
+    timestep_position: int
+    """Of the timestep among the arguments of its forward."""
+    ticking: TickingForward
+    """Of the forwards that it was given, the one that ticks."""
+
+    def keep_ticking(self) -> None:
+        """Put one on, where hooks that were removed took it away."""
+        ...
+
+
 class TickingForward(_Wrapped):
     """A transformer's forward, which tells its layers the time.
 
@@ -104,7 +118,7 @@ class TickingForward(_Wrapped):
         slot: the name of the forward in the transformer.
     """
 
-    def __init__(self, patched: PatchedTransformer, slot: str) -> None:
+    def __init__(self, patched: Timed, slot: str) -> None:
         super().__init__(patched.transformer, "forward", slot)
         self.patched = patched
 
@@ -129,7 +143,7 @@ class TickingForward(_Wrapped):
 class NamedContext(_Wrapped):
     """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too."""
 
-    def __init__(self, patched: PatchedTransformer, branches: BranchNames) -> None:
+    def __init__(self, patched: Timed, branches: BranchNames) -> None:
         super().__init__(patched.transformer, "cache_context")
         self._patched, self._branches = patched, branches
 
@@ -150,7 +164,7 @@ class StartingSteps(_Wrapped):
     of a video) starts generations that nobody lives in: it holds the time of the transformers and not them.
     """
 
-    def __init__(self, scheduler: object, patched: Collection[PatchedTransformer]) -> None:
+    def __init__(self, scheduler: object, patched: Collection[Timed]) -> None:
         super().__init__(scheduler, "set_timesteps")
         self._generations = [one.generation for one in patched]
         self._patched = WeakSet(patched)
