@@ -66,7 +66,7 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
 def equals_any(value: Any, *choices: Any) -> bool:
     """Whether ``value`` is equal to one of ``choices``, sizes and shapes that are traced as symbols among them.
 
-    ``in`` compares a size of 1 and a symbol that is 1 by identity while torch.compile traces, and says no.
+    While torch.compile traces, ``in`` says that a size of 1 is not among symbols of which one is 1.
     """
     return any(value == choice for choice in choices)
 
