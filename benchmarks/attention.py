@@ -167,8 +167,8 @@ def flex_candidate(pattern: str, density: float, q: Tensor, k: Tensor, v: Tensor
 class Benchmark(Run):
     """The parts of the benchmark."""
 
-    def __init__(self, output: Path, seconds: float, revision: str | None) -> None:
-        super().__init__("attention", output, seconds, revision, Telemetry())
+    def __init__(self, output: Path, seconds: float) -> None:
+        super().__init__("attention", output, seconds, Telemetry())
         self.dense_peers: dict[str, peers.Prepare] = {CUDNN: peers.cudnn_sdpa}
         try:
             self.dense_peers[FA3] = peers.flash_attention_3()
@@ -299,9 +299,10 @@ def main() -> int:
     parser.add_argument("--only", type=parse_some(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="the first shape of each part")
     arguments = parse_on_gpu(parser)
-    benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision)
+    benchmark = Benchmark(arguments.output, arguments.seconds)
     with torch.no_grad():
         benchmark.run(arguments.only, arguments.quick)
+    benchmark.finish()
     print(summary(benchmark.record))
     print(f"wrote {benchmark.path}")
     return 1 if benchmark.record["failures"] else 0

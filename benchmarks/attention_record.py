@@ -114,7 +114,7 @@ def _density_cell(row: Row, kernel: str, pattern: str) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The run in at most 40 lines; '!' marks what misses its goal."""
-    lines = [f"{record['gpu']}, torch {record['environment']['torch']}, revision {record['revision']}"]
+    lines = [f"{record['gpu']}, torch {record['torch']}, kernels {record['kernel_hash']}"]
     lines += [f"{row['kernel']} {row['size']}^3: {row['tflops']:.0f} TFLOP/s" for row in record.get("cublas", [])]
     skip = {row["shape"]["name"]: row for row in record.get("skip", [])}
     if "dense" in record:

@@ -5,11 +5,9 @@ figures are medians of the rounds.
 """
 
 import argparse
-import datetime
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch.nn import functional
 
 import lite_attention
-from lite_attention.info import report
+from lite_attention.info import facts_of_run
 
 RESULTS = Path(__file__).parent / "results" / "cpu_attention.json"
 DENSITIES = (0.75, 0.5, 0.25, 0.1)
@@ -109,13 +107,6 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_revision() -> str:
-    """The commit this runs from, or 'unknown' outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def print_row(row: dict[str, Any]) -> None:
     """A few lines for the person watching."""
     print(
@@ -150,12 +141,9 @@ def main() -> None:
             rows.append(measure_shape(head_dim, dtype, arguments))
             print_row(rows[-1])
     record = {
-        "command": "python benchmarks/cpu_attention.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": git_revision(),
+        **facts_of_run("python benchmarks/cpu_attention.py", on_gpu=False),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "environment": report(),
         "length": arguments.length,
         "heads": arguments.heads,
         "rounds": arguments.rounds,

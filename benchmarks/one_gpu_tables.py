@@ -17,6 +17,7 @@ from attention_record import (
     point,
     rate,
 )
+from provenance import made_with
 from sparse_families_record import (
     CAUSAL,
     MIXED_HEADS,
@@ -48,7 +49,7 @@ from whole_model_record import (
 def _dense_lines(record: dict[str, Any]) -> list[str]:
     over_dense = {row["shape"]["name"]: row["time_over_dense"] for row in record["skip"]}
     lines = [
-        f"| dense, TFLOP/s | lite_attention | {FA3} | {CUDNN} | {FLEX} | rate / {FA3} | "
+        f"| dense, TFLOP/s, {record['gpu']} | lite_attention | {FA3} | {CUDNN} | {FLEX} | rate / {FA3} | "
         "time of `skip_attention`, nothing dropped / dense |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -97,8 +98,8 @@ def conditions(record: dict[str, Any], loops: list[Row]) -> str:
     return (
         f"{record['dtype']}, random normal inputs, loops of {record['seconds_per_loop']:g} s on one {record['gpu']}"
         f"{sampled}; cuBLAS reaches {product['tflops']:.0f} TFLOP/s there with {product['size']}^3. "
-        f"Driver {record['driver']}, torch {record['environment']['torch']}, fa3-fwd {record['fa3']}, "
-        f"cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, revision {record['revision']}, {record['date'][:10]}.{absent} "
+        f"Driver {record['driver']}, torch {record['torch']}, fa3-fwd {record['fa3']}, "
+        f"cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, {made_with(record)}, {record['date'][:10]}.{absent} "
         f"Made by `{record['command']}`."
     )
 
@@ -181,8 +182,8 @@ def _selection(row: Row) -> str:
 def sparse_families_table(record: dict[str, Any]) -> str:
     """On a GPU: rates of sliding tiles and sparse blocks, times of streaming heads, and what measured them."""
     lines = [
-        f"| TFLOP/s over kept pairs | kept | lite_attention | in a burst | {FA3} | rate / dense | elsewhere, "
-        "in a burst |",
+        f"| TFLOP/s over kept pairs, {record['gpu']} | kept | lite_attention | in a burst | {FA3} | rate / dense | "
+        "elsewhere, in a burst |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part, kernel in ((SLIDING_TILES, SLIDING_TILE_ATTENTION), (VIDEO_SPARSE, ATTENTION)):
@@ -204,7 +205,7 @@ def _step_lines(record: dict[str, Any]) -> list[str]:
     mode = record["modes"][-1]
     faster = f"{FA3} / {DENSITY_IN_ALL_MODES:.0%}"
     lines = [
-        f"| {mode}, ms a step | {' | '.join(map(column_name, COLUMNS))} | {faster} |",
+        f"| {mode}, ms a step, {record['gpu']} | {' | '.join(map(column_name, COLUMNS))} | {faster} |",
         "| --- |" + " --- |" * (len(COLUMNS) + 1),
     ]
     for row in record["steps"]:
@@ -276,9 +277,9 @@ def whole_model_table(record: dict[str, Any]) -> str:
     conditions = (
         f"{record['dtype']}, random weights, batch 1, {record['steps'][0]['clip']['frames']} frames, "
         f"{record['steps'][0]['pattern']} maps, loops of {record['seconds_per_loop']:g} s on one {record['gpu']}"
-        f"{sampled}. Driver {record['driver']}, torch {record['environment']['torch']}, diffusers "
-        f"{record['diffusers']}, fa3-fwd {record['fa3']}, cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, revision "
-        f"{record['revision']}, {record['date'][:10]}. Made by `{record['command']}`."
+        f"{sampled}. Driver {record['driver']}, torch {record['torch']}, diffusers "
+        f"{record['diffusers']}, fa3-fwd {record['fa3']}, cuDNN {cudnn // 10000}.{cudnn % 10000 // 100}, "
+        f"{made_with(record)}, {record['date'][:10]}. Made by `{record['command']}`."
     )
     parts = [*_step_lines(record), "", *_layer_lines(record), ""]
     if projection := _projection(record):

@@ -1,10 +1,8 @@
 """One run of a GPU benchmark: what it was made with, its progress, and its record, which grows on disk."""
 
 import argparse
-import datetime
 import gc
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +12,7 @@ import torch
 
 import peers
 from attention_record import CUBLAS, Row
-from cpu_attention import git_revision
-from lite_attention.info import report
+from lite_attention.info import facts_of_run
 from sustained import Telemetry, sustained
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +35,6 @@ class Run:
         name: str,
         output: Path,
         seconds: float,
-        revision: str | None,
         telemetry: Telemetry,
         gpu: str | None = None,
     ) -> None:
@@ -46,27 +42,19 @@ class Run:
         self.seconds = seconds
         self.started = time.perf_counter()
         self.telemetry = telemetry
-        gpu = gpu or torch.cuda.get_device_name()
-        self.path = output / f"{name}_{gpu.split()[1].lower()}.json"
-        environment = report()
-        if revision is None:
-            revision = git_revision() if shutil.which("git") else "unknown"
         self.record: dict[str, Any] = {
-            "command": f"python benchmarks/{name}.py",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            # without a checkout, the revision that the package was built from
-            "revision": environment["revision"] if revision == "unknown" else revision,
-            "gpu": gpu,
+            **facts_of_run(f"python benchmarks/{name}.py", on_gpu=gpu is None),
             "driver": self.telemetry.driver(),
-            "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "fa3": peers.fa3_version(),
-            "environment": environment,
             "dtype": str(DTYPE).removeprefix("torch."),
             "seconds_per_loop": seconds,
             "absent": {},
             "failures": [],
+            "complete": False,
         }
+        self.record["gpu"] = self.record["gpu"] or gpu
+        self.path = output / f"{name}_{self.record['gpu'].split()[1].lower()}.json"
 
     def say(self, text: str) -> None:
         """One line of progress."""
@@ -91,6 +79,11 @@ class Run:
         self.write()
         gc.collect()  # models are full of cycles
         torch.cuda.empty_cache()
+
+    def finish(self) -> None:
+        """Write that all that was asked for was measured, or failed by name."""
+        self.record["complete"] = True
+        self.write()
 
     def write(self) -> None:
         """Write what is known so far."""
@@ -117,7 +110,6 @@ def parser_of_run(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="DIR", default=RESULTS, help="folder of the record")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one timed loop")
-    parser.add_argument("--revision", help="of the sources; by default the checkout's, or else the build's")
     return parser
 
 

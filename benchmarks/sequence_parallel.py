@@ -556,15 +556,12 @@ def meshes(ranks: int) -> list[tuple[int, int]]:
 class Benchmark(Run):
     """The parts of the benchmark."""
 
-    def __init__(
-        self, output: Path, setting: Setting, ranks: Sequence[int], revision: str | None, timeout: float, limit: float
-    ) -> None:
+    def __init__(self, output: Path, setting: Setting, ranks: Sequence[int], timeout: float, limit: float) -> None:
         on_gpu = setting.device == "cuda"
         super().__init__(
             "sequence_parallel",
             output,
             setting.seconds,
-            revision,
             telemetry_of(setting.device),
             None if on_gpu else "a CPU",
         )
@@ -739,7 +736,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=LIMIT_SECONDS, help="seconds after which no further block begins"
     )
-    parser.add_argument("--date", help="of the run; by default now, in UTC")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch finds no CUDA device; --device cpu --sizes tiny tries the script without one")
@@ -755,13 +751,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script; 1 if a block failed."""
     arguments = parse_arguments(argv)
     setting = Setting(device=arguments.device, seconds=arguments.seconds, **SIZES[arguments.sizes])
-    benchmark = Benchmark(
-        arguments.output, setting, arguments.ranks, arguments.revision, arguments.timeout, arguments.limit
-    )
-    if arguments.date is not None:
-        benchmark.record["date"] = arguments.date
+    benchmark = Benchmark(arguments.output, setting, arguments.ranks, arguments.timeout, arguments.limit)
     try:
         benchmark.run(arguments.parts, arguments.model_methods)
+        benchmark.finish()
     finally:
         benchmark.close()
         print(summary(benchmark.record))

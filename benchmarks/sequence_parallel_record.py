@@ -255,9 +255,7 @@ def _layer_lines(record: dict[str, Any]) -> Iterator[str]:
 
 def summary(record: dict[str, Any]) -> str:
     """The run in a line for each configuration, and its goals."""
-    lines = [
-        f"{record['gpus']} x {record['gpu']}, torch {record['environment']['torch']}, revision {record['revision']}"
-    ]
+    lines = [f"{record['gpus']} x {record['gpu']}, torch {record['torch']}, kernels {record['kernel_hash']}"]
     for row in record.get(ONE_GPU, []):
         lines += [
             f"one GPU, {loop['kernel']}, {density_name(loop['density'])}: {loop['mean_ms']:.3f} ms"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from attention_record import FA3, Row
+from provenance import made_with
 from sequence_parallel_record import (
     BALANCE,
     DENSE_GOAL,
@@ -36,8 +37,8 @@ def _configuration(row: Row) -> str:
 def _scaling_lines(record: dict[str, Any]) -> list[str]:
     """Each method in its fastest configuration, and Ulysses in one chunk too."""
     lines = [
-        f"| attention layer, {record[LAYER][0]['shape']['name']} | GPUs | tiles kept | ms | efficiency | "
-        "attention, ms | exchange alone, ms | exposed |",
+        f"| attention layer, {record[LAYER][0]['shape']['name']}, {record['gpu']} | GPUs | tiles kept | ms | "
+        "efficiency | attention, ms | exchange alone, ms | exposed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for density in densities(record):
@@ -117,8 +118,8 @@ def sequence_parallel_table(record: dict[str, Any]) -> str:
     conditions = (
         f"Efficiency is one GPU's time / (GPUs * their time). {record['dtype']}, random normal inputs, medians of "
         f"loops of {record['seconds_per_loop']:g} s on {record['gpus']} {record['gpu']}{sampled}. Driver "
-        f"{record['driver']}, NCCL {record['nccl']}, torch {record['environment']['torch']}, fa3-fwd {record['fa3']}, "
-        f"yunchang {record['yunchang']}, diffusers {record['diffusers']}, revision {record['revision']}, "
+        f"{record['driver']}, NCCL {record['nccl']}, torch {record['torch']}, fa3-fwd {record['fa3']}, "
+        f"yunchang {record['yunchang']}, diffusers {record['diffusers']}, {made_with(record)}, "
         f"{record['date'][:10]}."
         f"{absent} Made by `{record['command']}`."
     )
@@ -128,7 +129,10 @@ def sequence_parallel_table(record: dict[str, Any]) -> str:
 def efficiency_table(record: dict[str, Any]) -> str:
     """How much of the ideal each method reaches in its fastest configuration, and a step of a model by it."""
     columns = [(ranks, density) for ranks in rank_counts(record) for density in densities(record)]
-    header = ["one GPU's time / (GPUs * their time)", *(f"{ranks} GPUs, {density_name(d)}" for ranks, d in columns)]
+    header = [
+        f"one GPU's time / (GPUs * their time), {record['gpu']}",
+        *(f"{ranks} GPUs, {density_name(d)}" for ranks, d in columns),
+    ]
     lines = [["goal", *(f"{DENSE_GOAL if density == 1 else SPARSE_GOAL:.0%}" for _, density in columns)]]
     for method in METHODS:
         best = [best_layer(record, ranks, method, density) for ranks, density in columns]

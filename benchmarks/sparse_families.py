@@ -186,10 +186,8 @@ def map_facts(keep: Tensor) -> Row:
 class Benchmark(Run):
     """The parts of the benchmark."""
 
-    def __init__(self, output: Path, seconds: float, revision: str | None, date: str | None) -> None:
-        super().__init__("sparse_families", output, seconds, revision, Telemetry())
-        if date is not None:
-            self.record["date"] = date
+    def __init__(self, output: Path, seconds: float) -> None:
+        super().__init__("sparse_families", output, seconds, Telemetry())
         self.flash_attention: dict[str, peers.Prepare] = {}
         try:
             self.flash_attention = {DENSE: peers.flash_attention_3(), CAUSAL: peers.flash_attention_3(causal=True)}
@@ -469,12 +467,12 @@ def main() -> int:
     """Entry point of the script; 1 if a block failed."""
     parser = parser_of_run(__doc__)
     parser.add_argument("--only", type=parse_some(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--date", help="of the run; by default now, in UTC")
     arguments = parse_on_gpu(parser)
-    benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision, arguments.date)
+    benchmark = Benchmark(arguments.output, arguments.seconds)
     try:
         with torch.no_grad():
             benchmark.run(arguments.only)
+        benchmark.finish()
     finally:  # an error of the device outlives the block that made it
         print(summary(benchmark.record))
         print(f"wrote {benchmark.path}")

@@ -175,7 +175,7 @@ def _loop_lines(row: Row) -> Iterator[str]:
 
 def summary(record: dict[str, Any]) -> str:
     """The run in a line for each kernel and mask, and its goals."""
-    lines = [f"{record['gpu']}, torch {record['environment']['torch']}, revision {record['revision']}"]
+    lines = [f"{record['gpu']}, torch {record['torch']}, kernels {record['kernel_hash']}"]
     for part in PARTS:
         rows = record.get(part, [])
         if rows:

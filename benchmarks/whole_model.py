@@ -175,8 +175,8 @@ def lite_stack(layers: int, x: Tensor) -> Iterator[tuple[AttentionStack, Tensor,
 class Benchmark(Run):
     """The parts of the benchmark."""
 
-    def __init__(self, output: Path, seconds: float, revision: str | None, modes: Sequence[str]) -> None:
-        super().__init__("whole_model", output, seconds, revision, Telemetry())
+    def __init__(self, output: Path, seconds: float, modes: Sequence[str]) -> None:
+        super().__init__("whole_model", output, seconds, Telemetry())
         self.modes = modes
         self.record |= {"diffusers": metadata.version("diffusers"), "modes": list(modes)}
         try:
@@ -327,9 +327,10 @@ def main() -> int:
     parser.add_argument("--layers-14b", type=int, default=LAYERS_14B, help="layers of the 14B model that are run")
     arguments = parse_on_gpu(parser)
     sizes = {**SIZES, "14B": replace(SIZES["14B"], layers=arguments.layers_14b)}
-    benchmark = Benchmark(arguments.output, arguments.seconds, arguments.revision, arguments.modes)
+    benchmark = Benchmark(arguments.output, arguments.seconds, arguments.modes)
     with torch.no_grad():
         benchmark.run([sizes[name] for name in arguments.models], [CLIPS[name] for name in arguments.resolutions])
+    benchmark.finish()
     print(summary(benchmark.record))
     print(f"wrote {benchmark.path}")
     return 1 if benchmark.record["failures"] else 0

@@ -115,7 +115,7 @@ def _cell(value: float | None, form: str, goal: float | None = None) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The run in at most 40 lines; '!' marks what misses its goal."""
-    lines = [f"{record['gpu']}, torch {record['environment']['torch']}, revision {record['revision']}"]
+    lines = [f"{record['gpu']}, torch {record['torch']}, kernels {record['kernel_hash']}"]
     names = {CUDNN: "cuDNN", FA3: "FA3"}
     header = "".join(f"{names.get(column[0], column_name(column)):>9}" for column in COLUMNS)
     for mode in record["modes"]:

@@ -65,7 +65,7 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
   module.attr("OPERATOR_INTERFACE") = lite_attention_operator_interface();
   module.attr("VERSION") = LITE_ATTENTION_VERSION;
   module.attr("GIT_REVISION") = LITE_ATTENTION_GIT_REVISION;
-  module.attr("KERNEL_HASH") = LITE_ATTENTION_KERNEL_HASH;  // of cpp/, whatever else changed
+  module.attr("KERNEL_HASH") = lite_attention_kernel_hash();
   module.attr("CXX_COMPILER") = LITE_ATTENTION_CXX_COMPILER;
   module.attr("TORCH_BUILD_VERSION") = LITE_ATTENTION_TORCH_VERSION;
   module.attr("WHY_NO_CUDA") = LITE_ATTENTION_WHY_NO_CUDA;  // the end of a sentence; empty in a build with CUDA kernels

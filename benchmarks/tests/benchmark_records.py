@@ -87,7 +87,10 @@ from whole_model_record import (  # noqa: E402
     step_row,
 )
 
-FACTS_OF_RUN = ("date", "revision", "gpu", "driver", "cuda", "cudnn", "fa3", "environment", "dtype", "seconds_per_loop")
+FACTS_OF_RUN = (
+    *("date", "kernel_hash", "revision", "gpu", "driver", "torch", "cuda", "python", "environment"),
+    *("cudnn", "fa3", "dtype", "seconds_per_loop", "complete"),
+)
 
 
 def made_up_loop(
@@ -128,13 +131,17 @@ def made_up_record() -> dict[str, Any]:
     return {
         "command": "python benchmarks/attention.py",
         "date": "2030-01-02T03:04:05+00:00",
+        "kernel_hash": "aaaabbbbcccc",
         "revision": "0123456789ab",
         "gpu": "NVIDIA H200",
         "driver": "1.2.3",
+        "torch": "2.11.0+cu130",
         "cuda": "13.0",
+        "python": "3.12.3",
+        "environment": {"lite_attention": "0.1.0"},
         "cudnn": 91900,
         "fa3": "0.0.3",
-        "environment": {"lite_attention": "0.1.0", "torch": "2.11.0+cu130"},
+        "complete": True,
         "dtype": "bfloat16",
         "seconds_per_loop": 1.0,
         "absent": {},

@@ -35,6 +35,7 @@ from attention_record import (
     density_row,
     summary,
 )
+from lite_attention.ops.load import host
 
 LENGTH = 5000  # 79 query tiles in 27 groups, 40 KV tiles, all ragged
 
@@ -217,12 +218,13 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_run_records_every_part_and_what_is_absent(tmp_path: Path) -> None:
-    run = benchmark.Benchmark(tmp_path, 1.0, "abc")
+    run = benchmark.Benchmark(tmp_path, 1.0)
     with torch.no_grad():
         run.run(benchmark.PARTS, quick=False)
     record = json.loads((tmp_path / "attention_h200.json").read_text())
     assert record["failures"] == []
-    assert record["revision"] == "abc"
+    assert (record["kernel_hash"], record["revision"]) == (host.KERNEL_HASH, host.GIT_REVISION)
+    assert record["gpu"] == "NVIDIA H200"
     assert [len(record[part]) for part in ("cublas", *benchmark.PARTS)] == [1, 2, 2, 4, 2, 1]
     dense = record["dense"][1]
     assert [loop["kernel"] for loop in dense["loops"]] == [FA3, ATTENTION, FA3]
@@ -254,7 +256,7 @@ def test_a_missing_peer_and_a_failing_block_are_named(tmp_path: Path, monkeypatc
         raise RuntimeError("attention: no kernel")
 
     monkeypatch.setattr(peers, "flash_attention_3", missing)
-    run = benchmark.Benchmark(tmp_path, 1.0, "abc")
+    run = benchmark.Benchmark(tmp_path, 1.0)
     with torch.no_grad():
         run.run(["dense"], quick=True)
         monkeypatch.setattr(lite_attention, "attention", broken)

@@ -80,13 +80,13 @@ def test_a_run_on_two_processes_checks_and_records_what_it_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "RankPool", _SharedPool)
-    options = "--device cpu --sizes tiny --seconds 0.001 --ranks 2 --revision abc --date 2030-01-02 --parts"
+    options = "--device cpu --sizes tiny --seconds 0.001 --ranks 2 --parts"
     parts = [LAYER, BALANCE, PEERS]
     assert benchmark.main([*options.split(), *parts, "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "sequence_parallel_cpu.json").read_text())
     assert record["failures"] == []
     assert record["left_out"] == []
-    assert (record["revision"], record["date"], record["gpus"]) == ("abc", "2030-01-02", 2)
+    assert (record["gpu"], record["gpus"], record["complete"]) == ("a CPU", 2, True)
     assert [(loop["kernel"], loop["density"]) for loop in record[ONE_GPU][0]["loops"]] == [
         (ATTENTION, 1.0),
         (SKIP_ATTENTION, 0.25),
@@ -125,7 +125,7 @@ def test_a_run_on_two_processes_checks_and_records_what_it_measures(
 def test_a_step_of_a_model_is_split_checked_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "RankPool", _SharedPool)
     setting = benchmark.Setting(device="cpu", seconds=0.001, **benchmark.SIZES["tiny"])
-    row = benchmark.Benchmark(tmp_path, setting, [2], "abc", 120.0, 420.0).model(1, 2)
+    row = benchmark.Benchmark(tmp_path, setting, [2], 120.0, 420.0).model(1, 2)
     assert (row["method"], row["ranks"]) == (ULYSSES, 2)
     assert [case["density"] for case in row["cases"]] == [1.0, 0.25]
     for case in row["cases"]:

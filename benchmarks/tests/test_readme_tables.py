@@ -19,6 +19,7 @@ from benchmark_records import (  # noqa: E402
 
 import doc_tables  # noqa: E402
 import readme_tables  # noqa: E402
+from provenance import kernel_hash  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -27,7 +28,7 @@ def video_dit_record() -> dict[str, Any]:
     """The CPU's record of the demo as a GPU might have given it."""
     record: dict[str, Any] = json.loads((RESULTS / "video_dit_cpu.json").read_text())
     record["options"] |= {"seeds": list(range(16)), "clips": 16}
-    record["environment"] |= {"device": "NVIDIA H200", "dtype": "float16", "torch": "2.11.0+cu130"}
+    record |= {"gpu": "NVIDIA H200", "dtype": "float16", "torch": "2.11.0+cu130", "kernel_hash": "aaaabbbbcccc"}
     for run in record["runs"]:
         run["attention_seconds"] /= 100
         run["total_seconds"] /= 100
@@ -108,7 +109,7 @@ def test_tables_carry_the_figures_of_the_record() -> None:
 
 def test_a_record_dropped_into_the_results_fills_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "benchmarks" / "results"
-    shutil.copytree(RESULTS, results, ignore=shutil.ignore_patterns("*h200*"))
+    shutil.copytree(RESULTS, results, ignore=shutil.ignore_patterns("*_h?00*"))
     monkeypatch.setattr(readme_tables, "RESULTS", results)
     monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
     before = readme_tables.with_tables(readme())
@@ -122,7 +123,7 @@ def test_a_record_dropped_into_the_results_fills_its_place(tmp_path: Path, monke
     (results / "attention_h200_density.png").touch()
     after = readme_tables.with_tables(before)
     assert readme_tables.NOT_MEASURED not in after
-    assert "| B1 S32760 H40 D128 | 700 | 682 | 600 |  | 1.026 | 1.014 |" in after
+    assert "| B1 S32760 H40 D128 † | 700 | 682 | 600 |  | 1.026 | 1.014 |" in after
     assert "![Time against the share of tiles kept](benchmarks/results/attention_h200_density.png)" in after
     assert readme_tables.with_tables(after) == after
 
@@ -160,4 +161,74 @@ def test_the_demo_on_a_gpu_is_told_in_milliseconds_with_its_worst_clip() -> None
     assert "| attention, ms | whole run, ms |" in text
     assert "PSNR to dense, dB: mean / worst of 16 clips" in text
     assert "| -6 | 43% | 153 | 396 | 2.24x | 40.7 / 35.7 |" in text
+    assert "| threshold, NVIDIA H200 | tiles kept" in text
     assert "NVIDIA H200, float16, 16 clips denoised together" in text
+    assert "kernels aaaabbbbcccc, revision" in text
+
+
+CARDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Records of one attention call on two cards, the second one's newer, of kernels that are not these sources'."""
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    for number, (name, gpu) in enumerate(CARDS.items()):
+        record = made_up_record() | {"gpu": gpu, "date": f"2030-01-0{1 + number}T00:00:00+00:00"}
+        (tmp_path / f"attention_{name}.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def kernels_of(path: Path, kernels: str | None) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kernel_hash": kernels}))
+
+
+def test_of_two_cards_the_newer_is_shown_and_the_other_on_its_page(results: Path) -> None:
+    assert "dense, TFLOP/s, NVIDIA H200 |" in readme_tables.table("README.md", "attention")
+    other = readme_tables.table("docs/benchmarks.md", "attention_other_cards")
+    assert other.startswith("#### NVIDIA H100 80GB HBM3\n\n| dense, TFLOP/s, NVIDIA H100 80GB HBM3 |")
+    (results / "attention_h100.json").unlink()
+    assert readme_tables.table("docs/benchmarks.md", "attention_other_cards") == readme_tables.NO_OTHER_CARD
+
+
+def test_the_card_measured_with_these_kernels_is_shown_before_a_newer_one(results: Path) -> None:
+    kernels_of(results / "attention_h100.json", kernel_hash())
+    assert "dense, TFLOP/s, NVIDIA H100 80GB HBM3 |" in readme_tables.table("README.md", "attention")
+
+
+def test_rows_measured_with_other_kernels_are_marked_and_those_of_these_are_not(results: Path) -> None:
+    kernels_of(results / "attention_h200.json", kernel_hash())
+    text = readme_tables.table("README.md", "attention")
+    assert "†" not in text
+    kernels_of(results / "attention_h200.json", "0" * 12)
+    kernels_of(results / "attention_h100.json", None)
+    text = readme_tables.table("README.md", "attention")
+    rows = [line for line in text.splitlines() if line.startswith(("| B1", "| B2"))]
+    assert len(rows) == 10
+    assert all(line.split(" | ")[0].endswith(" †") for line in rows)
+    assert "| | contiguous |" in text  # a head is no row
+    assert "† Measured with the kernels 000000000000, not with those of this source tree." in text
+    other = readme_tables.table("docs/benchmarks.md", "attention_other_cards")
+    assert "† Measured before records told their kernels." in other
+
+
+def test_a_table_that_no_kernel_made_is_never_marked() -> None:
+    assert "†" not in readme_tables.table("docs/many-gpus.md", "ring_maxima")
+    assert "†" not in readme_tables.table("docs/design-notes.md", "tiles")
+
+
+FACTS = ("command", "date", "kernel_hash", "revision", "gpu", "driver", "torch", "cuda", "python", "environment")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_record_begins_with_what_it_was_made_with(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert set(FACTS) <= set(record)
+    assert record["date"]
+    if record["kernel_hash"] is not None:  # older records are marked by having none
+        assert re.fullmatch("[0-9a-f]{12}", record["kernel_hash"])
+        assert record["environment"]["kernel hash"] == record["kernel_hash"]
+        assert record["torch"]
+    if not path.stem.endswith("_cpu") and path.stem != "cpu_attention":
+        assert record["gpu"]

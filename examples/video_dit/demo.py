@@ -8,7 +8,6 @@ shorter denoising compares LiteAttention with sliding tiles and with training-fr
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -26,9 +25,10 @@ import report
 from families import RememberedTiles, SlidingTiles, TileChoice, TopBlocks, cubes_seen, make_windows
 from lite_attention import LiteAttention
 from lite_attention.families.sliding_tile import SlidingTileMap
+from lite_attention.info import facts_of_run
 from lite_attention.ops.backends import availability, backends
 from model import VideoDiT, load_weights
-from records import git_revision, psnr, relative_l2
+from records import psnr, relative_l2
 from sampling import denoise, initial_noise
 
 HERE = Path(__file__).parent
@@ -210,28 +210,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
+def made_with(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader needs in order to judge the times."""
-    from lite_attention import __version__
-
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    facts = {
-        "device": str(args.device),
+    facts = facts_of_run("python examples/video_dit/demo.py", on_gpu=args.device.type == "cuda")
+    return facts | {
+        "device": facts["gpu"] or str(args.device),
         "processor": f"{processor}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used",
         "dtype": dtype_name(args.dtype),
-        "lite_attention": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git revision": git_revision(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if args.device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(args.device)
-    return facts
 
 
 def window_size(text: str) -> report.Size:
@@ -354,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report.Result(
         runs=runs,
         options={name: value for name, value in vars(args).items() if name in report.OPTIONS},
-        environment=environment(args),
+        made_with=made_with(args),
         grid=grid,
         curve=json.loads(args.curve.read_text()) if args.curve.is_file() else None,
         seconds=time.perf_counter() - started,

@@ -12,6 +12,7 @@ import itertools
 import json
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from emulated import EmulatedLiteAttention
 from model import VideoDiT, load_weights
-from records import contact_sheet, git_revision, psnr, relative_l2
+from records import contact_sheet, psnr, relative_l2
 from sampling import denoise, initial_noise
 
 HERE = Path(__file__).parent
@@ -53,6 +54,16 @@ def run(
         clips.append((video.float() + 1) / 2)
         kept.append(torch.stack([torch.stack(module.kept_history) for module in attention], dim=1))
     return torch.cat(clips), torch.stack(kept).mean(dim=0)
+
+
+def git_revision() -> str:
+    """The checkout's revision, or 'unknown' outside one. No library runs here that could tell one."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def skipped_at(points: list[dict[str, Any]], target: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import torch
@@ -28,13 +27,3 @@ def contact_sheet(video: Tensor, path: Path, frames: int = 8, scale: int = 2) ->
     sheet = picked.permute(0, 3, 2, 4, 1).reshape(n * h, t * w, c)
     pixels = ((sheet + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
     Image.fromarray(pixels).resize((t * w * scale, n * h * scale), Image.Resampling.BICUBIC).save(path)
-
-
-def git_revision() -> str:
-    """The checkout's revision, or 'unknown' outside one."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -132,7 +132,7 @@ class Result:
 
     runs: list[Run]
     options: dict[str, Any]
-    environment: dict[str, str]
+    made_with: dict[str, Any]  # as the top of the record
     grid: tuple[int, int, int]
     curve: dict[str, Any] | None
     seconds: float
@@ -548,7 +548,7 @@ def facts(result: Result) -> dict[str, Any]:
                 "kept_by_step_and_layer": [[round(x, 4) for x in step] for step in run.kept.mean(dim=2).tolist()],
             }
         )
-    found = {"options": result.options, "environment": result.environment, "seconds": result.seconds, "runs": runs}
+    found = {**result.made_with, "options": result.options, "seconds": result.seconds, "runs": runs}
     return found if result.comparison is None else {**found, "comparison": comparison_facts(result.comparison)}
 
 
@@ -622,7 +622,8 @@ One row is a query tile, a cube of 4 frames by 16 by 16 pixels; one column is a 
 the others. Pale regions are skipped.</p>
 <div class="panel">{reach_figure(middle, grid)}</div>"""
         comparison = "" if result.comparison is None else _comparison_html(result.comparison)
-    environment = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in result.environment.items())
+    told = {name: value for name, value in result.made_with.items() if isinstance(value, str)}
+    environment = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in told.items())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>LiteAttention: the same video with fewer tiles</title><style>{CSS}</style></head><body><main>

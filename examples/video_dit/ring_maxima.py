@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from emulated import LOG2_E, TILE_M, TILE_N, tile_margins, visiting_order
+from lite_attention.info import facts_of_run
 from model import load_weights
-from records import git_revision
 from sampling import denoise, initial_noise
 
 RANKS = (1, 2, 4)
@@ -122,7 +122,8 @@ def main() -> None:
         rows.append(row)
         print("{threshold:9g} {ranks:6d} {maximum:>8s} {kept_in_last_step:11.1%} {relative_error:19.4f}".format(**row))
     if args.record:
-        facts = {"steps": args.steps, "seed": args.seed, "revision": git_revision(), "rows": rows}
+        facts = facts_of_run("python examples/video_dit/ring_maxima.py", on_gpu=False)
+        facts |= {"steps": args.steps, "seed": args.seed, "rows": rows}
         args.record.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ from lite_attention.maps.keep_map import full_keep_map, pack_keep_map, unpack_ke
 from lite_attention.maps.tiles import tile_shape, visit_rows
 from lite_attention.ops import attention, merge_attention, skip_attention, top_k_map
 from lite_attention.ops.load import __version__
+from lite_attention.ops.own_state import exportable
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.skipping.branches import skip_branch
@@ -28,6 +29,7 @@ __all__ = [
     "block_sparse_attention",
     "compat",
     "duo",
+    "exportable",
     "full_keep_map",
     "merge_attention",
     "pack_keep_map",

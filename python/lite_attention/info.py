@@ -1,8 +1,10 @@
 """`python -m lite_attention.info`: versions, tile shapes, and which backends can run here or why they cannot."""
 
 import argparse
+import datetime
 import json
 import platform
+import subprocess
 from typing import Any
 
 import torch
@@ -38,6 +40,36 @@ def report() -> dict[str, Any]:
             for row in host.tile_shapes()
         ],
         "backends": [_facts(backend) for backend in backends()],
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where it tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next((line.strip() for line in told.splitlines() if line.strip()), None)
+
+
+def facts_of_run(command: str, *, on_gpu: bool) -> dict[str, Any]:
+    """What the figures of `command` were made with, as the top of their record.
+
+    Revision and kernel hash are those that the loaded library was built with, whatever lies beside it now.
+    """
+    library = report()
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "kernel_hash": library["kernel hash"],
+        "revision": library["revision"],
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "environment": library,
     }
 
 

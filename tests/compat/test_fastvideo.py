@@ -83,6 +83,25 @@ def test_windows_are_traced_into_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_block_maps_of_any_size_are_taken_in_compiled_code(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+
+    def attend(q: Tensor, block_map: Tensor, sizes: Tensor) -> Tensor:
+        return block_sparse_attention(q, q, q, block_map, sizes)[0]
+
+    counter = CompileCounter()
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=dynamic)
+    with torch.no_grad():
+        for blocks in (5, 3, 7, 12, 20, 2, 31, 1, 40, 33, 50):
+            q, sizes = torch.randn(2, 2, 64 * blocks, 8), torch.full((blocks,), 60, dtype=torch.int32)
+            block_map = torch.rand(2, 2, blocks, blocks) < 0.5
+            torch.testing.assert_close(compiled(q, block_map, sizes), attend(q, block_map, sizes))
+        assert counter.frame_count <= 4  # any size; sizes of 1, which torch compiles apart; another number of words
+        shared = block_map[0]
+        torch.testing.assert_close(compiled(q, shared, sizes), attend(q, shared, sizes))
+
+
 @pytest.mark.gpu
 def test_windows_are_made_on_the_device_in_a_captured_graph() -> None:
     q, k, v = (x.cuda() for x in video_by_heads(dtype=torch.bfloat16))

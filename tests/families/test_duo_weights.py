@@ -119,6 +119,69 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     reorder(model)
 
 
+def share_a_projection(model: Any) -> None:
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj = first.q_proj
+
+
+def share_a_weight(model: Any) -> None:
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.k_proj.weight = first.v_proj.weight
+
+
+def share_memory(model: Any) -> None:
+    first, second = (layer.self_attn for layer in model.model.layers)
+    width = first.o_proj.weight.shape[1]
+    both = torch.randn(width + 1, width)
+    first.o_proj.weight, second.o_proj.weight = nn.Parameter(both[:-1]), nn.Parameter(both[1:])
+
+
+def share_with_another_part(model: Any) -> None:
+    model.model.layers[0].mlp.extra = nn.Linear(WIDTH, WIDTH)
+    model.model.layers[0].mlp.extra.weight = model.model.layers[1].self_attn.q_proj.weight
+
+
+def repeat_a_layer(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+SHARING: list[Callable[[Any], None]] = [
+    share_a_projection,
+    share_a_weight,
+    share_memory,
+    share_with_another_part,
+    repeat_a_layer,
+]
+
+
+@pytest.mark.parametrize("share", SHARING)
+@pytest.mark.parametrize("after", [False, True])
+def test_what_occurs_twice_is_refused_and_nothing_is_changed(share: Callable[[Any], None], after: bool) -> None:
+    model = make_model()
+    if after:
+        reorder(model)
+    share(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"share memory, expected weights of their own|is the same module as"):
+        restore_weights(model) if after else reorder(model)
+    assert_same_weights(model, before)
+
+
+def test_weights_that_lie_side_by_side_are_not_shared() -> None:
+    model = make_model()
+    tokens = make_tokens(length=50)
+    expected = model(tokens).logits
+    attention = model.model.layers[0].self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    flat = torch.cat([projection.weight for projection in projections])
+    for projection, rows in zip(projections, flat.split([len(x.weight) for x in projections]), strict=True):
+        projection.weight = nn.Parameter(rows)
+    model.lm_head.weight = model.model.embed_tokens.weight  # tied, as models are, and none of ours
+    expected = model(tokens).logits
+    reorder(model)
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_errors_of_reordering() -> None:
     def changed(change: Callable[[Any], object], name: str = "llama", **given: Any) -> Callable[[], object]:
         def call() -> None:
@@ -127,6 +190,11 @@ def test_errors_of_reordering() -> None:
             reorder(model, **given)
 
         return call
+
+    def sharing(share: Callable[[Any], None]) -> None:
+        model = make_model()
+        share(model)
+        reorder(model)
 
     def quantise(attention: Any) -> None:
         attention.v_proj.weight = nn.Parameter(attention.v_proj.weight.to(torch.int8), requires_grad=False)
@@ -160,6 +228,8 @@ def test_errors_of_reordering() -> None:
         "no output projection": changed(remove_output),
         "a norm of odd width": changed(widen_norm, "qwen3"),
         "not reordered": lambda: restore_weights(make_model()),
+        "shared": lambda: sharing(share_a_weight),
+        "repeated": lambda: sharing(repeat_a_layer),
     }
     assert_expected_inline(
         report(calls),
@@ -180,5 +250,7 @@ quantised -> TypeError: duo.reorder_weights: layers.1.self_attn.v_proj.weight is
 offloaded -> TypeError: duo.reorder_weights: layers.1.self_attn.q_proj.weight is a Parameter of torch.float32 on meta, expected a plain floating-point parameter: reorder before weights are quantised, sharded or offloaded
 no output projection -> ValueError: duo.reorder_weights: layers.1.self_attn has no o_proj, expected q_proj, k_proj and v_proj, or qkv_proj, and o_proj
 a norm of odd width -> ValueError: duo.reorder_weights: layers.1.self_attn.q_norm.weight has shape [24], expected [128] for 8 query heads, 4 KV heads, head_dim 16 and hidden_size 64
-not reordered -> RuntimeError: duo.restore_weights: the weights of layers.0.self_attn are not reordered, expected duo.reorder_weights before""",
+not reordered -> RuntimeError: duo.restore_weights: the weights of layers.0.self_attn are not reordered, expected duo.reorder_weights before
+shared -> ValueError: duo.reorder_weights: layers.0.self_attn.v_proj.weight and layers.1.self_attn.k_proj.weight share memory, expected weights of their own: permuting one would scramble the other
+repeated -> ValueError: duo.reorder_weights: layers.1.self_attn is the same module as layers.0.self_attn, expected one for each layer: its weights would be permuted twice""",
     )

@@ -5,7 +5,8 @@
 
 The second line runs one case again: a case follows from the seed and its number alone, and a failure prints that line.
 Values are judged element by element, by what rounding the weights and the output to the inputs' dtype can cost.
-Decisions equal the oracle's, except where a margin is within rounding of the threshold; such tiles are counted.
+Decisions equal the oracle's, except where a margin is within rounding of the threshold; such tiles are counted. Of some
+problems q or k holds NaN: a row is NaN exactly where the oracle's is, and a tile with a margin of NaN is kept.
 Exit status 1 if any case fails. ``--device cpu`` puts the same questions to the CPU's kernels.
 """
 
@@ -48,7 +49,7 @@ from support.masks import tile_lens
 from support.scores import make_scores
 
 MOST_UNSURE = 0.01  # of all visited tiles
-REPORT_EVERY = 500
+REPORT_EVERY = 100
 
 
 def laid_out(layout: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +79,22 @@ class Judgement:
             self.wrong.append(name)
 
 
+def spoil(q: Tensor, k: Tensor, problem: Problem) -> None:
+    """Put a few NaN where the problem says."""
+    if problem.spoilt is None:
+        return
+    tensor = q if problem.spoilt == "q" else k
+    random_numbers = torch.Generator().manual_seed(problem.seed)
+    for _ in range(1 + problem.seed % 3):
+        place = tuple(int(torch.randint(size, (), generator=random_numbers)) for size in tensor.shape)
+        tensor[place] = math.nan
+
+
+def rounding(q: Tensor, k: Tensor, scale: float) -> Any:
+    """What rounding can cost a score that is a number."""
+    return score_rounding(q.nan_to_num(), k.nan_to_num(), scale)
+
+
 def judge_values(
     judgement: Judgement,
     results: tuple[Tensor, Tensor],
@@ -93,17 +110,18 @@ def judge_values(
     exact_out, exact_lse = reference.attention(q, k, v, keep, kv_lens, problem.scale, **masks)
     weighted, _ = reference.attention(q, k, v.abs(), keep, kv_lens, problem.scale, **masks)  # sum of weight * |value|
     eps = torch.finfo(out.dtype).eps
-    score_error = score_rounding(q, k, problem.scale)
+    score_error = rounding(q, k, problem.scale)
     # Half an eps for each weight, half for the output, and the scores' own error above and below the fraction line.
     allowed = (1.05 * eps + 2 * score_error) * weighted + 1e-6
     if out.dtype == torch.float16:  # weights under its normal range are rounded to multiples of 2**-24
         allowed += problem.case.kv_len * 2.0**-25 * v.abs().max()
-    judgement.expect("out", (out - exact_out).abs() <= allowed)
+    judgement.expect("out", ((out - exact_out).abs() <= allowed) | (out.isnan() & exact_out.isnan()))
     empty = exact_lse == -math.inf
     judgement.expect("out of empty rows", (out == 0) | ~empty.transpose(1, 2).unsqueeze(-1))
     judgement.expect("lse of empty rows", (lse == -math.inf) == empty)
-    error = (lse - exact_lse).masked_fill(empty, 0.0).abs()
-    judgement.expect("lse", error <= 2e-5 + score_error + 4 * torch.finfo(torch.float32).eps * exact_lse.abs())
+    error = (lse - exact_lse).masked_fill(empty | (lse.isnan() & exact_lse.isnan()), 0.0).abs()
+    few = 4 * torch.finfo(torch.float32).eps * exact_lse.nan_to_num().abs()
+    judgement.expect("lse", error <= 2e-5 + score_error + few)
 
 
 def judge_decisions(
@@ -119,9 +137,9 @@ def judge_decisions(
 ) -> Tensor:
     """Returns the map of visited tiles."""
     expected, margins = reference.decisions(q, k, keep, must_keep, kv_lens, threshold, problem.scale)
-    visited = margins > -math.inf
+    visited = margins != -math.inf  # NaN is visited
     distance = (margins - threshold.double().reshape(-1, 1, 1)).abs()
-    unsure = visited & (distance <= score_rounding(q, k, problem.scale))
+    unsure = visited & (distance <= rounding(q, k, problem.scale))
     judgement.visited, judgement.unsure = int(visited.sum()), int(unsure.sum())
     judgement.expect("next_keep", ((next_keep ^ expected) & ~pack_keep_map(unsure)) == 0)
     return pack_keep_map(visited)
@@ -182,10 +200,12 @@ def judge(problem: Problem, device: torch.device) -> Judgement:
         judge_top_k(judgement, problem, device)
         return judgement
     dtype = next(dtype for dtype in GPU_DTYPES if str(dtype) == problem.dtype)
-    q, k, v = laid_out(problem.layout, *make_qkv(case, dtype, problem.kind, problem.seed, device))
+    q, k, v = make_qkv(case, dtype, problem.kind, problem.seed, device)
     if problem.operator == "merge_attention":
-        judge_merge(judgement, problem, q)
+        judge_merge(judgement, problem, laid_out(problem.layout, q, k, v)[0])
         return judgement
+    spoil(q, k, problem)
+    q, k, v = laid_out(problem.layout, q, k, v)
 
     kv_lens = None if problem.kv_lens is None else torch.tensor(problem.kv_lens, dtype=torch.int32, device=device)
     tile_n = problem.masks.tile_n if problem.operator in MASKED else None
@@ -228,46 +248,73 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass
+class Tally:
+    """What the cases so far came to."""
+
+    visited: int = 0
+    unsure: int = 0
+    operators: Counter[str] = field(default_factory=Counter)
+    named: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, number: int, problem: Problem, judgement: Judgement) -> None:
+        self.operators[problem.operator] += 1
+        self.named.update(problem.arguments())
+        self.visited, self.unsure = self.visited + judgement.visited, self.unsure + judgement.unsure
+        if judgement.wrong:
+            self.failures.append({"number": number, "wrong": judgement.wrong, "problem": str(problem)})
+
+    @property
+    def too_unsure(self) -> bool:
+        return self.unsure > max(1.0, MOST_UNSURE * self.visited)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "cases": dict(self.operators),
+            "with": dict(self.named),
+            "visited_tiles": self.visited,
+            "tiles_too_close_to_call": self.unsure,
+            "failures": self.failures,
+        }
+
+
 def main() -> int:
     arguments = parse_arguments()
-    began = time.monotonic()
-    failures, operators, named = [], Counter[str](), Counter[str]()
-    visited = unsure = 0
+    began, tally = time.monotonic(), Tally()
+
+    def summary() -> dict[str, Any]:
+        seconds = round(time.monotonic() - began, 1)
+        return {"seed": arguments.seed, "first": arguments.first, "seconds": seconds, **tally.facts()}
+
+    def write() -> None:
+        if arguments.output is not None:  # replaced as a whole: who reads it meanwhile, or kills this, finds one
+            draft = arguments.output.with_suffix(".draft")
+            draft.write_text(json.dumps(summary(), indent=2) + "\n")
+            draft.replace(arguments.output)
+
     for number in range(arguments.first, arguments.first + arguments.cases):
         problem = random_problem(arguments.seed, number)
         try:
             judgement = judge(problem, arguments.device)
         except Exception as error:  # named like any other failure; a device error makes the rest of the run fail too
             judgement = Judgement([f"{type(error).__name__}: {error}"])
-        operators[problem.operator] += 1
-        named.update(problem.arguments())
-        visited, unsure = visited + judgement.visited, unsure + judgement.unsure
+        tally.add(number, problem, judgement)
         if judgement.wrong:
-            failures.append({"number": number, "wrong": judgement.wrong, "problem": str(problem)})
             print(f"FAILED {', '.join(judgement.wrong)}\n  {problem}")
             print(f"  python tests/gpu/fuzz_sm90.py --seed {arguments.seed} --first {number} --cases 1", flush=True)
-        done, seconds = sum(operators.values()), time.monotonic() - began
+        done, seconds = number + 1 - arguments.first, time.monotonic() - began
         if done % REPORT_EVERY == 0:
-            print(f"{done} cases, {len(failures)} failed, {done / seconds:.0f} a second", flush=True)
+            print(f"{done} cases, {len(tally.failures)} failed, {done / seconds:.0f} a second", flush=True)
+            write()
         if seconds > arguments.seconds:
             break
-    too_unsure = unsure > max(1.0, MOST_UNSURE * visited)
-    summary = {
-        "seed": arguments.seed,
-        "first": arguments.first,
-        "cases": dict(operators),
-        "with": dict(named),
-        "seconds": round(time.monotonic() - began, 1),
-        "visited_tiles": visited,
-        "tiles_too_close_to_call": unsure,
-        "failures": failures,
-    }
-    print({**summary, "failures": len(failures)})
-    if too_unsure:
-        print(f"FAILED {unsure} of {visited} decisions are too close to call, expected at most {MOST_UNSURE:.0%}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
-    return 1 if failures or too_unsure else 0
+    write()
+    print({**summary(), "failures": len(tally.failures)})
+    if tally.too_unsure:
+        few = f"expected at most {MOST_UNSURE:.0%}"
+        print(f"FAILED {tally.unsure} of {tally.visited} decisions are too close to call, {few}")
+    return 1 if tally.failures or tally.too_unsure else 0
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@
     compute-sanitizer --tool initcheck --check-api-memory-access no --error-exitcode 1 python tests/gpu/sanitize_sm90.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_sm90.py
 
-Inputs are made, and results judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches
+benchmarks/verify_gpu.py runs all four side by side, each in several processes (--share). Inputs are made, and results judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches
 or leaves the GPU is copied, so that the tools see which memory is initialised. Each tensor is an allocation of its own,
 so that they see its bounds. initcheck does not see what the copy engine stores, so it would object to copying a result
 to the host: it is told to look at kernels only.
 """
 
+import argparse
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,33 +137,55 @@ def masks_of(case: Case, tile_n: int | None) -> dict[str, Any]:
     }
 
 
+# One row of each of the kernel's builds for it, see kKeysPerLane in cpp/kernels/sm90/top_k_map.cu, and two short ones.
+TOP_K = ((1, 1), (77, 9), (512, 60), (700, 70), (1000, 100), (1440, 144), (2000, 3), (4000, 400), (5000, 1))
+# Head dims of what is merged, and by how much longer rows lie in memory: whole pieces of 16 bytes, and single elements.
+MERGED = ((40, 0), (40, 2), (37, 0))
+
+
 def check_top_k_map(dtype: torch.dtype) -> None:
-    for columns, count in ((1, 1), (77, 9), (1440, 144), (5000, 1)):
+    for columns, count in TOP_K:
         scores = torch.randn(2, 3, 5, columns).to(dtype).round(decimals=1)
         assert torch.equal(top_k_map(scores.to(GPU), count).cpu(), reference.top_k_map(scores, count))
 
 
 def check_merge(dtype: torch.dtype) -> None:
-    outs, lses = list(torch.randn(3, 2, 130, 3, 40).to(dtype)), list(torch.randn(3, 2, 3, 130))
-    out, lse = (x.cpu() for x in merge_attention([x.to(GPU) for x in outs], [x.to(GPU) for x in lses]))
-    exact_out, exact_lse = reference.merge_attention(outs, lses)
-    atol = torch.finfo(dtype).eps * float(exact_out.abs().max())
-    torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=atol + 1e-6)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+    for head_dim, longer in MERGED:
+        parts = [torch.randn(2, 130, 3, head_dim + longer).to(dtype) for _ in range(3)]
+        outs, lses = [part[..., :head_dim] for part in parts], list(torch.randn(3, 2, 3, 130))
+        results = merge_attention([part.to(GPU)[..., :head_dim] for part in parts], [x.to(GPU) for x in lses])
+        out, lse = (x.cpu() for x in results)
+        exact_out, exact_lse = reference.merge_attention(outs, lses)
+        atol = torch.finfo(dtype).eps * float(exact_out.abs().max())
+        torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=atol + 1e-6)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every launch with its name."""
+    for launch in launches():
+        yield str(launch), partial(check_launch, launch)
+    for dtype in (*GPU_DTYPES, torch.float32):
+        yield f"merge {dtype}", partial(check_merge, dtype)
+        yield f"top_k_map {dtype}", partial(check_top_k_map, dtype)
+
+
+def share(text: str) -> tuple[int, int]:
+    index, of = map(int, text.split("/"))
+    if not 0 <= index < of:
+        raise argparse.ArgumentTypeError(f"{text} is no share: expected I/N with I from 0 to N - 1")
+    return index, of
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth launch, from the Ith on")
+    index, of = parser.parse_args().share
     count = 0
-    for launch in launches():
-        print(launch, flush=True)
-        check_launch(launch)
+    for name, check in itertools.islice(checks(), index, None, of):
+        print(name, flush=True)
+        check()
         count += 1
-    for dtype in (*GPU_DTYPES, torch.float32):
-        print(f"merge {dtype}", flush=True)
-        check_merge(dtype)
-        print(f"top_k_map {dtype}", flush=True)
-        check_top_k_map(dtype)
-        count += 2
     print(f"{count} launches, all values right")
     return 0
 

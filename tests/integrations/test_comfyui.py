@@ -2,11 +2,13 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import Tensor
 
 from lite_attention import SkipPolicy
@@ -16,7 +18,6 @@ from lite_attention.integrations.comfyui import (
     LiteAttentionOverride,
     patch_model,
 )
-from lite_attention.skipping.branches import MAX_BRANCHES
 from support.comfyui_host import (
     HEAD_DIM,
     HEADS,
@@ -319,18 +320,204 @@ def test_a_model_call_that_says_too_little_is_refused(name: str) -> None:
         in_model_call(LiteAttentionOverride(), lambda: None, **{name: None})
 
 
-@pytest.mark.parametrize("name", ["context_window", "multigpu_thread_device"])
-def test_ways_of_sampling_that_are_not_supported_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"transformer_options has {name}, expected none"):
-        in_model_call(LiteAttentionOverride(), lambda: None, **{name: object()})
+def test_several_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="transformer_options has multigpu_thread_device, expected none"):
+        in_model_call(LiteAttentionOverride(), lambda: None, multigpu_thread_device=object())
 
 
-def test_one_combination_of_conditions_too_many_is_refused() -> None:
-    override, sigmas = LiteAttentionOverride(), schedule(2)
-    for index in range(MAX_BRANCHES):
-        in_model_call(override, lambda: None, cond_or_uncond=[index], sample_sigmas=sigmas)
-    with pytest.raises(RuntimeError, match="more than 8 combinations"):
-        in_model_call(override, lambda: None, cond_or_uncond=[MAX_BRANCHES], sample_sigmas=sigmas)
+# Several streams of model calls in one step
+
+
+def in_tiles(count: int) -> Callable[..., Tensor]:
+    """Calls the model for each of so many tiles, as nodes for large latents do."""
+
+    def function(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
+        return torch.cat([apply(tile, call["timestep"]) for tile in call["input"].chunk(count, 1)], 1)
+
+    return function
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("tells_of_samplings", [False, True])
+def test_tiles_have_maps_of_their_own(
+    batched: bool, tells_of_samplings: bool, model: ModelPatcher, conds: list[list[Any]]
+) -> None:
+    lite, override = patched(model)
+    options: dict[str, Any] = {"batched": lambda _: batched, "tells_of_samplings": tells_of_samplings}
+    for _ in range(2):
+        whole = sample(lite, conds, schedule(4), function=in_tiles(2), **options)
+        assert len(override.streams) == (2 if batched else 4)
+    for tile in (slice(0, 256), slice(256, 512)):
+        alone = sample(patched(model)[0], conds, schedule(4), tokens=tile, **options)
+        assert_same([[side[:, tile] for side in prediction] for prediction in whole], alone)
+    assert differs(whole[3], sample(model, conds, schedule(4), function=in_tiles(2))[3])
+
+
+def test_tiles_in_another_batching_start_dense(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    ours, dense = (
+        sample(each, conds, schedule(4), batched=lambda step: step == 1, function=in_tiles(2))
+        for each in (patched(model)[0], model)
+    )
+    assert_same(ours[:2], dense[:2])
+    assert differs(ours[2], dense[2])
+
+
+def test_guidance_that_asks_for_a_condition_again_has_a_map_of_its_own(model: ModelPatcher) -> None:
+    def function(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
+        return torch.cat([apply(call["input"], call["timestep"]), apply(call["input"].flip(1), call["timestep"])])
+
+    conds = [prompts(1)]
+    both = sample(patched(model)[0], conds, schedule(4), function=function)
+    for index, flip in enumerate((False, True)):
+
+        def once(apply: Callable[..., Tensor], call: dict[str, Tensor], flip: bool = flip) -> Tensor:
+            return apply(call["input"].flip(1) if flip else call["input"], call["timestep"])
+
+        alone = sample(patched(model)[0], conds, schedule(4), function=once)
+        # The host takes what comes back for two parts of a batch.
+        assert_same([[prediction[0][index : index + 1]] for prediction in both], alone)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_samplers_that_call_a_sigma_twice_are_right(tiles: int, model: ModelPatcher, conds: list[list[Any]]) -> None:
+    def heun(step: int) -> list[int]:
+        return [step, step + 1]
+
+    sigmas = schedule(5)[:-1]
+    ours = sample(patched(model)[0], conds, sigmas, calls=heun, function=in_tiles(tiles))
+    dense = sample(model, conds, sigmas, calls=heun, function=in_tiles(tiles))
+    # The calls of each sigma that come first, and those that come second, are streams with a dense step of their own.
+    is_dense = [not differs(one, other) for one, other in zip(ours, dense, strict=True)]
+    assert is_dense == [True, False, True, False, False, False, False, False]
+    second = sample(
+        patched(model)[0], conds, sigmas, calls=lambda step: [step] if step > 0 else [], function=in_tiles(tiles)
+    )
+    assert_same(ours[2::2], second)
+
+
+def test_streams_without_room_run_dense_and_the_summary_says_so(
+    model: ModelPatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    lite, override = patched(model)
+    conds = [prompts(1)]
+
+    def ten_times(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
+        return torch.cat([apply(call["input"].roll(50 * turn, 1), call["timestep"]) for turn in range(10)], 1)
+
+    ours, dense = (sample(each, conds, schedule(4), function=ten_times) for each in (lite, model))
+    for step in (1, 2, 3):
+        taken, left = (
+            differs([ours[step][0][:, part]], [dense[step][0][:, part]]) for part in (slice(4096), slice(4096, None))
+        )
+        assert taken
+        assert not left
+    assert caplog.text.count("runs dense: more than 8 streams") == 1
+    assert override.left_to_comfyui["other keys than queries, as in cross-attention"] == 64
+    assert_expected_inline(
+        re.sub(r"\d+%", "..%", override.summary()),
+        """\
+call 0 of a step for conditions [0]: ..% skipped
+call 1 of a step for conditions [0]: ..% skipped
+call 2 of a step for conditions [0]: ..% skipped
+call 3 of a step for conditions [0]: ..% skipped
+call 4 of a step for conditions [0]: ..% skipped
+call 5 of a step for conditions [0]: ..% skipped
+call 6 of a step for conditions [0]: ..% skipped
+call 7 of a step for conditions [0]: ..% skipped
+left to ComfyUI: 64 x other keys than queries, as in cross-attention
+left to ComfyUI: 32 x more than 8 streams (combinations of conditions, windows, tiles and calls of one step), of which each would need a skip state""",
+    )
+    sample(lite, conds, schedule(2))
+    assert len(override.summary().splitlines()) == 2, "of the latest sampling alone"
+
+
+class Window:
+    """ComfyUI's comfy.context_windows.IndexListContextWindow."""
+
+    def __init__(self, *frames: int) -> None:
+        self.index_list = list(frames)
+
+
+def test_context_windows_have_maps_of_their_own(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    """Windows that come by turns, told by their frames; windows that move have no map to go on with."""
+    lite, override = patched(model)
+    dense = sample(model, conds, schedule(6))
+    ours = sample(lite, conds, schedule(6), window=lambda step: Window(*range(step % 2, step % 2 + 4)))
+    assert [not differs(one, other) for one, other in zip(ours, dense, strict=True)] == [True, True] + [False] * 4
+    assert "on frames 1 to 4" in override.summary()
+    moving = sample(lite, conds, schedule(6), window=lambda step: Window(*range(step, step + 4)))
+    assert_same(moving, dense)
+
+
+def test_a_window_that_does_not_say_its_frames_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"context_window .* expected one with an index_list of frames"):
+        in_model_call(LiteAttentionOverride(), lambda: None, context_window=object())
+
+
+# Runs of a sampler
+
+
+@pytest.mark.parametrize("tells_of_samplings", [False, True])
+@pytest.mark.parametrize("same_conditions", [False, True])
+def test_a_schedule_that_a_node_kept_is_a_new_run_each_time(
+    same_conditions: bool, tells_of_samplings: bool, model: ModelPatcher, conds: list[list[Any]]
+) -> None:
+    lite, override = patched(model)
+    sigmas = schedule(STEPS)
+    expected = sample(patched(model)[0], conds, sigmas)
+    for _ in range(6):
+        given = conds if same_conditions else [prompts(1), prompts(2)]
+        assert_same(sample(lite, given, sigmas, tells_of_samplings=tells_of_samplings), expected)
+        assert len(override.streams) == 2
+
+
+@pytest.mark.parametrize("same_conditions", [False, True])
+def test_runs_of_one_step_are_dense_however_many(same_conditions: bool, model: ModelPatcher) -> None:
+    for tells_of_samplings in (True, False):
+        lite, override = patched(model)
+        sigmas, conds = schedule(1), [prompts(1)]
+        dense = sample(model, conds, sigmas)
+        for _ in range(10):
+            given = conds if same_conditions else [prompts(1)]
+            assert_same(sample(lite, given, sigmas, tells_of_samplings=tells_of_samplings), dense)
+        assert (len(override.streams) == 1) is tells_of_samplings
+
+
+def test_a_run_that_begins_lower_than_the_last_ended_starts_dense(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    """Only ComfyUI's word tells: the same conditions, the same schedule, the first run broken off."""
+    lite, _ = patched(model)
+    sigmas = schedule(6)
+    sample(lite, conds, sigmas, calls=lambda step: [step] if step < 2 else [])
+    later = {"calls": lambda step: [step] if step > 2 else []}
+    ours, dense = (sample(each, conds, sigmas, **later) for each in (lite, model))
+    assert_same(ours[:1], dense[:1])
+
+
+def test_the_summary_counts_turns_of_the_sigmas(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    lite, override = patched(model)
+    assert override.summary() == "no model call yet"
+    sample(lite, conds, torch.tensor([1.0, 0.6, 0.9, 0.4, 0.0]))
+    assert "started full again 1 times" in override.summary()
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "error", "text"),
+    [
+        (0.5, TypeError, "sigmas of transformer_options has type float, expected a tensor"),
+        (torch.empty(0), ValueError, r"is \[\], expected numbers"),
+        (torch.tensor([math.nan]), ValueError, r"is \[nan\], expected numbers"),
+    ],
+)
+def test_sigmas_that_are_none_are_refused(sigmas: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        in_model_call(LiteAttentionOverride(), lambda: None, sigmas=sigmas)
+
+
+def test_what_is_no_model_or_no_override_is_refused() -> None:
+    with pytest.raises(TypeError, match="model has type Identity, expected ComfyUI's ModelPatcher"):
+        patch_model(torch.nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="previous has type int, expected a function"):
+        LiteAttentionOverride(previous=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,28 @@
 """The diffusers door, on diffusers' own transformers and pipelines."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers import WanPipeline
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models import attention_dispatch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lite_attention import LiteAttention
+from lite_attention import LiteAttention, SkipPolicy
 from lite_attention.integrations.diffusers import (
     LiteAttentionHandle,
     VideoModel,
@@ -186,21 +192,6 @@ def test_autocast_gives_attention_the_dtype_it_gives_torch() -> None:
     assert float((out - expected).norm() / expected.norm()) < 0.01
 
 
-def test_a_layer_that_was_left_out_starts_full() -> None:
-    case = CASES["ltx2"]
-    torch.manual_seed(0)
-    transformer = case.make(perturbed_attn=True).eval()
-    handle = enable_lite_attention(transformer, threshold=0.0)
-    layer = handle.layers["transformer_blocks.0.attn1"]
-    denoise(transformer, case)
-    assert not layer.keep_map().all()
-    perturbed = case.inputs(make_latents(case), 900.0) | {
-        "spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.zeros(1, 1, 1)
-    }  # fmt: skip
-    transformer(**perturbed)
-    assert layer.keep_map().all()
-
-
 # Time and guidance
 
 
@@ -227,7 +218,7 @@ def test_first_steps_are_complete() -> None:
 
 def test_several_calls_a_step_are_one_step() -> None:
     transformer = make_transformer(WAN)
-    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=2)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD, dense_steps=2, guidance="batched")
     for timestep in (900.0, 700.0, 700.0, 500.0, 500.0):
         run(transformer, WAN, make_latents(WAN), timestep)
     fractions = handle.skip_fraction()
@@ -427,8 +418,6 @@ def test_errors() -> None:
     deaf = make_transformer(WAN)
     deaf.blocks[0].attn1.set_processor(Deaf())  # type: ignore[union-attr,index]
     enable_lite_attention(deaf)
-    offloaded = make_transformer(WAN)
-    apply_group_offloading(offloaded, torch.device("cpu"), offload_type="leaf_level")
     masked = make_transformer(WAN)
     enable_lite_attention(masked)
     handle = enable_lite_attention(transformer)
@@ -447,7 +436,6 @@ def test_errors() -> None:
         "a processor that splits tokens alone": lambda: enable_lite_attention(parallel),
         "context parallelism later": lambda: run(later, WAN, x, 900.0),
         "a processor of its own kind": lambda: run(deaf, WAN, x, 900.0),
-        "group offloading": lambda: enable_lite_attention(offloaded),
         "a mask": lambda: attn(hidden, None, mask),
         "a float mask": lambda: joint(hidden, None, mask.float()),
         "a number as timestep": lambda: masked(**WAN.inputs(x, 1.0) | {"timestep": 900.0}),
@@ -469,7 +457,6 @@ twice -> ValueError: enable_lite_attention: LiteAttention is in this WanTransfor
 a processor that splits tokens alone -> RuntimeError: blocks.0.attn1: its processor is set up for context parallelism and the transformer is not, expected both, by transformer.enable_parallelism
 context parallelism later -> RuntimeError: blocks.1.attn1: context parallelism was enabled after LiteAttention, expected before it. Call disable() on the handle, then enable_lite_attention again
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
-group offloading -> RuntimeError: enable_lite_attention: WanTransformer3DModel is set up for group offloading, which loses the skip state on the way, expected a transformer that stays, or is offloaded as a whole
 a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
 a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
 a number as timestep -> TypeError: GenerationClock: timestep has type float, expected a tensor
@@ -483,6 +470,142 @@ an odd must_do -> ValueError: must_do has 1 entries, expected an even number: [s
 an unknown branch -> ValueError: branch is 'cond', expected a name that cache_context was given: none so far""",
     )
     assert not any(isinstance(module, LiteAttention) for module in transformer.modules()), "all or nothing"
+
+
+def test_nonsense_is_named() -> None:
+    transformer = make_transformer(WAN)
+    before = set(vars(transformer))
+    values: dict[str, list[Any]] = {
+        "threshold": ["-6", True, {}, [[-1.0]], [-1.0, None], math.nan, [], [-1.0] * 3, torch.zeros(1, 2)],
+        "dense_steps": ["1", 1.0, True, [1], -1],
+        "must_do": [5, "0, 5", {0: 5}, {5}, True, [0, 1.0], [0, None], [[0, 5], 1], [-1, 5], torch.tensor([0, 5])],
+        "layers": [1, "01", {0}, {0: 1}, True, [True], [1.0], [None], [[0]], range(3), torch.tensor([0])],
+        "mesh": [1, "cuda", [0, 1], torch.device("cpu")],
+        "policy": [-6.0, "fast", {"threshold": -6.0}, SkipPolicy(threshold=(-1.0,))],
+        "guidance": [True, "Named", 1],
+        "transformer_or_pipeline": [None, "pipe", WanPipeline, [0], nn.Identity()],
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for argument, nonsense in values.items():
+        for value in nonsense:
+            arguments = {"transformer_or_pipeline": transformer, argument: value}
+            calls[f"{argument}={value}"] = functools.partial(enable_lite_attention, **arguments)
+    assert_expected_inline(
+        report(calls),
+        """\
+threshold=-6 -> TypeError: enable_lite_attention: threshold is '-6' of type str, expected a number
+threshold=True -> TypeError: enable_lite_attention: threshold is True of type bool, expected a number
+threshold={} -> TypeError: enable_lite_attention: threshold is {} of type dict, expected a number
+threshold=[[-1.0]] -> TypeError: enable_lite_attention: threshold[0] is [-1.0] of type list, expected a number
+threshold=[-1.0, None] -> TypeError: enable_lite_attention: threshold[1] is None of type NoneType, expected a number
+threshold=nan -> ValueError: enable_lite_attention: threshold is NaN, expected a number of at most 0
+threshold=[] -> ValueError: enable_lite_attention: threshold is empty, expected one number, or one per query head
+threshold=[-1.0, -1.0, -1.0] -> ValueError: enable_lite_attention: threshold has 3 values, expected 2, one per head of blocks.0.attn1, or one number for all
+threshold=tensor([[0., 0.]]) -> ValueError: enable_lite_attention: threshold has shape [1, 2], expected [] or [heads]
+dense_steps=1 -> TypeError: enable_lite_attention: dense_steps has type str, expected an int
+dense_steps=1.0 -> TypeError: enable_lite_attention: dense_steps has type float, expected an int
+dense_steps=True -> TypeError: enable_lite_attention: dense_steps has type bool, expected an int
+dense_steps=[1] -> TypeError: enable_lite_attention: dense_steps has type list, expected an int
+dense_steps=-1 -> ValueError: enable_lite_attention: dense_steps is -1, expected at least 0
+must_do=5 -> TypeError: must_do has type int, expected a list of ints: [start, end, ...]
+must_do=0, 5 -> TypeError: must_do has type str, expected a list of ints: [start, end, ...]
+must_do={0: 5} -> TypeError: must_do has type dict, expected a list of ints: [start, end, ...]
+must_do={5} -> TypeError: must_do has type set, expected a list of ints: [start, end, ...]
+must_do=True -> TypeError: must_do has type bool, expected a list of ints: [start, end, ...]
+must_do=[0, 1.0] -> TypeError: must_do[1] is 1.0 of type float, expected an int
+must_do=[0, None] -> TypeError: must_do[1] is None of type NoneType, expected an int
+must_do=[[0, 5], 1] -> TypeError: must_do[0] is [0, 5] of type list, expected an int
+must_do=[-1, 5] -> ValueError: must_do[0] is -1, expected a position of at least 0
+must_do=tensor([0, 5]) -> TypeError: must_do has type Tensor, expected a list of ints: [start, end, ...]
+layers=1 -> TypeError: enable_lite_attention: layers has type int, expected a list of ints, or None for all
+layers=01 -> TypeError: enable_lite_attention: layers has type str, expected a list of ints, or None for all
+layers={0} -> TypeError: enable_lite_attention: layers has type set, expected a list of ints, or None for all
+layers={0: 1} -> TypeError: enable_lite_attention: layers has type dict, expected a list of ints, or None for all
+layers=True -> TypeError: enable_lite_attention: layers has type bool, expected a list of ints, or None for all
+layers=[True] -> TypeError: enable_lite_attention: layers[0] is True of type bool, expected an int
+layers=[1.0] -> TypeError: enable_lite_attention: layers[0] is 1.0 of type float, expected an int
+layers=[None] -> TypeError: enable_lite_attention: layers[0] is None of type NoneType, expected an int
+layers=[[0]] -> TypeError: enable_lite_attention: layers[0] is [0] of type list, expected an int
+layers=range(0, 3) -> ValueError: enable_lite_attention: layers[2] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
+layers=tensor([0]) -> TypeError: enable_lite_attention: layers has type Tensor, expected a list of ints, or None for all
+mesh=1 -> TypeError: enable_lite_attention: mesh has type int, expected a DeviceMesh
+mesh=cuda -> TypeError: enable_lite_attention: mesh has type str, expected a DeviceMesh
+mesh=[0, 1] -> TypeError: enable_lite_attention: mesh has type list, expected a DeviceMesh
+mesh=cpu -> TypeError: enable_lite_attention: mesh has type device, expected a DeviceMesh
+policy=-6.0 -> TypeError: enable_lite_attention: policy has type float, expected a SkipPolicy
+policy=fast -> TypeError: enable_lite_attention: policy has type str, expected a SkipPolicy
+policy={'threshold': -6.0} -> TypeError: enable_lite_attention: policy has type dict, expected a SkipPolicy
+policy=SkipPolicy(threshold=(-1.0,), dense_steps=0, enabled=True) -> ValueError: enable_lite_attention: threshold has 1 values, expected 2, one per head of blocks.0.attn1, or one number for all
+guidance=True -> ValueError: enable_lite_attention: guidance is True, expected 'named', 'batched' or None
+guidance=Named -> ValueError: enable_lite_attention: guidance is 'Named', expected 'named', 'batched' or None
+guidance=1 -> ValueError: enable_lite_attention: guidance is 1, expected 'named', 'batched' or None
+transformer_or_pipeline=None -> TypeError: enable_lite_attention: transformer_or_pipeline is a NoneType, expected a video transformer or a pipeline that has one as its component transformer
+transformer_or_pipeline=pipe -> TypeError: enable_lite_attention: transformer_or_pipeline is a str, expected a video transformer or a pipeline that has one as its component transformer
+transformer_or_pipeline=<class 'diffusers.pipelines.wan.pipeline_wan.WanPipeline'> -> TypeError: enable_lite_attention: transformer_or_pipeline is a type, expected a video transformer or a pipeline that has one as its component transformer
+transformer_or_pipeline=[0] -> TypeError: enable_lite_attention: transformer_or_pipeline is a list, expected a video transformer or a pipeline that has one as its component transformer
+transformer_or_pipeline=Identity() -> TypeError: enable_lite_attention: the transformer is a Identity, expected one of CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel; register_video_model adds others""",
+    )
+    assert set(vars(transformer)) == before
+    assert not any(isinstance(module, LiteAttention) for module in transformer.modules())
+
+
+def test_nonsense_about_other_models_is_named() -> None:
+    assert_expected_inline(
+        report(
+            {
+                "a pattern alone": lambda: VideoModel(r"blocks\.\d+"),  # type: ignore[arg-type]
+                "no pattern": lambda: VideoModel((r"blocks",), text_layers=(1,)),  # type: ignore[arg-type]
+                "text": lambda: VideoModel((r"blocks",), text="before"),  # type: ignore[arg-type]
+                "token_split": lambda: VideoModel((r"blocks",), token_split=True),  # type: ignore[arg-type]
+                "a class": lambda: register_video_model(nn.Linear, VideoModel((r"x",))),  # type: ignore[arg-type]
+                "a dict": lambda: register_video_model("Linear", {"layers": "x"}),  # type: ignore[arg-type]
+            }
+        ),
+        """\
+a pattern alone -> TypeError: VideoModel: layers is 'blocks\\\\.\\\\d+', expected a tuple of regular expressions
+no pattern -> TypeError: VideoModel: text_layers is (1,), expected a tuple of regular expressions
+text -> ValueError: VideoModel: text is 'before', expected 'none', 'first' or 'last'
+token_split -> ValueError: VideoModel: token_split is True, expected 'any', 'mesh only' or 'none'
+a class -> TypeError: register_video_model: class_name has type type, expected a str
+a dict -> TypeError: register_video_model: model has type dict, expected a VideoModel""",
+    )
+
+
+def test_a_threshold_of_another_length_is_refused_and_nothing_changes() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=-3.0)
+    other = copy.deepcopy(transformer)
+    assert_expected_inline(
+        report(
+            {
+                "later": lambda: handle.set_threshold([-1.0] * 3),
+                "above 0": lambda: handle.set_threshold([-1.0, 1.0]),
+                "no number": lambda: handle.set_threshold("low"),  # type: ignore[arg-type]
+            }
+        ),
+        """\
+later -> ValueError: set_threshold: threshold has 3 values, expected 2, one per head of blocks.0.attn1, or one number for all
+above 0 -> ValueError: set_threshold[1] is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG
+no number -> TypeError: set_threshold is 'low' of type str, expected a number""",
+    )
+    assert {layer.threshold for layer in handle.layers.values()} == {-3.0}
+    assert_all_equal(denoise(transformer), denoise(other))
+
+
+def test_a_mesh_needs_an_accelerator() -> None:
+    transformer = make_transformer(WAN)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
+        with mock.patch.object(torch.accelerator, "device_count", return_value=0):
+            assert_expected_inline(
+                report({"mesh": lambda: enable_lite_attention(transformer, mesh=mesh)}),
+                """mesh -> RuntimeError: enable_lite_attention: mesh is given where torch.accelerator.device_count() is 0, expected one at least: diffusers' context parallelism gives each rank a device by its number""",
+            )
+    finally:
+        dist.destroy_process_group()
+    assert not any(isinstance(module, LiteAttention) for module in transformer.modules())
+    enable_lite_attention(transformer)
 
 
 class Deaf:
@@ -509,7 +632,7 @@ def everything_that_may_change(
             handle.set_must_do([0, 10, 400, 500])
             for layer in layers:
                 layer.set_threshold(-1.0)
-            generation.set_must_do([(0, 10), (400, 500)])
+            generation.must_do.set([(0, 10), (400, 500)])
         if step == 5:
             handle.reset()
             generation.clock.reset()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import ContextParallelConfig
-from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading, context_parallel
+from diffusers.hooks import HookRegistry, ModelHook, context_parallel
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -172,13 +172,6 @@ def test_hooks_of_a_module(transformer: Any) -> None:
     assert _internals.hooks_of(transformer) == {"mine": hook}, unknown("module._diffusers_hook.hooks")
 
 
-def test_hooks_of_group_offloading(transformer: Any) -> None:
-    assert not any(map(_internals.is_group_offloaded, transformer.modules()))
-    apply_group_offloading(transformer, torch.device("cpu"), offload_type="leaf_level")
-    offloaded = any(map(_internals.is_group_offloaded, transformer.modules()))
-    assert offloaded, unknown('hook of module._diffusers_hook named "group_offloading"')
-
-
 def test_signatures_that_hooks_look_up(split: Any) -> None:
     def metadata() -> list[Any]:
         hooks = [hook for module in split.modules() for hook in _internals.hooks_of(module).values()]
@@ -216,3 +209,15 @@ def test_the_module_that_was_compiled() -> None:
     assert compiled is not layer
     assert _internals.uncompiled(compiled) is layer, unknown("compiled._orig_mod", "torch")
     assert _internals.uncompiled(layer) is layer
+
+
+def test_classes_that_a_graph_takes_whole() -> None:
+    class Ordinary(nn.Module):
+        pass
+
+    @torch.compiler.allow_in_graph
+    class Whole(nn.Module):
+        pass
+
+    assert not _internals.is_opaque_to_compile(Ordinary)
+    assert _internals.is_opaque_to_compile(Whole), unknown("_dynamo.trace_rules.is_callable_allowed", "torch")

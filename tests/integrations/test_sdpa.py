@@ -1,6 +1,13 @@
 """The door for models that call torch's scaled_dot_product_attention."""
 
+import copy
+import functools
+import pickle
+import re
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +15,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from lite_attention import skip_branch
 from lite_attention.integrations.sdpa import LiteSDPA
@@ -148,6 +156,10 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def patched(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if {"forward", "__getstate__"} & vars(module).keys()]
+
+
 def test_contexts_may_be_nested() -> None:
     model = Model()
     attention = LiteSDPA(model, LAYERS, threshold=-2.0)
@@ -156,6 +168,336 @@ def test_contexts_may_be_nested() -> None:
             model(*inputs(0))
         model(*inputs(1))
     assert (attention.skip_fraction() > 0.1).all()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_contexts_of_one_model_may_be_left_in_any_order(order: tuple[int, int]) -> None:
+    model = Model()
+    doors = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(model, r"blocks\.1", threshold=-2.0)
+    dense = model(*inputs(2))
+    for door in doors:
+        door.__enter__()
+    model(*inputs(0))
+    model(*inputs(1))
+    first, last = (doors[index] for index in order)
+    first.__exit__(None, None, None)
+    fraction = first.skip_fraction()
+    assert not torch.equal(model(*inputs(2)), dense), "the other one is still there"
+    assert torch.equal(first.skip_fraction(), fraction)
+    with first:
+        model(*inputs(2))
+    last.__exit__(None, None, None)
+    assert torch.equal(model(*inputs(2)), dense)
+    assert patched(model) == []
+
+
+def test_what_others_put_in_place_of_a_forward_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    attention = LiteSDPA(model, LAYERS, threshold=-2.0)
+    dense = model(*inputs(1))
+    calls = []
+    with attention:
+        model(*inputs(0))
+        ours = model.blocks[1].forward
+
+        def theirs(*args: Tensor) -> Tensor:
+            calls.append(len(args))
+            return ours(*args)
+
+        model.blocks[1].forward = theirs
+    assert "LiteSDPA: Block: its forward was replaced by" in caplog.text
+    assert patched(model) == ["blocks.1"]
+    assert torch.equal(model(*inputs(1)), dense), "ours, which theirs calls, is as good as gone"
+    assert calls == [2]
+    with attention:
+        assert not torch.equal(model(*inputs(1)), dense)
+    assert model.blocks[1].forward is theirs
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_made_inside_are_models_of_their_own(how: Callable[[Any], Any]) -> None:
+    model = Model()
+    model.blocks[0].forward = functools.partial(Block.forward, model.blocks[0])  # as hooks of others do
+    attention = LiteSDPA(model, LAYERS, threshold=-2.0)
+    dense = model(*inputs(1))
+    with attention:
+        model(*inputs(0))
+        twin = how(model)
+        both_twins, other = how((model, attention))
+        fraction = attention.skip_fraction()
+        for copied in (twin, both_twins):
+            assert patched(copied) == ["blocks.0"]
+            assert copied.blocks[0].forward.args[0] is copied.blocks[0]
+            assert torch.equal(copied(*inputs(1)), dense)
+        assert not other.entered
+        assert torch.equal(attention.skip_fraction(), fraction)
+    with other:
+        assert not torch.equal(both_twins(*inputs(1)), dense)
+    assert patched(model) == patched(both_twins) == ["blocks.0"]
+
+
+# Modules that make several calls in a step
+
+
+class Twice(Block):
+    """Makes two self-attention calls in one forward."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return super().forward(super().forward(x, text).roll(300, 1), text)
+
+
+class Checkpointed(Model):
+    reentrant = False
+
+    def forward(self, x: Tensor, text: Tensor, order: tuple[int, ...] = (0, 1)) -> Tensor:
+        for index in order:
+            x = checkpoint(self.blocks[index], x, text, use_reentrant=self.reentrant)
+        return x
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Inner(nn.Module):
+    """Model, with the looped blocks in a module that may be called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Model()
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.inner(*args)
+
+
+def looped(kind: type[nn.Module] = Model) -> nn.Module:
+    """Runs its two blocks by turns, twice."""
+    model = kind()
+    inner: Any = getattr(model, "inner", model)
+    inner.run = inner.forward
+    inner.forward = lambda x, text: inner.run(x, text, (0, 1, 0, 1))
+    return model
+
+
+def unrolled() -> nn.Module:
+    """The same with a block for each turn."""
+    model = Model()
+    model.blocks = nn.ModuleList([*model.blocks, *copy.deepcopy(model.blocks)])
+    run = model.forward
+    model.forward = lambda x, text: run(x, text, (0, 1, 2, 3))  # type: ignore[method-assign]
+    return model
+
+
+def assert_each_turn_has_its_map(door: LiteSDPA, own: LiteSDPA, branch: int = 0) -> None:
+    maps = [layer.keep_map(branch) for layer in own.layers.values()]
+    assert not torch.equal(maps[0], maps[2])
+    layers = [*door.layers.values()]
+    for index, expected in enumerate(maps):
+        stream = index // 2
+        assert torch.equal(layers[index % 2].keep_map(door.branch_of(stream, branch)), expected)
+
+
+@pytest.mark.parametrize("kind", [Model, Checkpointed, Reentrant, Inner])
+def test_a_module_that_runs_again_in_a_step_has_a_map_for_each_turn(kind: type[nn.Module]) -> None:
+    model, plain = looped(kind), unrolled()
+    door, own = LiteSDPA(model, rf".*{LAYERS}", threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    for step in range(3):
+        with door, own:
+            for branch in (0, 1):
+                with skip_branch(branch):
+                    assert torch.equal(model(*inputs(step, branch)), plain(*inputs(step, branch)))
+    for branch in (0, 1):
+        assert_each_turn_has_its_map(door, own, branch)
+    door.reset()
+    assert (door.skip_fraction(1) == 0).all()
+
+
+def test_a_part_of_the_model_that_is_called_by_itself_is_a_step() -> None:
+    model, plain = looped(Inner), unrolled()
+    door, own = LiteSDPA(model, rf".*{LAYERS}", threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    with door, own:
+        for step in range(3):
+            assert torch.equal(model.inner(*inputs(step)), plain(*inputs(step)))  # type: ignore[operator]
+    assert_each_turn_has_its_map(door, own)
+
+
+def test_calls_of_one_forward_have_a_map_each() -> None:
+    model, plain = Model(), Model()
+    model.blocks[0].__class__ = Twice
+    plain.blocks = nn.ModuleList([plain.blocks[0], copy.deepcopy(plain.blocks[0])])
+
+    def run(x: Tensor, text: Tensor) -> Tensor:
+        return plain.blocks[1](plain.blocks[0](x, text).roll(300, 1), text)
+
+    door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    for step in range(3):
+        with door, own:
+            assert torch.equal(model(*inputs(step), (0,)), run(*inputs(step)))
+    for stream, layer in enumerate(own.layers.values()):
+        assert torch.equal(door.layers["blocks.0"].keep_map(door.branch_of(stream)), layer.keep_map())
+
+
+def test_a_module_with_two_names_is_found_by_either() -> None:
+    block = Block()
+    model = nn.Sequential(block, nn.Identity(), block)
+    assert list(LiteSDPA(model, "2").layers) == ["2"]
+    assert list(LiteSDPA(model, "[02]").layers) == ["0"]
+
+
+def test_a_step_that_fails_is_no_part_of_the_next() -> None:
+    model, plain = looped(), looped()
+    door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    with door, own:
+        assert torch.equal(model(*inputs(0)), plain(*inputs(0)))
+        with pytest.raises(IndexError):
+            model.run(*inputs(1), (0, 7))  # type: ignore[operator]
+        with pytest.raises(IndexError):
+            plain.run(*inputs(1), (0, 7))  # type: ignore[operator]
+        assert torch.equal(model(*inputs(1)), plain(*inputs(1)))
+    assert (door.skip_fraction(1) > 0).all()
+
+
+def test_threads_with_branches_of_their_own_count_their_own_calls() -> None:
+    model, alone = looped(), looped()
+    door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(alone, LAYERS, threshold=-2.0)
+    results: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def run(branch: int) -> None:
+        with torch.no_grad(), skip_branch(branch):
+            results[branch] += [model(*inputs(step, branch)) for step in range(3)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with door:
+            threads = [threading.Thread(target=run, args=(branch,)) for branch in results]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for branch, outs in results.items():
+        with own, skip_branch(branch):
+            for step, out in enumerate(outs):
+                torch.testing.assert_close(out, alone(*inputs(step, branch)))
+
+
+@pytest.mark.parametrize("mode", ["whole", "by blocks"])
+def test_compiled_turns_are_told_apart_while_tracing(mode: str) -> None:
+    model, plain = looped(), looped()
+    door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    counter = CompileCounter()
+    run: Any = model
+    if mode == "whole":
+        run = torch.compile(model, fullgraph=True, backend=counter)
+    else:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(fullgraph=True, backend=counter)
+    for step in range(4):
+        with door, own:
+            torch.testing.assert_close(run(*inputs(step)), plain(*inputs(step)), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == (1 if mode == "whole" else 2), "a graph for each turn of a block, and no more"
+    assert (door.skip_fraction(1) > 0).all()
+
+
+def test_compiled_checkpoints_where_torch_allows_side_effects_in_them() -> None:
+    model, plain = looped(Checkpointed), looped()
+    door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True), door, own:
+        for step in range(3):
+            torch.testing.assert_close(compiled(*inputs(step)), plain(*inputs(step)), atol=1e-5, rtol=1e-5)
+
+
+# What stays torch's
+
+
+class Plain(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, **given)
+
+
+def heads(*shape: int, **given: Any) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), **given)
+
+
+LEFT: dict[str, tuple[list[Tensor], dict[str, Any]]] = {
+    "a head_dim that is no multiple of 8 up to 256": ([heads(1, 2, 90, 12)] * 3, {}),
+    "a head_dim that is no multiple": ([heads(1, 2, 90, 512)] * 3, {}),
+    "torch.float64 on cpu": ([heads(1, 2, 90, 64, dtype=torch.float64)] * 3, {}),
+    "a value of another head_dim": ([*[heads(1, 2, 90, 64)] * 2, heads(1, 2, 90, 32)], {}),
+    "strides whose last one is not 1": ([heads(1, 2, 64, 90).mT] * 3, {}),
+    "a batch above max_batch_size, 4": ([heads(5, 2, 90, 64)] * 3, {}),
+    "heads that do not fit each other": ([heads(1, 4, 90, 64), *[heads(1, 1, 90, 64)] * 2], {}),
+    "not three dense tensors": ([heads(2, 90, 64)] * 3, {}),
+    "shapes that do not fit each other": ([heads(2, 2, 90, 64), *[heads(1, 2, 90, 64)] * 2], {}),
+    "other keys than queries": ([heads(1, 2, 90, 64), *[heads(1, 2, 80, 64)] * 2], {}),
+    "a size of 0": ([heads(1, 2, 0, 64)] * 3, {}),
+    "a mask": ([heads(1, 2, 90, 64)] * 3, {"attn_mask": torch.ones(90, 90, dtype=torch.bool).tril()}),
+    "a causal mask": ([heads(1, 2, 90, 64)] * 3, {"is_causal": True}),
+    "dropout": ([heads(1, 2, 90, 64)] * 3, {"dropout_p": 0.5}),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reason", LEFT)
+def test_what_is_not_taken_is_torch_s_and_counted(reason: str, compiled: bool) -> None:
+    tensors, given = LEFT[reason]
+    model = nn.Sequential(Plain())
+    run = torch.compile(model[0], fullgraph=True, backend="eager") if compiled else model[0]
+    torch.manual_seed(0)
+    expected = Plain()(*tensors, **given)
+    with LiteSDPA(model, "0") as attention:
+        torch.manual_seed(0)
+        assert torch.equal(run(*tensors, **given), expected)
+    ((counted, times),) = attention.left_to_torch["0"].items()
+    assert reason in counted
+    assert times == 1
+    assert attention.summary() == f"0: nothing taken over; left to torch: 1 x {counted}"
+
+
+@pytest.mark.parametrize("given", [{}, {"enable_gqa": False}])
+def test_what_torch_refuses_is_refused_in_torch_s_words(given: dict[str, Any]) -> None:
+    tensors = [heads(1, 4, 90, 64), *[heads(1, 2, 90, 64)] * 2]
+    with pytest.raises(RuntimeError) as expected:
+        Plain()(*tensors, **given)
+    model = nn.Sequential(Plain())
+    with LiteSDPA(model, "0"), pytest.raises(RuntimeError) as raised:
+        model[0](*tensors, **given)
+    assert str(raised.value) == str(expected.value)
+
+
+def test_grouped_heads_are_taken_over_where_torch_is_told_of_them() -> None:
+    tensors = [heads(1, 4, 90, 64), *[heads(1, 2, 90, 64)] * 2]
+    model = nn.Sequential(Plain())
+    with LiteSDPA(model, "0") as attention:
+        out = model[0](*tensors, enable_gqa=True)
+    torch.testing.assert_close(out, Plain()(*tensors, enable_gqa=True), atol=1e-5, rtol=0)
+    assert attention.left_to_torch == {"0": {}}
+
+
+def test_lengths_that_vary_do_not_recompile_what_stays_torch_s() -> None:
+    counter = CompileCounter()
+    model = nn.Sequential(Plain())
+    compiled = torch.compile(model[0], fullgraph=True, backend=counter, dynamic=True)
+    with LiteSDPA(model, "0"):
+        for length in range(20, 90, 10):
+            compiled(heads(1, 2, 100, 64), *[heads(1, 2, length, 64)] * 2)
+    assert counter.frame_count == 1
+
+
+def test_the_summary_says_what_is_skipped_and_what_is_not() -> None:
+    model = Model()
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as attention:
+        for step in range(3):
+            model(*inputs(step), (0, 1, 0))
+    assert_expected_inline(
+        re.sub(r"\d+%", "..%", attention.summary()),
+        """\
+blocks.0: call 0 of a step in branch 0 skips ..%, call 1 of a step in branch 0 skips ..%; left to torch: 6 x other keys than queries, as in cross-attention
+blocks.1: call 0 of a step in branch 0 skips ..%; left to torch: 3 x other keys than queries, as in cross-attention""",
+    )
 
 
 def test_one_graph_inside_and_one_outside() -> None:
@@ -174,9 +516,15 @@ def test_one_graph_inside_and_one_outside() -> None:
 def test_errors() -> None:
     model = Model()
 
-    def two_calls() -> None:
-        with LiteSDPA(model, ""):
-            model(*inputs())
+    def too_many_calls() -> None:
+        with LiteSDPA(model, LAYERS):
+            model(*inputs(), order=(1,) * 9)
+
+    def left_twice() -> None:
+        attention = LiteSDPA(model, LAYERS)
+        with attention:
+            pass
+        attention.__exit__(None, None, None)
 
     def hidden_call() -> None:
         attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
@@ -188,7 +536,15 @@ def test_errors() -> None:
     calls: dict[str, Callable[[], object]] = {
         "a call inside of torch": hidden_call,
         "no such layer": lambda: LiteSDPA(model, r"layers\.\d+"),
-        "two calls in a module": two_calls,
+        "no pattern": lambda: LiteSDPA(model, "blocks.("),
+        "a number": lambda: LiteSDPA(model, 0),  # type: ignore[arg-type]
+        "a list of layers": lambda: LiteSDPA(model, "blocks"),
+        "no model": lambda: LiteSDPA(model.forward, LAYERS),  # type: ignore[arg-type]
+        "no batch": lambda: LiteSDPA(model, LAYERS, max_batch_size=0),
+        "too many calls": too_many_calls,
+        "left twice": left_twice,
+        "no such stream": lambda: LiteSDPA(model, LAYERS).skip_fraction(1),
+        "no number of a stream": lambda: LiteSDPA(model, LAYERS).skip_fraction(-1),
         "threshold above 0": lambda: LiteSDPA(model, LAYERS, threshold=1.0),
     }
     assert_expected_inline(
@@ -196,6 +552,14 @@ def test_errors() -> None:
         """\
 a call inside of torch -> NotImplementedError: torch.nn.MultiheadAttention calls its attention out of reach, expected a layer that calls torch.nn.functional.scaled_dot_product_attention itself
 no such layer -> ValueError: LiteSDPA: layers is layers\\.\\d+, expected to match the name of a module of the Model
-two calls in a module -> RuntimeError: LiteSDPA: the model itself makes several self-attention calls in one forward, expected one, to which its skip state belongs. Name its submodules in layers
+no pattern -> ValueError: LiteSDPA: layers is 'blocks.(', expected a regular expression: missing ), unterminated subpattern at position 7
+a number -> TypeError: LiteSDPA: layers has type int, expected a regular expression
+a list of layers -> ValueError: LiteSDPA: layers is blocks, which matches blocks, a ModuleList that is never called, expected modules whose forward makes the call
+no model -> TypeError: LiteSDPA: model has type method, expected a torch.nn.Module
+no batch -> ValueError: LiteSDPA: max_batch_size is 0, expected at least 1
+too many calls -> RuntimeError: LiteSDPA: blocks.1 makes self-attention call 8 of one call of the model in branch 0, and all 8 maps that a layer has are taken, expected no more pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, give it the part that one step calls
+left twice -> RuntimeError: LiteSDPA: left where it was not entered, expected it to be left as often as entered
+no such stream -> RuntimeError: LiteSDPA: no layer has made call 1 of a step in branch 0 yet
+no number of a stream -> ValueError: LiteSDPA: stream is -1, expected at least 0
 threshold above 0 -> ValueError: LiteSDPA: threshold is 1.0, expected at most 0 (powers of two; -10 is the default). For experiments above 0, set LITE_ATTENTION_DEBUG""",
     )

@@ -236,6 +236,79 @@ def test_disable_gives_the_models_own_attention_back() -> None:
     enable_duo_attention(model, MIXED, SINK, RECENT)
 
 
+@pytest.mark.parametrize("how", ["one layer twice", "a weight of two layers"])
+def test_layers_in_common_share_their_row(how: str) -> None:
+    model = make_model()
+    layers = model.model.layers
+    if how == "one layer twice":
+        layers[1] = layers[0]
+        with pytest.raises(
+            ValueError, match=r"layers.1.self_attn is \[1, 0, 0, 0\], expected \[0, 1, 0, 1\] as for layers"
+        ):
+            enable_duo_attention(model, MIXED, SINK, RECENT)
+        assert model.config._attn_implementation == "sdpa"
+    else:
+        layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
+    heads = (MIXED[0], MIXED[0] if how == "one layer twice" else MIXED[1])
+    tokens, given = make_tokens(), {"use_cache": False}  # the cache, too, would be one
+    given["attention_mask"] = torch.ones_like(tokens)
+    before, expected = model(tokens, **given).logits, dense_oracle(model, heads)(tokens, **given).logits
+    handle = enable_duo_attention(model, heads, SINK, RECENT)
+    assert_close("cpu", model(tokens, **given).logits, expected)
+    handle.disable()
+    assert torch.equal(model(tokens, **given).logits, before)
+
+
+class Offloaded:
+    """Keeps a module's weights elsewhere between its calls, as accelerate does, with or without accelerate."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights = {name: weight.data for name, weight in module.named_parameters(recurse=False)}
+        module.register_forward_pre_hook(self.load)
+        module.register_forward_hook(self.unload)
+        self.unload(module)
+
+    def load(self, module: nn.Module, _: Any) -> None:
+        for name, weight in self.weights.items():
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+    def unload(self, module: nn.Module, *_: Any) -> None:
+        for name, weight in self.weights.items():
+            setattr(module, name, nn.Parameter(weight.to("meta"), requires_grad=False))
+
+
+@pytest.mark.parametrize("by_accelerate", [False, True])
+@on_every_device
+def test_the_table_is_where_the_queries_are_whatever_the_weights_say(device: str, by_accelerate: bool) -> None:
+    model = make_model().to(DTYPE[device])
+    tokens = make_tokens().to(device)
+    expected = dense_oracle(model, MIXED).to(device)(tokens).logits
+    if by_accelerate:
+        pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device(device))
+    else:
+        model = model.to(device)
+        for module in model.modules():
+            Offloaded(module)
+    enable_duo_attention(model, MIXED, SINK, RECENT)
+    for _ in range(2):
+        assert_close(device, model(tokens).logits, expected)
+
+
+def test_the_table_is_nothing_that_loading_or_casting_a_model_touches() -> None:
+    model = make_model()
+    tokens, weights = make_tokens(), copy.deepcopy(model.state_dict())
+    expected = dense_oracle(model, MIXED)(tokens).logits
+    enable_duo_attention(model, MIXED, SINK, RECENT)
+    model.to("meta")
+    rotary = make_model().model.rotary_emb  # whose buffers transformers itself loses on meta
+    model.to_empty(device="cpu").load_state_dict(weights)
+    model.model.rotary_emb = rotary
+    for layer in model.model.layers:
+        for _, buffer in layer.named_buffers():
+            buffer.zero_()
+    assert_close("cpu", model(tokens).logits, expected)
+
+
 def test_models_of_one_process_have_tables_of_their_own() -> None:
     tokens = make_tokens()
     expected, models = [], []
@@ -304,6 +377,31 @@ def test_compiled_decoding_into_a_static_cache_is_one_graph(device: str) -> None
         logits = compiled(tokens[:, token, None], past_key_values=cache, **places(token, token + 1, device)).logits
         assert_close(device, logits[:, 0], expected[:, token])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("padding", [0, 10])
+def test_compiled_decoding_with_a_growing_cache_gives_what_eager_gives(padding: int, dynamic: bool | None) -> None:
+    model = make_model()
+    enable_duo_attention(model, MIXED, SINK, RECENT)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+    tokens = make_tokens(length=60)
+    mask = torch.ones_like(tokens)
+    mask[1, :padding] = 0
+    caches = DynamicCache(), DynamicCache()
+    start = 0
+    for end in (1, 40, 41, 42, 45, 60):
+        if start == 0 and padding:
+            end = 40  # a first entry of padding alone has nothing to say
+        if end <= start:
+            continue
+        given = {"attention_mask": mask[:, :end], "use_cache": True}
+        logits, expected = (
+            run(tokens[:, start:end], past_key_values=cache, **given).logits
+            for run, cache in zip((compiled, model), caches, strict=True)
+        )
+        assert_close("cpu", logits[mask[:, start:end].bool()], expected[mask[:, start:end].bool()])
+        start = end
 
 
 def test_one_compile_covers_the_layers_compiled_one_by_one() -> None:

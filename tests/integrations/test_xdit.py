@@ -97,6 +97,36 @@ def test_calls_without_a_layer_reach_the_function_that_was_registered() -> None:
     assert ATTENTION_FUNCTION_REGISTRY[BACKEND] is theirs
 
 
+def test_what_others_register_since_stays_when_restored(caplog: pytest.LogCaptureFixture) -> None:
+    restore = register_lite_attention(BACKEND)
+    ours = ATTENTION_FUNCTION_REGISTRY[BACKEND]
+    layer = LiteAttention(threshold=LOW)
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    ATTENTION_FUNCTION_REGISTRY[BACKEND] = theirs
+    query, key, value = peaked()
+    usp(query, key, value, with_layer(layer))
+    restore()
+    assert "register_lite_attention: <function" in caplog.text
+    assert ATTENTION_FUNCTION_REGISTRY[BACKEND] is theirs
+    dense = scaled_dot_product_attention(query, key, value)
+    assert torch.equal(usp(query, key, value, with_layer(layer)), dense), "ours, which theirs calls, does nothing more"
+    restore()
+    assert caplog.text.count("register_lite_attention") == 1
+
+
+def test_restoring_twice_touches_no_later_registration(caplog: pytest.LogCaptureFixture) -> None:
+    restore = register_lite_attention(BACKEND)
+    restore()
+    register_lite_attention(BACKEND)
+    again = ATTENTION_FUNCTION_REGISTRY[BACKEND]
+    restore()
+    assert ATTENTION_FUNCTION_REGISTRY[BACKEND] is again
+    assert caplog.text == ""
+
+
 def test_keys_that_xdit_cuts_off_as_padding_may_be_missing() -> None:
     register_lite_attention(BACKEND)
     query, key, value = peaked()
@@ -140,6 +170,8 @@ def test_what_a_layer_cannot_do_is_refused(arguments: dict[str, Any], error: typ
 def test_a_backend_without_a_function_or_registered_twice_is_refused() -> None:
     with pytest.raises(KeyError, match=r"FLASH_3.*expected one that xfuser has a function for"):
         register_lite_attention(AttentionBackendType.FLASH_3)
+    with pytest.raises(KeyError, match=r"\[\].*expected one that xfuser has a function for"):
+        register_lite_attention([])
     register_lite_attention(BACKEND)
     with pytest.raises(RuntimeError, match=r"registered for .*SDPA.* already"):
         register_lite_attention(BACKEND)
@@ -171,8 +203,15 @@ def test_yunchang_s_later_calls_skip() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"causal": True}, {"dropout_p": 0.1}, {"window_size": (8, 8)}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(2)}],
-    ids=lambda options: next(iter(options)),
+    [
+        {"causal": True},
+        {"dropout_p": 0.1},
+        {"window_size": (8, 8)},
+        {"window_size": None},
+        {"softcap": 1.0},
+        {"alibi_slopes": torch.ones(2)},
+    ],
+    ids=str,
 )
 def test_what_yunchang_can_ask_for_in_vain_is_refused(options: dict[str, Any]) -> None:
     attention, _ = long_context(LOW)

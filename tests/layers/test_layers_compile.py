@@ -59,6 +59,20 @@ def denoise(
             assert torch.equal(one.keep_map(), other.keep_map())
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+@pytest.mark.parametrize("backend", [TORCH_SDPA, LITE_ATTN], ids=lambda backend: backend.name)
+def test_a_layer_alone_takes_lengths_that_vary(
+    backend: AttentionBackendEnum, kv_heads: int, dynamic: bool | None
+) -> None:
+    layer = LocalAttention(HEADS, HEAD_SIZE, kv_heads, supported_attention_backends=(backend,))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+    for queries, keys in ((100, 105), (100, 100), (1, 7), (64, 1)):
+        q, k = torch.randn(1, queries, HEADS, HEAD_SIZE), torch.randn(1, keys, kv_heads, HEAD_SIZE)
+        torch.testing.assert_close(compiled(q, k, k), layer(q, k, k), atol=1e-5, rtol=1e-5)
+        layer.apply(lambda part: part.reset_skip_state() if isinstance(part, LiteAttention) else None)
+
+
 @on_backends
 def test_one_graph_for_all_steps(backend: AttentionBackendEnum) -> None:
     model, counter = DiT(backend), CompileCounter()

@@ -277,7 +277,7 @@ threshold elsewhere -> RuntimeError: skip_attention: threshold is on meta, expec
 one of lses elsewhere -> RuntimeError: merge_attention: lses[1] is on meta, expected cpu, every argument's device
 module, key elsewhere -> ValueError: LiteAttention: key is on meta, expected cpu, query's device
 module, ranges elsewhere -> ValueError: LiteAttention: must_do_list is on meta, expected cpu, query's device
-module, lengths elsewhere -> RuntimeError: skip_attention: kv_lens is on meta, expected cpu, every argument's device""",
+module, lengths elsewhere -> ValueError: LiteAttention: kv_lens is on meta, expected cpu, query's device""",
     )
 
 
@@ -422,6 +422,10 @@ def test_module_scalars_and_maps() -> None:
         "start_full of int": bad_module(start_full=torch.tensor(1)),
         "start_full of rank 1": bad_module(start_full=torch.tensor([True])),
         "start_full elsewhere": bad_module(start_full=torch.tensor(True, device="meta")),
+        "generation 3": bad_module(generation=3),
+        "generation of float": bad_module(generation=torch.tensor(3.0)),
+        "generation of rank 1": bad_module(generation=torch.tensor([3])),
+        "generation elsewhere": bad_module(generation=torch.tensor(3, device="meta")),
         "skip_fraction_out of int": bad_module(skip_fraction_out=torch.tensor(1)),
         "a map of int": lambda: layer.set_keep_map(layer.keep_map().int()),
         "a map of rank 3": lambda: layer.set_keep_map(layer.keep_map()[0]),
@@ -435,6 +439,10 @@ start_full True -> TypeError: LiteAttention: start_full has type bool, expected 
 start_full of int -> TypeError: LiteAttention: start_full has dtype torch.int64, expected torch.bool
 start_full of rank 1 -> ValueError: LiteAttention: start_full has shape [1], expected []
 start_full elsewhere -> ValueError: LiteAttention: start_full is on meta, expected cpu, query's device
+generation 3 -> TypeError: LiteAttention: generation has type int, expected a tensor
+generation of float -> TypeError: LiteAttention: generation has dtype torch.float32, expected torch.int64
+generation of rank 1 -> ValueError: LiteAttention: generation has shape [1], expected []
+generation elsewhere -> ValueError: LiteAttention: generation is on meta, expected cpu, query's device
 skip_fraction_out of int -> TypeError: LiteAttention: skip_fraction_out has dtype torch.int64, expected torch.float32
 a map of int -> TypeError: pack_keep_map: keep has dtype torch.int32, expected torch.bool
 a map of rank 3 -> ValueError: set_keep_map: keep_map has shape [4, 2, 19], expected [2, 4, 2, 19] or sizes of 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lite_attention import exportable
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
 from support.models import Model, noise, same_state
 from support.packages import run_in_another_process
@@ -46,7 +47,8 @@ def test_exported_model_steps_like_eager(strict: bool) -> None:
     model = prepared_model()
     expected = expected_outputs(model)
     with torch.no_grad():
-        program = torch.export.export(model, (noise(0),), strict=strict)
+        with exportable(model):
+            program = torch.export.export(model, (noise(0),), strict=strict)
         for exported in (program, program.run_decompositions()):
             runnable = copy.deepcopy(exported).module()
             outs = [runnable(noise(step % 2)) for step in range(STEPS)]
@@ -66,15 +68,16 @@ def prepared_from(model: Model) -> Model:
 
 
 def test_exporting_before_any_call_says_what_to_do() -> None:
-    with torch.no_grad(), pytest.raises(RuntimeError, match="call the module once on inputs of this shape and branch"):
-        torch.export.export(Model(1), (noise(0),))
+    message = "call the module once on inputs of this shape and branch"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message), exportable(Model(1)) as model:
+        torch.export.export(model, (noise(0),))
 
 
 @pytest.mark.slow
 def test_aot_inductor_package_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     model = prepared_model()
     expected = expected_outputs(model)
-    with torch.no_grad():
+    with torch.no_grad(), exportable(model):
         program = torch.export.export(model, (), {"x": noise(0)})
     outs = run_in_another_process(program, [{"x": noise(step % 2)} for step in range(STEPS)], tmp_path)
     torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
@@ -111,18 +114,19 @@ def wan_outputs(blocks: int) -> list[Tensor]:
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_wan_steps_like_eager_over_two_generations(strict: bool) -> None:
     with torch.no_grad():
-        program = torch.export.export(prepared_wan(2), (), WAN_INPUTS[0], strict=strict)
+        with exportable(prepared_wan(2)) as transformer:
+            program = torch.export.export(transformer, (), WAN_INPUTS[0], strict=strict)
         step = program.module()
         outs = [step(**inputs)[0] for inputs in WAN_INPUTS]
     torch.testing.assert_close(outs, wan_outputs(2), atol=1e-5, rtol=1e-5)
-    clocks = [name for name in program.graph_signature.buffers if name.endswith("clock._steps")]
+    clocks = [name for name in program.graph_signature.buffers if name.endswith("clock.state.steps")]
     assert len(clocks) == 1, "AOTInductor refuses a buffer that is written under two names"
 
 
 @pytest.mark.slow
 def test_aot_inductor_package_of_wan_steps_like_eager_in_another_process(tmp_path: Path) -> None:
     """Of one block, as compiling takes its time."""
-    with torch.no_grad():
-        program = torch.export.export(prepared_wan(1), (), WAN_INPUTS[0])
+    with torch.no_grad(), exportable(prepared_wan(1)) as transformer:
+        program = torch.export.export(transformer, (), WAN_INPUTS[0])
     outs = run_in_another_process(program, WAN_INPUTS, tmp_path)
     torch.testing.assert_close([out for (out,) in outs], wan_outputs(1), atol=1e-5, rtol=1e-5)

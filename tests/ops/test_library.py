@@ -111,6 +111,21 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
 
 
 @pytest.mark.slow
+def test_a_library_of_other_kernels_says_so(copied_package: Path) -> None:
+    copy_compiled_part(copied_package)
+    library = copied_package / "_ops.so"
+    library.write_bytes(library.read_bytes().replace(host.KERNEL_HASH.encode(), 12 * b"0"))
+    assert_expected_inline(
+        import_error(copied_package).replace(host.KERNEL_HASH, "HASH"),
+        """\
+lite_attention cannot start: its operator library _ops.so was built from the kernels 000000000000, expected HASH, those that lite_attention._host tells
+Likely causes:
+  * compiled files of two builds lie beside one another
+Reinstall it from its source folder, in the environment you run: `pip install .`""",
+    )
+
+
+@pytest.mark.slow
 def test_a_library_from_before_interfaces_were_told_says_so(copied_package: Path) -> None:
     copy_compiled_part(copied_package)
     library = copied_package / "_ops.so"
@@ -160,6 +175,7 @@ Reinstall it from its source folder, in the environment you run: `pip install .`
 def test_import_with_a_damaged_cuda_library_says_so(copied_package: Path) -> None:
     (copied_package / "_host.py").write_text(
         f"OPERATOR_INTERFACE = {OPERATOR_INTERFACE!r}\nVERSION = '0'\nCUDA_ARCHITECTURES = '90a'\n"
+        f"KERNEL_HASH = {host.KERNEL_HASH!r}\n"
         "selected_cpu_variant = lambda: 'any'\n"
     )
     shutil.copy(Path(host.__file__ or "").with_name("_ops.so"), copied_package)
@@ -263,3 +279,12 @@ def test_unknown_cpu_variant_names_the_choices() -> None:
 def test_a_second_import_after_a_failure_tells_the_same_story(copied_package: Path) -> None:
     first = "try:\n    import lite_attention\nexcept ImportError:\n    pass"
     assert import_error(copied_package, before=first) == import_error(copied_package)
+
+
+def test_the_facts_of_a_run_are_those_of_the_library_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "KERNEL_HASH", "0123456789ab")
+    monkeypatch.setattr(host, "GIT_REVISION", "ba9876543210-dirty")
+    facts = info.facts_of_run("python some.py", on_gpu=False)
+    assert (facts["command"], facts["kernel_hash"]) == ("python some.py", "0123456789ab")
+    assert facts["revision"] == facts["environment"]["revision"] == "ba9876543210-dirty"
+    assert (facts["gpu"], facts["driver"], facts["torch"]) == (None, None, torch.__version__)

@@ -20,12 +20,12 @@ COLUMNS = (1, 2, 31, 32, 33, 64, 511, 512, 513, 768, 769, 1024, 1025, 1440, 1537
 
 
 def by_sorting(scores: Tensor, count: int) -> Tensor:
-    """NaN last, then by score, -0 and 0 being equal, then by index."""
+    """NaN first, then by score, -0 and 0 being equal, then by index."""
     values = scores.double().flatten(0, -2).tolist()
     keep = torch.zeros(len(values), scores.shape[-1], dtype=torch.bool)
     for row, scores_of_row in enumerate(values):
         # NaN would not be ordered: it is neither smaller nor larger than anything.
-        rank = [(True, 0.0) if math.isnan(score) else (False, -score) for score in scores_of_row]
+        rank = [(False, 0.0) if math.isnan(score) else (True, -score) for score in scores_of_row]
         keep[row, sorted(range(len(rank)), key=lambda column: (rank[column], column))[:count]] = True
     return pack_keep_map(keep.view(scores.shape))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, share_room, skip_branch
-from lite_attention.skipping.state import MAP_SLOTS
+from lite_attention.skipping.map_table import MAP_SLOTS
 from support.models import HEAD_DIM, HEADS, Model, noise, same_state
 
 

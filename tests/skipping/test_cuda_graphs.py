@@ -18,7 +18,7 @@ from lite_attention import LiteAttention, skip_branch
 from lite_attention.skipping import cuda_graphs
 from lite_attention.skipping.cuda_graphs import CapturedStep, capture_step
 from lite_attention.skipping.dense_steps import GenerationClock
-from lite_attention.skipping.state import MAP_SLOTS
+from lite_attention.skipping.map_table import MAP_SLOTS
 from support.models import Model, noise, same_state
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from lite_attention import (
     unpack_keep_map,
 )
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.state import MAP_SLOTS
+from lite_attention.skipping.map_table import MAP_SLOTS
 from support.inputs import DTYPES, Case, check_attention, make_qkv
 from support.passes import CASE, THRESHOLD, by_hand, dropped_something, kept, passes
 
@@ -494,20 +494,16 @@ def test_the_threshold_stays_fp32() -> None:
         assert all(split.state.threshold.tolist() == [-1.0, -2.0] for split in model.ring._all())
 
 
-def test_a_cast_keeps_the_state_and_a_move_starts_over() -> None:
+def test_neither_casts_nor_moves_of_the_model_touch_the_state() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     inputs = passes(count=2)
     layer(*inputs[0])
     before = kept(layer)
-    layer.half()
-    layer.to("cpu")
-    assert torch.equal(kept(layer), before)
-    layer.to("meta")
-    assert layer.state.threshold.device.type == "meta"
-    layer.to_empty(device="cpu")
-    assert float(layer.state.threshold) == THRESHOLD
-    assert float(layer.skip_fraction()) == 0
-    assert torch.equal(layer(*inputs[1]), by_hand(inputs[1:])[0][0])
+    for change in (nn.Module.half, lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu"), nn.Module.share_memory):
+        change(layer)
+        assert torch.equal(kept(layer), before)
+        assert float(layer.state.threshold) == THRESHOLD
+    assert torch.equal(layer(*inputs[1]), by_hand(inputs)[1][0])
 
 
 def test_a_module_made_on_meta_works_once_it_is_real() -> None:
@@ -686,6 +682,36 @@ def test_a_branch_that_changes_shape_leaves_the_maps_of_other_branches_alone() -
     assert min(before) > 0, "the inputs are meant to drop something"
     assert [after[b] for b in range(MAX_BRANCHES) if b != 3] == [before[b] for b in range(MAX_BRANCHES) if b != 3]
     assert layer.keep_map(3).shape == (1, 1, 10, 5)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("branches", [MAX_BRANCHES - 1, MAX_BRANCHES])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_call_that_is_refused_gives_no_map_away(branches: int, compiled: bool) -> None:
+    layer = LiteAttention(threshold=0.0)
+    small, large = torch.randn(1, 300, 1, 8), torch.randn(1, 600, 1, 8)
+    keys = torch.cat((small[:, :128], 0.01 * small[:, 128:]), dim=1)  # only the first tile matters
+    for branch in range(branches):
+        layer(small, keys, small, branch=branch)
+    before = layer.state.owners(), [float(layer.skip_fraction(branch)) for branch in range(branches)]
+    assert min(before[1]) > 0
+    call = torch.compile(layer, backend="eager") if compiled else layer
+    lens = torch.tensor([601], dtype=torch.int32)
+    refused = [lens.long(), lens.view(1, 1), lens.to("meta")]
+    for kv_lens in refused if compiled else [*refused, lens]:
+        with pytest.raises((RuntimeError, TypeError, ValueError), match="kv_lens"):
+            call(large, large, large, branch=0, kv_lens=kv_lens)
+    layer.set_threshold([-1.0, -2.0])
+    with pytest.raises(ValueError, match="threshold has 2 values, expected 1"):
+        call(large, large, large, branch=0)
+    assert (layer.state.owners(), [float(layer.skip_fraction(branch)) for branch in range(branches)]) == before
 
 
 def test_a_copy_made_in_inference_mode_works_outside_of_it() -> None:

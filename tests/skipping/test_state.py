@@ -1,10 +1,12 @@
 """SkipState alone: whose map a pass starts from, who makes room, and when all starts over."""
 
 import copy
+import itertools
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from lite_attention import SkipPolicy, unpack_keep_map
 from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.map_table import MAP_SLOTS
 from lite_attention.skipping.slots import PassShape
-from lite_attention.skipping.state import MAP_SLOTS, SkipState, share_room
+from lite_attention.skipping.state import SkipState, share_room
 
 HEADS, QUERIES, KEYS = 2, 300, 700
 
@@ -33,12 +36,15 @@ def one_pass(
     branch: int = 0,
     shape: PassShape | None = None,
     start_full: Tensor | None = None,
+    generation: int | None = None,
     compiling: bool = False,
 ) -> list[int]:
     """A pass that drops a tile besides those dropped before; the tiles it had been given as dropped."""
     shape = shape_of() if shape is None else shape
-    recalled = state.recall(state.room_for(branch, *shape, compiling), branch, start_full)
-    state.remember(recalled, branch, recalled.keep & dropping(drop, shape), start_full)
+    number = None if generation is None else torch.tensor(generation)
+    room = state.room_for(branch, *shape, compiling)
+    recalled = state.first_pass(shape) if room is None else state.recall(room, branch, start_full, number)
+    state.remember(recalled, (branch, shape), recalled.keep & dropping(drop, shape), start_full, number)
     return dropped(unpack_keep_map(recalled.keep, shape.kv_tiles()))
 
 
@@ -90,31 +96,62 @@ def test_the_oldest_map_of_the_same_branch_makes_room_and_else_the_oldest_of_all
     assert len({room for room, _ in (state.room_for(b, *s, False) for b, s in state.owners())}) == MAP_SLOTS
 
 
+@contextmanager
+def failing(allocation: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory runs out in the allocation of this number, if there are so many."""
+    count = itertools.count()
+
+    def limited(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, **kwargs: object) -> Tensor:
+            if next(count) == allocation:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make(*args, **kwargs)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        for name in ("empty", "zeros", "ones", "full", "tensor", "where"):
+            patch.setattr(torch, name, limited(getattr(torch, name)))
+        yield
+
+
+def memory_of(state: SkipState) -> list[tuple[str, Tensor]]:
+    return [(name, buffer.clone()) for name, buffer in state.named_buffers()]
+
+
+@pytest.mark.parametrize("allocation", range(30))
 @pytest.mark.parametrize("taken", [0, 1, MAP_SLOTS])
-def test_room_that_cannot_be_allocated_changes_nothing(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = SkipState(SkipPolicy())
+@pytest.mark.parametrize("device_before", ["cpu", "meta"])
+def test_room_that_cannot_be_allocated_changes_nothing(
+    taken: int, device_before: str, allocation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SkipState(SkipPolicy(threshold=(-1.0, -2.0), dense_steps=2))
     for branch in range(taken):
-        one_pass(state, branch % 6, branch)
-    before = state.owners(), state.layout_version, [state.keep_map(branch, "test") for branch in range(taken)]
-
-    def full(*_: object, **__: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(torch.OutOfMemoryError):
+        shape = shape_of(device=device_before)
+        recalled = state.first_pass(shape)
+        state.remember(recalled, (branch, shape), recalled.keep & dropping(branch % 6, shape), None, None)
+    before = state.owners(), state.layout_version, memory_of(state)
+    try:
+        with failing(allocation, monkeypatch):
+            one_pass(state, 0, 0, shape_of(900))
+    except torch.OutOfMemoryError:
+        assert (state.owners(), state.layout_version) == before[:2]
+        for (name, buffer), (_, old) in zip(memory_of(state), before[2], strict=True):
+            assert buffer.device == old.device, name
+            assert buffer.is_meta or torch.equal(buffer, old), name
         one_pass(state, 0, 0, shape_of(900))
-    monkeypatch.undo()
-    assert (state.owners(), state.layout_version) == before[:2]
-    for branch, keep in enumerate(before[2]):
-        assert torch.equal(state.keep_map(branch, "test"), keep)
-    assert [one_pass(state, 1, 0, shape_of(900)) for _ in range(2)] == [[], [1]]
+    else:
+        assert allocation > 1
+    assert [one_pass(state, drop, 0, shape_of(900)) for drop in (1, 2)] == [[], [1]]
+    assert state.threshold.tolist() == [-1.0, -2.0]
 
 
 def test_a_pass_on_another_device_starts_over_there() -> None:
     state = SkipState(SkipPolicy(threshold=(-1.0, -2.0)))
     one_pass(state, 0)
     elsewhere = shape_of(device="meta")
-    state.remember(state.recall(state.room_for(0, *elsewhere, False), 0, None), 0, dropping(0, elsewhere), None)
+    recalled = state.first_pass(elsewhere)
+    state.remember(recalled, (0, elsewhere), recalled.keep, None, None)
     assert {buffer.device.type for buffer in state.buffers()} == {"meta"}
     assert one_pass(state, 0) == []
     assert state.threshold.tolist() == [-1.0, -2.0]
@@ -195,6 +232,58 @@ def test_a_map_that_was_set_is_used_whatever_the_count() -> None:
     state.set_keep_map(keep, 0, "test")
     assert dropped(state.keep_map(0, "test")) == [4]
     assert [one_pass(state, 1), one_pass(state, 1)] == [[4], [1, 4]]
+
+
+# Generations
+
+
+def test_a_pass_of_another_generation_starts_full_and_each_branch_has_its_own() -> None:
+    state = SkipState(SkipPolicy())
+    assert [one_pass(state, drop, generation=7) for drop in (3, 1)] == [[], [3]]
+    assert one_pass(state, 2, branch=1, generation=7) == []
+    assert [one_pass(state, drop, generation=8) for drop in (4, 5)] == [[], [4]]
+    assert one_pass(state, 0, branch=1, generation=7) == [2]
+    assert one_pass(state, 0, generation=7) == [], "no way back to a generation that was left"
+
+
+def test_passes_that_nobody_numbers_go_on_from_one_to_the_next() -> None:
+    state = SkipState(SkipPolicy())
+    assert [one_pass(state, drop, generation=number) for drop, number in ((3, 7), (1, None), (2, 7))] == [
+        [], [3], [1, 3],
+    ]  # fmt: skip
+
+
+def test_dense_passes_are_counted_from_the_start_of_a_generation() -> None:
+    state = SkipState(SkipPolicy(dense_steps=2))
+    for generation in (7, 8):
+        assert [one_pass(state, drop, generation=generation) for drop in range(4)] == [[], [], [1], [1, 2]]
+
+
+@pytest.mark.parametrize("given", ["start_full", "generation", "both"])
+def test_a_dense_pass_that_begins_a_generation_ends_the_map_of_its_branch(given: str) -> None:
+    state, other = SkipState(SkipPolicy()), SkipState(SkipPolicy())
+    for each in (state, other):
+        for branch in (0, 1):
+            one_pass(each, 3, branch, generation=7)
+
+    def note(begins: bool) -> None:
+        start_full = None if given == "generation" else torch.tensor(begins)
+        generation = None if given == "start_full" else torch.tensor(8 if begins else 7)
+        state.note_dense_pass(0, torch.device("cpu"), start_full, generation)
+
+    note(begins=False)
+    assert dropped(state.keep_map(0, "test")) == [3]
+    note(begins=True)
+    assert state.keep_map(0, "test").all()
+    assert one_pass(state, 1) == []
+    assert one_pass(state, 1, branch=1) == [3]
+
+
+def test_a_dense_pass_on_another_device_ends_the_map_without_asking_it() -> None:
+    state = SkipState(SkipPolicy())
+    one_pass(state, 3)
+    state.note_dense_pass(0, torch.device("meta"), torch.zeros((), dtype=torch.bool, device="meta"), None)
+    assert one_pass(state, 1) == []
 
 
 # Room for sisters
@@ -292,5 +381,8 @@ def test_threads_may_make_room_in_one_state_at_the_same_time() -> None:
 def test_stamps_are_the_same_in_every_process() -> None:
     """An exported program finds the map that another process saved in it."""
     state = SkipState(SkipPolicy())
-    stamps = [state.room_for(branch, *shape_of(), False)[1] for branch in range(2)]
+    stamps = []
+    for branch in range(2):
+        one_pass(state, 0, branch)
+        stamps.append(int(state.live[branch]))
     assert stamps == [5146744426198026097, 3195467625201304139]

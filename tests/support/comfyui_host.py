@@ -144,10 +144,14 @@ class ModelPatcher:
         ) -> Tensor:
             return self.diffusion_model(x, c_crossattn, transformer_options.copy())
 
-        for wrappers in self.wrappers.get("apply_model", {}).values():
+        return self.wrapped("apply_model", run)(x, t, None, c_crossattn, None, transformer_options)
+
+    def wrapped(self, kind: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run`` inside the wrappers that were added for it."""
+        for wrappers in self.wrappers.get(kind, {}).values():
             for wrapper in wrappers:
                 run = functools.partial(wrapper, run)
-        return run(x, t, None, c_crossattn, None, transformer_options)
+        return run
 
 
 @dataclass
@@ -188,8 +192,13 @@ def calc_cond_batch(
         transformer_options["uuids"] = [condition.uuid for _, condition in chunk]
         transformer_options["sigmas"] = sigma
         context = torch.cat([condition.context for _, condition in chunk]).to(x)
-        out = model.apply_model(
-            torch.cat([x] * len(chunk)), torch.cat([sigma] * len(chunk)), context, transformer_options
+        call = {"input": torch.cat([x] * len(chunk)), "timestep": torch.cat([sigma] * len(chunk))}
+
+        def apply(x: Tensor, t: Tensor, *, context: Tensor = context, options: Any = transformer_options) -> Tensor:
+            return model.apply_model(x, t, context, options)
+
+        out = options.get("model_function_wrapper", lambda apply, call: apply(call["input"], call["timestep"]))(
+            apply, call
         )
         for (index, _), part in zip(chunk, out.chunk(len(chunk)), strict=True):
             results[index].append(part)
@@ -201,23 +210,56 @@ def sample(
     model: ModelPatcher,
     conds: list[list[Condition]],
     sigmas: Tensor,
-    tokens: int = 512,
+    tokens: int | slice = 512,
     batched: Callable[[int], bool] = lambda step: False,
+    *,
+    function: Callable[..., Tensor] | None = None,
+    tells_of_samplings: bool = True,
+    calls: Callable[[int], list[int]] = lambda step: [step],
+    window: Callable[[int], object] | None = None,
 ) -> list[list[Tensor]]:
-    """Call the model at ``sigmas``; for each step, the prediction for each side of ``conds``.
+    """Call the model at ``sigmas``; for each call, the prediction for each side of ``conds``.
 
     The inputs do not depend on the predictions, so that samplings can be compared step by step.
+
+    Args:
+        tokens: of the video; a slice for a part of one of 512.
+        batched: whether a step's conditions share a batch.
+        function: runs ``apply(x, timestep)`` in place of ComfyUI, as nodes that cut the latent into tiles do.
+        tells_of_samplings: older versions have no wrappers around a sampling.
+        calls: for each step the numbers of the sigmas at which the sampler calls the model.
+        window: the context window of a step.
     """
+    run = functools.partial(_sample, model, conds, sigmas, tokens, batched, function, calls, window)
+    return (model.wrapped("outer_sample", run) if tells_of_samplings else run)()
+
+
+def _sample(
+    model: ModelPatcher,
+    conds: list[list[Condition]],
+    sigmas: Tensor,
+    tokens: int | slice,
+    batched: Callable[[int], bool],
+    function: Callable[..., Tensor] | None,
+    calls: Callable[[int], list[int]],
+    window: Callable[[int], object] | None,
+) -> list[list[Tensor]]:
     options = _copy_dicts(model.model_options)
     options["transformer_options"]["sample_sigmas"] = sigmas
+    if function is not None:
+        options["model_function_wrapper"] = function
     weight = next(model.diffusion_model.parameters())
-    video, noise = torch.randn(2, 1, tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(weight)
+    length, part = (512, tokens) if isinstance(tokens, slice) else (tokens, slice(None))
+    both = torch.randn(2, 1, length, WIDTH, generator=torch.Generator().manual_seed(0))
+    video, noise = both[:, :, part].to(weight)
     predictions = []
-    for step, sigma in enumerate(sigmas[:-1]):
-        x = video + 0.1 * step * noise
-        predictions.append(
-            calc_cond_batch(model, conds, x, sigma * torch.ones(1, device=x.device), options, batched(step))
-        )
+    for step in range(len(sigmas) - 1):
+        if window is not None:
+            options["transformer_options"]["context_window"] = window(step)
+        for number, index in enumerate(calls(step)):
+            x = video + 0.1 * (index + 0.1 * number) * noise
+            sigma = sigmas[index] * torch.ones(1, device=x.device)
+            predictions.append(calc_cond_batch(model, conds, x, sigma, options, batched(step)))
     return predictions
 
 

@@ -18,6 +18,8 @@ THRESHOLDS = (-math.inf, -10.0, -3.0, -1.0, -0.3, 0.0, 1.0, math.inf)
 EDGE_LENGTHS = tuple(edge + step for edge in (64, 128, 192, 256, 384, 512, 640) for step in (-1, 0, 1))
 # Nothing, one key, parts of a tile, a tile, several tiles, everything.
 WINDOW_SIZES = (0, 1, 4, 17, 63, 64, 100, 128, 300, UNLIMITED)
+# Not v: what lies in V of keys that are hidden from a row, but not from its tile, may be NaN to it.
+SPOILT = ("q", "k")
 COLUMNS = (1, 31, 32, 33, 511, 513, 1025, 1537, 2049, 4097)  # of scores; the CUDA kernel's registers hold powers of two
 
 
@@ -64,13 +66,15 @@ class Problem:
     thresholds: tuple[float, ...]
     masks: Masks
     scores: Scores
+    spoilt: str | None  # which of the inputs holds a few NaN
 
     def arguments(self) -> list[str]:
         """Names of the arguments, of those that not every call has, that this one has."""
         names = [name for name in ("must_keep", "kv_lens") if getattr(self, name) is not None]
+        spoilt = [f"NaN in {self.spoilt}"] if self.spoilt is not None else []
         if self.operator == "skip_attention":
-            return names
-        return [*({"kv_lens"} & {*names}), *self.masks.drawn()] if self.operator in MASKED else []
+            return [*names, *spoilt]
+        return [*({"kv_lens"} & {*names}), *self.masks.drawn(), *spoilt] if self.operator in MASKED else []
 
 
 def random_length(choose: random.Random, most: int) -> int:
@@ -134,4 +138,5 @@ def random_problem(seed: int, number: int) -> Problem:
         thresholds=tuple(choose.choice(THRESHOLDS) for _ in range(choose.choice((1, case.heads)))),
         masks=random_masks(choose, case.heads),
         scores=random_scores(choose),
+        spoilt=choose.choice(SPOILT) if choose.random() < 0.15 else None,
     )

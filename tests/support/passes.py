@@ -31,3 +31,11 @@ def kept(layer: LiteAttention, branch: int | None = None) -> Tensor:
 
 def dropped_something(keep: Tensor, kv_tiles: int) -> bool:
     return not bool(unpack_keep_map(keep, kv_tiles).all())
+
+
+def video(seed: int, length: int = 1024, head_dim: int = 64) -> Tensor:
+    """``[1, length, 1, head_dim]``: groups of like tokens in an order of the video's own, so that maps of two differ."""
+    random = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(8, head_dim, generator=random)
+    groups = torch.randint(8, (-(-length // 128),), generator=random).repeat_interleave(128)[:length]
+    return (centres[groups] + 0.3 * torch.randn(length, head_dim, generator=random))[None, :, None]

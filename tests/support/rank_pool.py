@@ -25,7 +25,8 @@ GRACE_SECONDS = 3.0
 STACKS_SECONDS = 1.0
 
 
-# What every rank would import in its turn, where this process has it: then its tasks will likely need it too.
+# What every rank would import in its turn, where this process has it: then its tasks will likely need it too. Not where
+# there is a GPU: diffusers asks for it as it is imported, and who is forked after that can no longer use it.
 OFTEN = {"diffusers.models.transformers.transformer_wan", "diffusers.pipelines.pipeline_utils"}
 
 
@@ -39,7 +40,8 @@ class RankPool:
     def __init__(self, world_size: int, device: str, collective_timeout: float = 60.0) -> None:
         # Forked from a process that has imported what takes longest, and done nothing else.
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["torch.distributed", "lite_attention", *(OFTEN & sys.modules.keys())])
+        often = set() if torch.cuda.is_available() else OFTEN & sys.modules.keys()
+        server.set_forkserver_preload(["torch.distributed", "lite_attention", *often])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._stacks = [Path(self._folder.name) / f"stacks-{rank}.txt" for rank in range(world_size)]
         with contextlib.closing(socket.socket()) as probe:

@@ -26,7 +26,8 @@ class Stack(nn.Module):
         self.clock.tick(timestep)
         x = hidden_states
         for layer in self.layers:
-            x = x + layer(2 * x, x, x, must_do_list=self.must_do, start_full=self.clock.start_full)
+            time = {"start_full": self.clock.start_full, "generation": self.clock.generation}
+            x = x + layer(2 * x, x, x, must_do_list=self.must_do, **time)
         return x
 
 

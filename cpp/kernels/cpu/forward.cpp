@@ -260,11 +260,16 @@ class VisitGroup {
     const int64_t query_row = first_row(query_tile) + row;
     const float sum = workspace_.row_sum[query_tile * problem_.tile.tile_m + row];
     const float max = workspace_.row_max[query_tile * problem_.tile.tile_m + row];
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key, or none with a finite score
     Storage* __restrict target =
         static_cast<Storage*>(params_.outputs.out) +
         ((batch_ * problem_.query_len + query_row) * problem_.query_heads + head_) * problem_.head_dim;
-    for (int64_t d = 0; d < problem_.head_dim; ++d) target[d] = Element<dtype>::narrow(values[d] * inverse);
+    if (sum == 0.0f) {
+      // No key, or none with a score above -inf: what weights of 0 have made of V is nothing, even where it is NaN.
+      for (int64_t d = 0; d < problem_.head_dim; ++d) target[d] = Element<dtype>::narrow(0.0f);
+    } else {
+      const float inverse = 1.0f / sum;
+      for (int64_t d = 0; d < problem_.head_dim; ++d) target[d] = Element<dtype>::narrow(values[d] * inverse);
+    }
     params_.outputs.lse[(batch_ * problem_.query_heads + head_) * problem_.query_len + query_row] =
         max * params_.problem.scale + ::logf(sum);
   }

@@ -36,7 +36,7 @@ constexpr int kUnusedBits<__nv_bfloat16> = 16;
 template <>
 constexpr int kUnusedBits<__half> = 13;
 
-// The keys of one lane. Past the last column they are 0: as low as NaN, but with higher indices, so never chosen.
+// The keys of one lane. Past the last column they are 0, lower than any score's: never chosen.
 template <typename Element>
 struct KeysInMemory {
   const Element* scores;

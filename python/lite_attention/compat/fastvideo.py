@@ -13,6 +13,7 @@ from lite_attention.families.sliding_tile import SEQ_SHAPE, TILE, WindowSize
 from lite_attention.maps.blocks import expand_blocks
 from lite_attention.maps.video_tiles import Size, VideoTiles
 from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import equals_any
 
 __all__ = [
     "VSAMetadata",
@@ -166,7 +167,7 @@ def block_sparse_attention(
                 f"{function}: q has {query_len} slots, expected a multiple of the {volume} of a block of k"
             )
         expected = [batch, heads, query_len // volume, block_sizes.numel()]
-        if list(block_map.shape) not in (expected, expected[1:]):
+        if not equals_any(list(block_map.shape), expected, expected[1:]):
             raise ValueError(
                 f"{function}: block_map has shape {list(block_map.shape)}, expected {expected} or {expected[1:]}"
             )

@@ -13,6 +13,7 @@ from lite_attention import ops
 from lite_attention.maps.tiles import UNLIMITED
 from lite_attention.ops import CausalAlignment
 from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import equals_any
 
 __all__ = ["attention", "head_windows"]
 
@@ -82,7 +83,7 @@ def attention(
     windows = _window_table(_NAME, heads, sink_size, recent_size, q.device)
     if full_heads is not None:
         _check_full_heads(_NAME, full_heads)
-        if full_heads.shape[0] not in (heads, kv_heads) or full_heads.device != q.device:
+        if not equals_any(full_heads.shape[0], heads, kv_heads) or full_heads.device != q.device:
             raise ValueError(
                 f"{_NAME}: full_heads has {full_heads.shape[0]} heads on {full_heads.device}, expected "
                 f"{heads}, one a query head, or {kv_heads}, one a KV head, on {q.device}"

@@ -1,23 +1,28 @@
 """LiteAttention in any model that calls ``torch.nn.functional.scaled_dot_product_attention``.
 
-For models without a door of their own. The skip state belongs to the module that makes the call, whatever the order of
-calls is.
+For models without a door of their own. The skip state belongs to the module that makes the call, and to how many it has
+made before in the same call of the model; the order in which modules run says nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+import threading
+from collections import Counter
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
+from lite_attention.integrations._forwards import Forward, put, stand_in, take_away
+from lite_attention.integrations._left_to_torch import why_left_to_torch
+from lite_attention.integrations._routing import route_sdpa
+from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.state import share_room
@@ -29,19 +34,23 @@ class LiteSDPA(nn.Module):
     """Context manager: self-attention calls of chosen modules skip what earlier passes found negligible.
 
     Inside it, a call of ``scaled_dot_product_attention`` made in the forward of a chosen module goes to that module's
-    own :class:`lite_attention.LiteAttention`, if it is video self-attention: as many keys as queries, no mask, not
-    causal, no dropout. Every other call stays torch's. It may be entered and left as often as one likes; the state
-    stays. Guidance branches are chosen with :class:`lite_attention.skip_branch`.
+    own :class:`lite_attention.LiteAttention`, if it is video self-attention that LiteAttention has kernels for. Every
+    other call stays torch's, and :meth:`summary` tells why. A module that makes several such calls in one call of the
+    model, in one forward or since it runs several times, has a map for each: the first, the second and so on of each
+    step. It may be entered and left as often as one likes, and inside others; the state stays. Guidance branches are
+    chosen with :class:`lite_attention.skip_branch`.
 
     Args:
-        model: the model that the modules belong to. It is changed only inside the context.
+        model: what one step calls, and the modules belong to. It is changed only inside the context.
         layers: regular expression that matches the whole name (as in ``model.named_modules()``) of each module to take
-            over. Each may make one such call in a forward.
-        threshold, max_batch_size, policy: as for :class:`lite_attention.LiteAttention`.
+            over.
+        threshold, max_batch_size, policy: as for :class:`lite_attention.LiteAttention`. Larger batches stay torch's.
 
     Raises:
-        ValueError: no module has such a name.
-        RuntimeError: in a forward: a module makes several such calls.
+        TypeError: an argument is not what it should be.
+        ValueError: no module has such a name, or none that is ever called.
+        RuntimeError: in a forward: a module makes more such calls than there are branches. When left: it was not
+            entered.
     """
 
     def __init__(
@@ -55,78 +64,266 @@ class LiteSDPA(nn.Module):
     ) -> None:
         super().__init__()
         policy = SkipPolicy.resolve("LiteSDPA", policy, threshold=threshold)
-        chosen = {name: module for name, module in model.named_modules() if re.fullmatch(layers, name)}
-        if not chosen:
-            raise ValueError(
-                f"LiteSDPA: layers is {layers}, expected to match the name of a module of the {type(model).__name__}"
-            )
-        self._attention = nn.ModuleList(LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in chosen)
+        checked_int("LiteSDPA: max_batch_size", max_batch_size, lowest=1)
+        chosen, around = _find(model, layers)
+        streams = _Streams()
+        self._layers = nn.ModuleList(
+            _Layer(name, LiteAttention(max_batch_size=max_batch_size, policy=policy), streams)
+            for name in chosen.values()
+        )
         share_room(self)  # they are no parts of the model
-        self.layers: dict[str, LiteAttention] = dict(zip(chosen, self._attention, strict=True))  # type: ignore[arg-type]
-        """The attention of each chosen module, by the module's name."""
         # In a tuple, so that the model does not become a part of this module.
-        self._chosen = tuple(chosen.values())
+        self._modules_in = (*chosen, *around)
+        self._stand_ins: list[functools.partial[Any] | None] = [None] * len(self._modules_in)
+        self._streams = streams
+        self._thread = _Thread()
+        # The branches in which calls of the model are running: what compiled blocks see of the threads around them.
+        self._running = [False] * MAX_BRANCHES
         self._depth = 0
-        self._own_forwards: list[Callable[..., Any] | None] = [None] * len(chosen)
-        self._routed_forwards: list[functools.partial[Any] | None] = [None] * len(chosen)
+        self.entered = False
+
+    @property
+    def layers(self) -> dict[str, LiteAttention]:
+        """The attention of each chosen module, by the module's name."""
+        return {layer.name: layer.attention for layer in self._each()}
+
+    def _each(self) -> list[_Layer]:
+        return cast("list[_Layer]", list(self._layers))
 
     def reset(self) -> None:
         """Forget what was dropped. Call it whenever a new video starts."""
-        for layer in self.layers.values():
-            layer.reset_skip_state()
+        for layer in self._each():
+            layer.attention.reset_skip_state()
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`."""
-        for layer in self.layers.values():
-            layer.set_threshold(threshold)
+        for layer in self._each():
+            layer.attention.set_threshold(threshold)
 
-    def skip_fraction(self) -> Tensor:
-        """Share of tiles that each layer will skip in its next pass: fp32 ``[layers]``, without waiting."""
-        return torch.stack([layer.skip_fraction() for layer in self.layers.values()])
+    def skip_fraction(self, stream: int = 0) -> Tensor:
+        """Share of tiles that each layer will skip in its next pass: fp32 ``[layers]``, without waiting.
+
+        ``stream``: of the how-many-th call, from 0, that a layer makes in one call of the model.
+        """
+        branch = self.branch_of(stream)
+        return torch.stack([layer.attention.skip_fraction(branch) for layer in self._each()])
+
+    def branch_of(self, stream: int, branch: int | None = None) -> int:
+        """Under which branch a layer's :class:`lite_attention.LiteAttention` keeps the map of a stream.
+
+        Args:
+            stream: the how-many-th call, from 0, of a layer in one call of the model.
+            branch: the guidance branch; None for the one of :class:`lite_attention.skip_branch`, or 0.
+
+        Raises:
+            TypeError, ValueError: ``stream`` or ``branch`` is no such number.
+            RuntimeError: there was no such call.
+        """
+        stream, branch = checked_int("LiteSDPA: stream", stream, lowest=0), resolved_branch(branch, "LiteSDPA")
+        if stream > 0 and (stream, branch) not in self._streams.numbers:
+            raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
+        return self._streams.numbers.get((stream, branch), branch)
+
+    @property
+    def left_to_torch(self) -> dict[str, dict[str, int]]:
+        """For each chosen module by name, how many of its calls stayed torch's, by the reason.
+
+        Compiled code counts what it was compiled for once, for the first of the layers that it serves.
+        """
+        return {layer.name: dict(layer.left_to_torch) for layer in self._each()}
+
+    def summary(self) -> str:
+        """For people, a line a layer: what it skips, in each stream, and what of it stayed torch's. Waits."""
+        return "\n".join(f"{layer.name or 'the model itself'}: {layer.summary()}" for layer in self._each())
 
     def __enter__(self) -> LiteSDPA:
         self._depth += 1
         if self._depth == 1:
-            for index, module in enumerate(self._chosen):
-                self._own_forwards[index] = vars(module).get("forward")
-                vars(module)["forward"] = self._routed(index, module)
+            for index, module in enumerate(self._modules_in):
+                put(module, self._stand_in(index, module))
+            self.entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._depth == 0:
+            raise RuntimeError("LiteSDPA: left where it was not entered, expected it to be left as often as entered")
         self._depth -= 1
         if self._depth == 0:
-            for module, forward in zip(self._chosen, self._own_forwards, strict=True):
-                if forward is None:
-                    del vars(module)["forward"]
-                else:
-                    vars(module)["forward"] = forward
+            self.entered = False
+            for module, routed in zip(self._modules_in, self._stand_ins, strict=True):
+                assert routed is not None
+                take_away(module, routed, f"LiteSDPA: {type(module).__name__}")
 
-    def _routed(self, index: int, module: nn.Module) -> functools.partial[Any]:
+    def _stand_in(self, index: int, module: nn.Module) -> functools.partial[Any]:
         """The function that takes the place of the module's forward: the same at every entry, for torch.compile."""
-        routed = self._routed_forwards[index]
-        if routed is None or routed.args[0] != module.forward:
-            attention: Any = self._attention[index]
-            routed = functools.partial(_routed_forward, module.forward, self, attention)
-            functools.update_wrapper(routed, module.forward)
-            self._routed_forwards[index] = routed
+        routed = self._stand_ins[index]
+        if routed is None or (routed is not vars(module).get("forward") and routed.args[0] != module.forward):
+            layer = [self._layers[index]] if index < len(self._layers) else []
+            routed = stand_in(_routed_forward if layer else _forward_around, module, self, *layer)
+            self._stand_ins[index] = routed
         return routed
 
+    def _mark_thread(self, runs: bool) -> None:
+        if not torch.compiler.is_compiling():
+            self._thread.runs = runs
 
-def _routed_forward(
-    forward: Callable[..., Any], owner: LiteSDPA, attention: LiteAttention, *args: Any, **kwargs: Any
-) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is pickled, is in no model yet."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"_depth": 0, "entered": False, "_stand_ins": [None] * len(self._modules_in)}
+
+
+def _find(model: nn.Module, layers: str) -> tuple[dict[nn.Module, str], list[nn.Module]]:
+    """The chosen modules with their names, and the modules around them: whose call is a call of several of them."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"LiteSDPA: model has type {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(layers, str):
+        raise TypeError(f"LiteSDPA: layers has type {type(layers).__name__}, expected a regular expression")
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(f"LiteSDPA: layers is {layers!r}, expected a regular expression: {error}") from None
+    # Under all its names, as any of them may be the one that is meant.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
+    if not named:
+        raise ValueError(
+            f"LiteSDPA: layers is {layers}, expected to match the name of a module of the {type(model).__name__}"
+        )
+    chosen: dict[nn.Module, str] = {}
+    for name, module in named.items():
+        if _is_called(module):
+            chosen.setdefault(module, name)
+    if not chosen:
+        name, module = next(iter(named.items()))
+        raise ValueError(
+            f"LiteSDPA: layers is {layers}, which matches {name}, a {type(module).__name__} that is never called, "
+            "expected modules whose forward makes the call"
+        )
+    around: dict[nn.Module, None] = {}
+    for name, module in modules.items():
+        if module in chosen:
+            parts = name.split(".") if name else []
+            for depth in range(len(parts)):
+                outer = modules[".".join(parts[:depth])]
+                if outer not in chosen and _is_called(outer):
+                    around[outer] = None
+    return chosen, list(around)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it has a forward, which lists of modules have not."""
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
+
+
+class _Thread(threading.local):
+    """Whether this thread is inside a call of the model."""
+
+    runs = False
+
+    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
+        return _Thread, ()
+
+
+# Numbers are given rarely: one lock will do, and none is copied with a door.
+_numbering = threading.Lock()
+
+
+class _Streams:
+    """Where the maps of the layers of one door lie: a number, which is a branch to a layer, for each (stream, branch).
+
+    One table for all layers, so that one compiled code fits them all. What it says of a pair never changes.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[int, int], int] = {}
+
+    def number(self, stream: int, branch: int) -> int | None:
+        """A branch's first stream has the branch's own number, if it is free; others the highest that is, or None."""
+        pair = (stream, branch)
+        with _numbering:
+            if pair not in self.numbers:
+                free = [number for number in range(MAX_BRANCHES) if number not in self.numbers.values()]
+                if not free:
+                    return None
+                self.numbers[pair] = branch if stream == 0 and branch in free else free[-1]
+            return self.numbers[pair]
+
+
+class _Layer(nn.Module):
+    """What belongs to one chosen module."""
+
+    def __init__(self, name: str, attention: LiteAttention, streams: _Streams) -> None:
+        super().__init__()
+        self.name = name
+        self.attention = attention
+        self.streams = streams
+        # For each branch, the calls made so far in a call of the model that runs in it: one None each, as torch.compile
+        # makes a symbol of an int that changes, and a constant of the length of a tuple.
+        self.calls: list[tuple[None, ...]] = [()] * MAX_BRANCHES
+        self.left_to_torch: Counter[str] = Counter()
+
+    @torch.compiler.assume_constant_result
+    def note(self, reason: str) -> None:
+        """Count a call that stays torch's. Where it is traced, the trace counts."""
+        self.left_to_torch[reason] += 1
+
+    @torch.compiler.assume_constant_result
+    def branch_of(self, stream: int, branch: int) -> int:
+        """Where the map of this call lies among the branches of the layer's attention."""
+        number = self.streams.number(stream, branch)
+        if number is None:
+            raise RuntimeError(
+                f"LiteSDPA: {self.name or 'the model itself'} makes self-attention call {stream} of one call of the "
+                f"model in branch {branch}, and all {MAX_BRANCHES} maps that a layer has are taken, expected no more "
+                "pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, "
+                "give it the part that one step calls"
+            )
+        return number
+
+    def summary(self) -> str:
+        maps = [
+            f"call {stream} of a step in branch {branch} skips {float(self.attention.skip_fraction(number)):.0%}"
+            for (stream, branch), number in sorted(self.streams.numbers.items())
+            if number in self.attention.used_branches()
+        ]
+        left = [f"{count} x {reason}" for reason, count in self.left_to_torch.items()]
+        taken = ", ".join(maps) or "nothing taken over"
+        return f"{taken}; left to torch: {', '.join(left)}" if left else taken
+
+
+def _forward_around(below: Forward, door: LiteSDPA, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module around chosen ones. The outermost call is a step: in it, calls are counted from 0."""
+    # A trace knows no thread. Of calls of whole compiled models it is right all the same: they are never seen running.
+    inside = True in door._running if torch.compiler.is_compiling() else door._thread.runs
+    if inside or not door.entered:
+        return below(*args, **kwargs)
+    branch = resolved_branch(None, "LiteSDPA")
+    for layer in door._each():
+        for index, others_run in enumerate(door._running):
+            if index == branch or not others_run:
+                layer.calls[index] = ()
+    door._running[branch] = True
+    door._mark_thread(True)
+    try:
+        return below(*args, **kwargs)
+    finally:
+        door._running[branch] = False
+        door._mark_thread(False)
+
+
+def _routed_forward(below: Forward, door: LiteSDPA, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
     """The forward of a chosen module."""
-    calls: list[LiteAttention] = []
-    with route_sdpa(functools.partial(_attend, owner, attention, calls)):
-        return forward(*args, **kwargs)
+    if not door.entered:
+        return below(*args, **kwargs)
+    with route_sdpa(functools.partial(_attend, layer)):
+        return _forward_around(below, door, *args, **kwargs)
 
 
 def _attend(
-    owner: LiteSDPA,
-    attention: LiteAttention,
-    calls: list[LiteAttention],
+    layer: _Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,17 +334,18 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Handler of one call; tensors ``[B, H, S, D]``."""
-    takes_over = attn_mask is None and query.dim() == 4 and reason_to_refuse(query, key, dropout_p, is_causal) is None
-    if not takes_over:
+    attention = layer.attention
+    reason = why_left_to_torch(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention.max_batch_size
+    )
+    if reason is not None:
+        layer.note(reason)
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    calls.append(attention)
-    if len(calls) > 1:
-        name = next(name for name, layer in owner.layers.items() if layer is attention)
-        raise RuntimeError(
-            f"LiteSDPA: {name or 'the model itself'} makes several self-attention calls in one forward, expected one, "
-            "to which its skip state belongs. Name its submodules in layers"
-        )
-    out: Tensor = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
+    branch = resolved_branch(None, "LiteSDPA")
+    calls = layer.calls[branch]
+    place = layer.branch_of(len(calls), branch)
+    layer.calls[branch] = (*calls, None)
+    out: Tensor = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, branch=place)
     return out.transpose(1, 2)

@@ -7,6 +7,7 @@ The cache is transformers' own and keeps every key.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers.masking_utils import causal_mask_function
 from lite_attention.families.duo.weights import HEAD_ORDER, HEAD_WINDOWS, HeadTable, attention_layers, head_table
 from lite_attention.families.streaming import head_windows
 from lite_attention.ops import attention
+from lite_attention.ops.checks import equals_any
+from lite_attention.ops.modes import ordinary_tensors
 
 __all__ = ["DuoAttentionHandle", "enable_duo_attention"]
 
@@ -41,17 +44,18 @@ _NOT_SUPPORTED = (
 class DuoAttentionHandle:
     """What :func:`enable_duo_attention` returns, to go back."""
 
-    def __init__(self, model: PreTrainedModel, implementation: str) -> None:
+    def __init__(self, model: PreTrainedModel, implementation: str, layers: Iterable[nn.Module]) -> None:
         self._model: PreTrainedModel | None = model
         self._implementation = implementation
+        self._layers = list(layers)
 
     def disable(self) -> None:
         """Give the model its own attention back. The handle is of no use afterwards."""
         if self._model is None:
             return
         _switch(self._model, self._implementation)
-        for layer in attention_layers("disable", self._model).values():
-            delattr(layer, HEAD_WINDOWS)
+        for layer in self._layers:
+            vars(layer).pop(HEAD_WINDOWS, None)
         self._model = None
 
 
@@ -65,7 +69,8 @@ def enable_duo_attention(
             whose attention goes through transformers' ``AttentionInterface`` (Llama, Mistral, Qwen2, Qwen3, ...). May
             be compiled.
         full_attention_heads: ``[layers, KV heads]``, 1 or True for KV heads whose query heads see every token up to
-            their own, 0 or False for those that stream; of the heads as they are in the model now.
+            their own, 0 or False for those that stream; of the heads as they are in the model now. Layers that are one
+            module have one row.
         sink_size: first tokens that streaming heads see.
         recent_size: last tokens that they see, the row's own included; at least 1.
 
@@ -83,8 +88,15 @@ def enable_duo_attention(
     layers = attention_layers("enable_duo_attention", model)
     config = model.config.get_text_config()
     table = head_table("enable_duo_attention", full_attention_heads, len(layers), config.num_key_value_heads)
-    windows = {}
+    windows: dict[nn.Module, Tensor] = {}
+    rows: dict[nn.Module, tuple[str, Tensor]] = {}
     for (name, layer), row in zip(layers.items(), table, strict=True):
+        first, its_row = rows.setdefault(layer, (name, row))
+        if not torch.equal(row, its_row):
+            raise ValueError(
+                f"enable_duo_attention: full_attention_heads of {name} is {row.int().tolist()}, expected "
+                f"{its_row.int().tolist()} as for {first}: they are one module"
+            )
         if hasattr(layer, HEAD_WINDOWS):
             raise ValueError(f"enable_duo_attention: {name} has DuoAttention already, expected none: disable it first")
         if hasattr(layer, HEAD_ORDER) and not torch.equal(row, row.sort(descending=True).values):
@@ -93,14 +105,30 @@ def enable_duo_attention(
                 "first: duo.reorder_weights has moved them there"
             )
         full_heads = row.repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
-        windows[layer] = head_windows(full_heads.to(next(layer.parameters()).device), sink_size, recent_size)
+        with ordinary_tensors():
+            windows[layer] = head_windows(full_heads, sink_size, recent_size).to(_home(layer))
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _visible)
-    handle = DuoAttentionHandle(model, model.config._attn_implementation)
+    handle = DuoAttentionHandle(model, model.config._attn_implementation, windows)
     _switch(model, IMPLEMENTATION)
     for layer, layer_windows in windows.items():
-        layer.register_buffer(HEAD_WINDOWS, layer_windows, persistent=False)
+        setattr(layer, HEAD_WINDOWS, layer_windows)
     return handle
+
+
+def _home(layer: nn.Module) -> torch.device:
+    """Where the layer's table is made. Weights that are offloaded tell nothing: :func:`_windows` moves it then."""
+    return next((weight.device for weight in layer.parameters() if not weight.is_meta), torch.device("cpu"))
+
+
+def _windows(layer: nn.Module, device: torch.device) -> Tensor:
+    """The layer's table where its queries are. It moves once, with the first call after the model has moved."""
+    windows: Tensor = getattr(layer, HEAD_WINDOWS)
+    if windows.device != device:
+        with ordinary_tensors():
+            windows = windows.to(device)
+        setattr(layer, HEAD_WINDOWS, windows)
+    return windows
 
 
 def _switch(model: PreTrainedModel, implementation: str) -> None:
@@ -138,7 +166,7 @@ def _attend(
         kv_lens=kv_lens,
         scale=scaling,
         causal="bottom-right",
-        head_windows=module.get_buffer(HEAD_WINDOWS),
+        head_windows=_windows(module, query.device),
     )
     if orders is not None:
         out = torch.empty_like(out).scatter_(1, orders[0].transpose(1, 2).expand_as(out), out)
@@ -220,7 +248,7 @@ def _read_visible(visible: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, 
     if (
         not isinstance(visible, Tensor)
         or visible.dtype != torch.int64
-        or visible.shape not in ((batch, 1, 1, 1), (batch, 1, 1, 1 + queries + keys))
+        or not equals_any(visible.shape, (batch, 1, 1, 1), (batch, 1, 1, 1 + queries + keys))
     ):
         raise ValueError(
             "DuoAttention: attention_mask is a mask of its own over queries and keys, expected none or a mask "

@@ -9,7 +9,8 @@ by chunk without saying which chunk it is; it is refused.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,8 @@ __all__ = ["LAYER_KEY", "XDiTAttention", "YunchangAttention", "register_lite_att
 
 LAYER_KEY = "lite_attention"
 """Where xDiT's ``attention_kwargs`` hold the :class:`lite_attention.LiteAttention` of the layer that calls."""
+
+_logger = logging.getLogger("lite_attention")
 
 # What other callers put into attention_kwargs and LiteAttention cannot do.
 _MASKS = ("attn_mask", "indices_k")
@@ -52,7 +55,8 @@ def register_lite_attention(backend: Any) -> Callable[[], None]:
         backend: member of ``xfuser.core.distributed.attention_backend.AttentionBackendType``.
 
     Returns:
-        A function that registers what was there before.
+        A function that registers what was there before. What someone else has registered since stays, and a warning
+        says so; LiteAttention runs no more either way.
 
     Raises:
         ImportError: xfuser is not installed.
@@ -62,16 +66,25 @@ def register_lite_attention(backend: Any) -> Callable[[], None]:
     registry: dict[Any, XDiTAttention] = importlib.import_module(
         "xfuser.core.distributed.attention_backend"
     ).ATTENTION_FUNCTION_REGISTRY
-    if backend not in registry:
+    if not isinstance(backend, Hashable) or backend not in registry:
         raise KeyError(f"register_lite_attention: backend is {backend!r}, expected one that xfuser has a function for")
     original = registry[backend]
     if isinstance(original, _RoutedAttention):
         raise RuntimeError(f"register_lite_attention: LiteAttention is registered for {backend!r} already")
     ring_degree = importlib.import_module("xfuser.core.distributed").get_ring_parallel_world_size
-    registry[backend] = _RoutedAttention(original, ring_degree)
+    routed = registry[backend] = _RoutedAttention(original, ring_degree)
 
     def restore() -> None:
-        registry[backend] = original
+        if registry.get(backend) is routed:
+            registry[backend] = original
+        elif routed.serves:
+            _logger.warning(
+                "register_lite_attention: %r was registered for %r since, and stays; if it calls LiteAttention's "
+                "function, that one calls what was there before",
+                registry.get(backend),
+                backend,
+            )
+        routed.serves = False
 
     return restore
 
@@ -82,6 +95,7 @@ class _RoutedAttention:
     def __init__(self, dense: XDiTAttention, ring_degree: Callable[[], int]) -> None:
         self.dense = dense
         self.ring_degree = ring_degree
+        self.serves = True  # until what was there before is restored
 
     def __call__(
         self,
@@ -93,8 +107,8 @@ class _RoutedAttention:
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         extras = attention_kwargs or {}
-        layer = extras.get(LAYER_KEY)
-        if layer is None:
+        layer = extras.get(LAYER_KEY) if isinstance(extras, Mapping) else None
+        if layer is None or not self.serves:
             return self.dense(query, key, value, dropout_p, is_causal, attention_kwargs)
         name = f"attention_kwargs[{LAYER_KEY!r}]"
         _check_layer(layer, name)
@@ -157,7 +171,12 @@ class YunchangAttention(nn.Module):
         group = importlib.import_module("yunchang.globals").PROCESS_GROUP.RING_PG
         _check_ring(1 if group is None else torch.distributed.get_world_size(group), "YunchangAttention")
         _check_call("YunchangAttention", dropout_p, causal, key.shape[1], query.shape[1])
-        if tuple(window_size) != (-1, -1) or softcap != 0.0 or alibi_slopes is not None:
+        if (
+            not isinstance(window_size, (tuple, list))
+            or tuple(window_size) != (-1, -1)
+            or softcap != 0.0
+            or alibi_slopes is not None
+        ):
             raise ValueError(
                 f"YunchangAttention: window_size is {window_size}, softcap {softcap}, alibi_slopes "
                 f"{'None' if alibi_slopes is None else 'given'}, expected (-1, -1), 0.0 and None"

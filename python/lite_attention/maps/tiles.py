@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.ops import backends
+from lite_attention.ops.checks import equals_any
 from lite_attention.ops.load import host
 
 
@@ -74,7 +75,7 @@ def resolve_tile_n(head_dim: int, tile_n: int | None) -> int:
     default = _look_up(head_dim, SUPPORTED_DTYPES[0]).tile_n
     if tile_n is None:
         return default
-    if tile_n not in (default, FINE_TILE_N):
+    if not equals_any(tile_n, default, FINE_TILE_N):
         grains = " or ".join(map(str, sorted({default, FINE_TILE_N}, reverse=True)))
         raise ValueError(f"tile_n is {tile_n}, expected {grains} for head_dim {head_dim}")
     return tile_n

@@ -74,7 +74,8 @@ def attention(
 
     Returns:
         out ``[B, Sq, Hq, D]`` of q's dtype, contiguous, and lse, fp32 ``[B, Hq, Sq]``, the natural log of the softmax
-        denominator. A row that sees no key gives out 0 and lse -inf.
+        denominator. A row that sees no key gives out 0 and lse -inf. NaN or infinity in v reaches no further than to
+        the rows whose query tile computes its KV tile; keys that do not exist may hold anything.
 
     Raises:
         RuntimeError, TypeError: an argument does not fit; the text names it.

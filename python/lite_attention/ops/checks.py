@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-__all__ = ["checked_int"]
+__all__ = ["checked_int", "equals_any", "settled"]
 
 
 def checked_int(what: str, value: int, lowest: int | None = None, highest: int | None = None) -> int:
@@ -27,3 +29,21 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
         expected = f"at most {highest}" if lowest is None else f"{lowest} to {highest}"
         raise ValueError(f"{what} is {value}, expected {expected}")
     return value
+
+
+def equals_any(value: Any, *choices: Any) -> bool:
+    """Whether ``value`` is equal to one of ``choices``, sizes and shapes that are traced as symbols among them.
+
+    ``in`` compares a size of 1 and a symbol that is 1 by identity while torch.compile traces, and says no.
+    """
+    return any(value == choice for choice in choices)
+
+
+def settled(condition: bool) -> bool:
+    """The condition as a plain bool, also where it compares sizes that are traced as symbols.
+
+    For arguments of torch's functions, which take no symbolic bool; the trace is then guarded on the answer.
+    """
+    if condition:  # noqa: SIM103 - bool() of a symbolic condition stays symbolic
+        return True
+    return False

@@ -78,12 +78,19 @@ def _load_operators(host: ModuleType, file_name: str) -> None:
                 "the file is missing or truncated",
             ],
         ) from error
-    _check_interface(f"operator library {file_name}", _interface_of(path))
+    _check_interface(f"operator library {file_name}", _told_by(path, "lite_attention_operator_interface"))
+    kernels = _told_by(path, "lite_attention_kernel_hash")
+    if kernels != host.KERNEL_HASH:
+        raise _import_failure(
+            f"its operator library {file_name} was built from the kernels {kernels}, expected {host.KERNEL_HASH}, "
+            "those that lite_attention._host tells",
+            ["compiled files of two builds lie beside one another"],
+        )
 
 
-def _interface_of(library: Path) -> str | None:
+def _told_by(library: Path, symbol: str) -> str | None:
     try:
-        tell = ctypes.CDLL(str(library)).lite_attention_operator_interface
+        tell = getattr(ctypes.CDLL(str(library)), symbol)
     except AttributeError:  # from before libraries told it
         return None
     tell.restype = ctypes.c_char_p

@@ -52,8 +52,9 @@ def skip_attention(
         q, k, v, kv_lens, scale: as for :func:`attention`.
         keep: keep map, int32 ``[B, Hq, query_tiles, words]``; it is not written.
         threshold: in powers of two. A tile stays in the map if it raises the best score of any of its rows by more
-            than this: -inf keeps everything, 0 keeps what raises a row's maximum. A float, or an fp32 tensor on q's
-            device, 0-d or one value per query head. Under torch.compile prefer a tensor: every new float recompiles.
+            than this: -inf keeps everything, 0 keeps what raises a row's maximum. NaN never drops: from a
+            score of NaN on, a row keeps what it visits. A float, or an fp32 tensor on q's device, 0-d or one value per
+            query head. Under torch.compile prefer a tensor: every new float recompiles.
         must_keep: keep map of tiles that are computed and stay kept whatever ``keep`` says; its first three sizes may
             each be 1.
 

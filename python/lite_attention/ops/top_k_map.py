@@ -28,7 +28,7 @@ def top_k_map(scores: Tensor, count: int) -> Tensor:
 
     Args:
         scores: ``[..., n]``, fp32, bf16 or fp16: one score for each KV tile, say. Of equal scores the one of lowest
-            index ranks first; NaN ranks below everything, 0 and -0 are equal.
+            index ranks first; NaN ranks above everything, 0 and -0 are equal.
         count: bits to set in each row, at least 1; all n where n is smaller.
 
     Returns:

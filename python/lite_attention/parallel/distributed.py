@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
 from lite_attention.ops.checks import checked_int
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.own_state import hold
 from lite_attention.parallel.collectives import all_gather, all_reduce
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
@@ -58,6 +58,8 @@ class DistributedLiteAttention(nn.Module):
         TypeError, ValueError: an argument is not what it should be.
     """
 
+    head_order: HeadOrder
+
     def __init__(
         self,
         mesh: DeviceMesh,
@@ -82,7 +84,7 @@ class DistributedLiteAttention(nn.Module):
             policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
         )
         self._policy = policy
-        self.head_order = HeadOrder(mesh.device_type)
+        hold(self, "head_order", HeadOrder())
         self._turns = HeadTurns(self.ranks.ulysses, head_chunks)
         self.set_threshold(policy.threshold)
 
@@ -101,6 +103,7 @@ class DistributedLiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One attention pass; a collective call.
@@ -112,7 +115,7 @@ class DistributedLiteAttention(nn.Module):
             seq_len: tokens of the whole sequence; those at and past it pad the last shards. None: no padding.
             must_do_list, must_skip_list, must_do_queries, kv_lens: as for LiteAttention, in tokens of the whole
                 sequence and the same on every rank.
-            scale, return_softmax_lse, branch, start_full: as for LiteAttention.
+            scale, return_softmax_lse, branch, start_full, generation: as for LiteAttention.
             skip_fraction_out: as for LiteAttention; receives the share of the tiles that this rank skips.
 
         Returns:
@@ -139,6 +142,7 @@ class DistributedLiteAttention(nn.Module):
             kv_lens,
             branch,
             start_full,
+            generation,
         )
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else _SkippedShare()
@@ -289,7 +293,6 @@ class DistributedLiteAttention(nn.Module):
         checked_int(f"{_NAME}: split_idx", split, 0, self.ranks.ring.size - 1)
         return [self._state(split, turn) for turn in range(self.head_chunks)]
 
-    @ordinary_tensors()
     def balance_heads(self) -> HeadBalance:
         """Assign heads to ranks so that all have about as many tiles to compute; a collective call between steps.
 
@@ -317,7 +320,7 @@ class DistributedLiteAttention(nn.Module):
             return balance
         units = itertools.chain.from_iterable(better)
         positions = [unit * per_key + member for unit in units for member in range(per_key)]
-        if self.head_order.move(positions, per_key):
+        if self.head_order.move(positions, per_key, kept.device):
             for state in self.states.splits:
                 state.outdate_captured_graphs()  # type: ignore[operator]
         mine = positions[ulysses.rank * local_heads :][:local_heads]
@@ -333,7 +336,7 @@ class DistributedLiteAttention(nn.Module):
     def _agreed_local_heads(self, maps: dict[tuple[int, int], Tensor]) -> int:
         """How many heads each rank has, which all ranks can tell by their maps."""
         local_heads = next(iter(maps.values())).shape[1] if maps else 0
-        facts = torch.tensor([float(len(maps) > 0), float(local_heads)], device=self._device_type)
+        facts = torch.tensor([len(maps) > 0, local_heads], dtype=torch.float32, device=self._device_type)
         ranks_with_maps, heads_of_all = all_reduce(all_reduce(facts, self.ranks.ulysses), self.ranks.ring).tolist()
         if ranks_with_maps != self.ranks.shards:
             raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
@@ -357,7 +360,7 @@ class _SkippedShare:
 
     def of_call(self, query: Tensor, keys: int) -> Tensor:
         """A scalar for one call to write its share to."""
-        fraction = torch.zeros((), device=query.device)
+        fraction = torch.zeros((), dtype=torch.float32, device=query.device)
         _, rows, heads, head_dim = query.shape
         self._calls.append((fraction, heads * math.prod(tile_counts(rows, keys, head_dim, query.dtype))))
         return fraction

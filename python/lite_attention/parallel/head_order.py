@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lite_attention.ops.checks import equals_any
+from lite_attention.ops.modes import real_tensors
+from lite_attention.ops.own_state import OwnState
 from lite_attention.parallel.exchange import select_heads
 
 __all__ = ["HeadOrder"]
 
 
-class HeadOrder(nn.Module):
+class HeadOrder(OwnState):
     """Which head stands at which position, where heads were assigned to ranks by their work; else the model's order.
 
     The first change needs compiled code to be compiled, and graphs to be captured, again; later ones are data.
-
-    Args:
-        device_type: of the tensors.
     """
 
     _head_at: Tensor | None
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._device_type = device_type
-        self.register_buffer("_head_at", None, persistent=False)
         self._heads: tuple[int, ...] | None = None
         self.meant_for: tuple[int, int] | None = None
         """How many heads it orders, and how many of them share a key head; None for any."""
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor | None]:
+        order = None if self._heads is None else torch.tensor(self._heads, dtype=torch.int64, device=device)
+        return {"_head_at": order}
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self._head_at is None else self._head_at.device
 
     @property
     def changed(self) -> bool:
@@ -46,7 +53,7 @@ class HeadOrder(nn.Module):
         Raises:
             ValueError: it is not; the text begins with ``name``.
         """
-        if self.meant_for not in (None, (heads, per_key)):
+        if not equals_any(self.meant_for, None, (heads, per_key)):
             raise ValueError(
                 f"{name}: heads of query, and of those for each key head that is sent, are {(heads, per_key)}, "
                 f"expected {self.meant_for} as when balance_heads() was called"
@@ -54,6 +61,7 @@ class HeadOrder(nn.Module):
 
     def to_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of ``[B, S, heads of each, D]`` at their positions."""
+        self.place(query.device, "DistributedLiteAttention")
         if self._head_at is None:
             return query, key, value
         per_key = query.shape[2] // key.shape[2]
@@ -64,8 +72,11 @@ class HeadOrder(nn.Module):
         """Heads of ``[B, S, H, any]`` from their positions back into the model's order."""
         return x if self._head_at is None else select_heads(x, self._head_at.argsort())
 
-    def move(self, positions: Sequence[int], per_key: int) -> bool:
+    def move(self, positions: Sequence[int], per_key: int, device: torch.device) -> bool:
         """Take to each position what stands at ``positions[position]``; ``per_key`` neighbours share a key head.
+
+        Args:
+            device: of the heads.
 
         Returns:
             Whether this changed more than data, so that graphs captured before are out of date.
@@ -73,18 +84,9 @@ class HeadOrder(nn.Module):
         order = self.heads(len(positions))
         self._heads = tuple(order[position] for position in positions)
         self.meant_for = len(positions), per_key
-        new = torch.tensor(self._heads, device=self._device_type)
-        if self._head_at is not None and not self._head_at.is_inference():
-            self._head_at.copy_(new)
-            return False
-        self._head_at = new
-        return True
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadOrder:
-        """As nn.Module's, but the order survives a move to memory that holds nothing (``to_empty``)."""
-        before = self._head_at
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Captured graphs read it where it is. Where it was moved, so were the states beside it, which outdates them.
-        if self._head_at is not None and self._head_at is not before:
-            self._head_at = torch.tensor(self._heads, device=self._head_at.device)
-        return self
+        if self._head_at is None or self._head_at.device != device:
+            self.start_over(device)
+            return True
+        with real_tensors():
+            self._head_at.copy_(torch.tensor(self._heads, dtype=torch.int64))
+        return False

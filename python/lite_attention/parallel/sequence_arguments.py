@@ -33,6 +33,7 @@ class SequenceArguments(NamedTuple):
     kv_lens: Tensor | None
     branch: int
     start_full: Tensor | None
+    generation: Tensor | None
 
     @classmethod
     def checked(
@@ -48,6 +49,7 @@ class SequenceArguments(NamedTuple):
         kv_lens: Tensor | None,
         branch: int | None,
         start_full: Tensor | None,
+        generation: Tensor | None,
     ) -> SequenceArguments:
         """Everything that one rank could find wrong alone, after others have begun to wait for it.
 
@@ -61,6 +63,7 @@ class SequenceArguments(NamedTuple):
         check_scale(name, scale)
         check_kv_lens(name, kv_lens, query)
         check_scalar(name, "start_full", start_full, torch.bool, query)
+        check_scalar(name, "generation", generation, torch.int64, query)
         return cls(
             seq_len,
             scale,
@@ -70,6 +73,7 @@ class SequenceArguments(NamedTuple):
             kv_lens,
             resolved_branch(branch, name),
             start_full,
+            generation,
         )
 
     def of_split(self, rows: Block, keys: Block) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class SequenceArguments(NamedTuple):
             "kv_lens": None if self.kv_lens is None else (self.kv_lens - keys.start).clamp(0, keys.length),
             "branch": self.branch,
             "start_full": self.start_full,
+            "generation": self.generation,
         }
 
 

@@ -65,6 +65,7 @@ class SeqParallelLiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass over one split of the keys.
@@ -87,6 +88,7 @@ class SeqParallelLiteAttention(nn.Module):
             branch=branch,
             must_do_queries=must_do_queries,
             start_full=start_full,
+            generation=generation,
             skip_fraction_out=skip_fraction_out,
         )
         return result
@@ -112,7 +114,9 @@ class SeqParallelLiteAttention(nn.Module):
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
         """Of all splits together; see :meth:`LiteAttention.skip_fraction`."""
-        skipped, tiles_of_maps = torch.stack([split.skipped_tiles(branch) for split in self._all()]).sum(0)
+        # A split that this rank has not met has no state where the others have theirs.
+        met = [split for split in self._all() if split.state.owners()] or self._all()
+        skipped, tiles_of_maps = torch.stack([split.skipped_tiles(branch) for split in met]).sum(0)
         fraction: Tensor = skipped / tiles_of_maps.clamp(min=1)
         return fraction
 

@@ -95,11 +95,20 @@ def visible_keys(
 
 
 def _masked_softmax(scores: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention from raw scores ``[Sq, Sk]`` with -inf where a key is not used; rows without a key give 0 and -inf."""
+    """Attention from raw scores ``[Sq, Sk]`` with -inf where a key is not used; rows without a key give 0 and -inf.
+
+    A key that is not used is nothing to the row, whatever its value holds: kernels hold to that less strictly.
+    """
     scaled = scores * scale
     lse = torch.logsumexp(scaled, -1)
     weight = torch.exp(scaled - lse.unsqueeze(-1)).masked_fill(lse.unsqueeze(-1) == -math.inf, 0.0)
-    return weight @ value, lse
+    out = weight @ value
+    spoilt = ~value.isfinite().all(-1)
+    if spoilt.any():  # there 0 times what lies in V is NaN
+        out = weight[:, ~spoilt] @ value[~spoilt]
+        used = scores[:, spoilt, None] != -math.inf
+        out = out + torch.where(used, weight[:, spoilt, None] * value[spoilt], 0.0).sum(1)
+    return out, lse
 
 
 def _kv_len(kv_lens: Tensor | None, index: int, default: int) -> int:

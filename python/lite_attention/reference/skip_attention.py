@@ -40,8 +40,8 @@ def skip_attention(
     Returns:
         out and lse as :func:`attention`, and next_keep, a packed map of ``keep``'s shape.
     """
-    next_keep, margins = decisions(q, k, keep, must_keep, kv_lens, threshold, scale, compute_dtype=compute_dtype)
-    visited = pack_keep_map(margins > -math.inf)
+    next_keep, _ = decisions(q, k, keep, must_keep, kv_lens, threshold, scale, compute_dtype=compute_dtype)
+    visited = keep if must_keep is None else keep | must_keep
     out, lse = attention(q, k, v, visited, kv_lens, scale, compute_dtype=compute_dtype)
     return out, lse, next_keep
 
@@ -61,8 +61,9 @@ def decisions(
 
     Returns:
         next_keep, a packed map of ``keep``'s shape, and the margins ``[B, Hq, query_tiles, kv_tiles]`` that were
-        compared with the threshold: the largest ``(m_tile - m_run) * scale * log2(e)`` over a tile's rows, +inf for
-        the first tile visited, -inf for tiles not visited. A kernel that rounds differently may decide differently
+        compared with the threshold: the largest ``(m_tile - m_run) * scale * log2(e)`` over a tile's rows, NaN if it is
+        NaN for one of them, +inf for the first tile visited, -inf for tiles not visited. A kernel that rounds
+        differently may decide differently
         only where the margin is within rounding of the threshold.
     """
     batch, query_len, heads, head_dim = q.shape
@@ -83,14 +84,15 @@ def decisions(
         for h in range(heads):
             scores = q[b, :, h].to(compute_dtype) @ k[b, :, h // group].to(compute_dtype).T
             scores[:, int(lens[b]) :] = -math.inf
-            row_pad, key_pad = query_tiles * tile_m - query_len, kv_tiles * tile_n - kv_len
-            padded = torch.nn.functional.pad(scores, (0, key_pad, 0, row_pad), value=-math.inf)
+            # Rows past the end repeat the last one: they decide nothing of their own. Keys past it count for nothing.
+            rows = torch.arange(query_tiles * tile_m, device=q.device).clamp(max=query_len - 1)
+            padded = torch.nn.functional.pad(scores[rows], (0, kv_tiles * tile_n - kv_len), value=-math.inf)
             tile_max = padded.view(query_tiles, tile_m, kv_tiles, tile_n).amax(-1)
             margins[b, h] = drop_margin(tile_max, visited[b, h], order, scale)
 
     limit = threshold.to(compute_dtype).reshape(-1, 1, 1)
     first = margins == math.inf
-    decided = visited & (must | first | (margins > limit))
+    decided = visited & (must | first | ~(margins <= limit))  # not `>`: NaN never drops
     return pack_keep_map(torch.where(exists, decided, kept)), margins
 
 
@@ -98,21 +100,23 @@ def drop_margin(tile_max: Tensor, visited: Tensor, order: Tensor, scale: float) 
     """By how much, in powers of two, a tile raises the best score that its rows have seen so far.
 
     Args:
-        tile_max: ``[query_tiles, tile_m, kv_tiles]`` maximum of q.k per row and tile; -inf where no key or row exists.
+        tile_max: ``[query_tiles, tile_m, kv_tiles]`` maximum of q.k per row and tile; -inf where no key exists, NaN
+            where one of the scores is NaN.
         visited: bool ``[query_tiles, kv_tiles]``.
         order: int64 ``[query_tiles, kv_tiles]`` from :func:`visit_order`.
         scale: the softmax scale.
 
     Returns:
-        ``[query_tiles, kv_tiles]``: the largest margin over the rows; +inf for the first tile visited, -inf for tiles
-        not visited. The oracle's drop rule is here and nowhere else.
+        ``[query_tiles, kv_tiles]``: the largest margin over the rows, NaN if it is NaN for one of them: a score was, in
+        the tile or in one before, or the difference is one of equal infinities. +inf for the first tile visited, -inf
+        for tiles not visited. The oracle's drop rule is here and nowhere else.
     """
     by_visit = order.unsqueeze(1).expand_as(tile_max)
     seen = tile_max.masked_fill(~visited.unsqueeze(1), -math.inf).gather(-1, by_visit)
     best_before = seen.cummax(-1).values.roll(1, -1)
     best_before[..., 0] = -math.inf
-    raised = seen - best_before
-    # -inf - -inf: a row or key that does not exist raises nothing.
-    raised = raised.masked_fill(seen == -math.inf, -math.inf)
-    margin = (raised * (scale * LOG2_E)).amax(1)
+    margin = ((seen - best_before) * (scale * LOG2_E)).amax(1)
+    visits = visited.gather(-1, order)
+    is_first = visits & (visits.cumsum(-1) == 1)
+    margin = margin.masked_fill(is_first, math.inf).masked_fill(~visits, -math.inf)
     return torch.empty_like(margin).scatter_(-1, order, margin)

@@ -7,7 +7,7 @@ from types import TracebackType
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.context import Scoped
 
-__all__ = ["MAX_BRANCHES", "resolved_branch", "skip_branch"]
+__all__ = ["MAX_BRANCHES", "branch_is_chosen", "resolved_branch", "skip_branch"]
 
 MAX_BRANCHES = 8
 
@@ -39,6 +39,11 @@ class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _branch.leave(self.branch)
+
+
+def branch_is_chosen() -> bool:
+    """Whether a :class:`skip_branch` surrounds the caller."""
+    return _branch.current is not None
 
 
 def resolved_branch(branch: int | None, name: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.own_state import OwnState, held_states
 from lite_attention.skipping.branches import resolved_branch
+from lite_attention.skipping.state import SkipState
 
-__all__ = ["CapturedStep", "SkippingLayer", "capture_step"]
+__all__ = ["CapturedStep", "capture_step"]
 
 Result = TypeVar("Result")
 
@@ -36,16 +38,6 @@ class _Graph(Protocol):
     def pool(self) -> tuple[int, int]: ...
 
 
-@runtime_checkable
-class SkippingLayer(Protocol):
-    """What a captured step knows of the layers in it: state that may be reset, and a layout that may go out of date."""
-
-    @property
-    def layout_version(self) -> int: ...
-
-    def reset_skip_state(self, branch: int | None = None) -> None: ...
-
-
 class CapturedStep(Generic[Result]):
     """A denoising step in a CUDA graph; made by :func:`capture_step`.
 
@@ -59,14 +51,14 @@ class CapturedStep(Generic[Result]):
         graph: _Graph,
         arguments: _StaticArguments,
         outputs: Result,
-        layers: dict[str, SkippingLayer],
+        states: dict[str, OwnState],
         read_by_graph: object,
     ) -> None:
         self._graph = graph
         self._arguments = arguments
         self._read_by_graph = read_by_graph  # held so that its memory is not freed
         self._outputs, self._output_structure = _checked_outputs(outputs)
-        self._layouts = [(name, layer, layer.layout_version) for name, layer in layers.items()]
+        self._layouts = [(name, state, state.layout_version) for name, state in states.items()]
         self._branch = resolved_branch(None, "capture_step")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
@@ -85,10 +77,10 @@ class CapturedStep(Generic[Result]):
                 capture, or another capture is open.
         """
         _refuse_open_capture("CapturedStep")
-        for name, layer, layout_version in self._layouts:
-            if layer.layout_version != layout_version:
+        for name, state, layout_version in self._layouts:
+            if state.layout_version != layout_version:
                 raise RuntimeError(
-                    f"CapturedStep: layer {name} has layout version {layer.layout_version}, expected {layout_version}, "
+                    f"CapturedStep: layer {name} has layout version {state.layout_version}, expected {layout_version}, "
                     "the one captured: its state moved or made room for another shape, skipping was switched on or "
                     "off, or its threshold changed between one number and one per head. Capture the step again"
                 )
@@ -148,8 +140,8 @@ def capture_step(
         raise TypeError(f"capture_step: step has type {type(step).__name__}, expected a module or function")
     checked_int("capture_step: warmup_calls", warmup_calls, lowest=1)
     roots = _named_roots(step, modules)
-    layers = _layers(roots)
-    if not layers:
+    states = _states(roots)
+    if not any(isinstance(state, SkipState) for state in states.values()):
         raise ValueError(
             "capture_step: modules hold no LiteAttention layer, expected the transformers that step runs, with "
             "LiteAttention in them"
@@ -170,7 +162,7 @@ def capture_step(
             outputs = step(*static_args, **static_kwargs)
     _refuse_replaced_buffers(before, _buffers(roots))
     arguments.refuse_writes()
-    return CapturedStep(graph, arguments, outputs, layers, read_by_graph=(step, before, _parameters(roots)))
+    return CapturedStep(graph, arguments, outputs, states, read_by_graph=(step, before, _parameters(roots)))
 
 
 class _StaticArguments:
@@ -295,17 +287,18 @@ def _named_roots(step: Callable[..., Any], modules: nn.Module | Sequence[nn.Modu
     return {f"modules[{index}]": module for index, module in enumerate(modules)}
 
 
-def _layers(roots: dict[str, nn.Module]) -> dict[str, SkippingLayer]:
-    return {
-        name: module
-        for prefix, root in roots.items()
-        for name, module in root.named_modules(prefix=prefix)
-        if isinstance(module, SkippingLayer)
-    }
+def _states(roots: dict[str, nn.Module]) -> dict[str, OwnState]:
+    """What layers and clocks remember, by the names of these."""
+    return {held.owner_name: held.state for prefix, root in roots.items() for held in held_states(root, prefix)}
 
 
 def _buffers(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
-    return {name: buffer for prefix, root in roots.items() for name, buffer in root.named_buffers(prefix)}
+    """Of the modules, and of what they keep to themselves."""
+    found = {name: buffer for prefix, root in roots.items() for name, buffer in root.named_buffers(prefix)}
+    for prefix, root in roots.items():
+        for held in held_states(root, prefix):
+            found.update(held.state.named_buffers(held.name))
+    return found
 
 
 def _parameters(roots: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -7,22 +7,65 @@ same code runs eagerly, compiled, and in a CUDA graph, which sees a new generati
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import itertools
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.checks import checked_int
-from lite_attention.ops.modes import make_buffers_ordinary, ordinary_tensors
+from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
-__all__ = ["GenerationClock"]
+__all__ = ["ClockState", "GenerationClock"]
 
-# Timesteps are compared as integers of this resolution: they come as sigmas from 0 to 1 or as numbers up to a thousand,
-# and integers survive what nn.Module.to does to floating-point buffers.
+# Timesteps are compared as integers of this resolution: they come as sigmas from 0 to 1 or as numbers up to a thousand.
 TICKS_PER_UNIT = 2**20
 NO_STEP = -1
+
+# Each clock counts its generations from a number of its own, so that two clocks never tell a layer the same one.
+GENERATIONS_PER_CLOCK = 2**32
+_clocks = itertools.count(1)
+
+
+class ClockState(OwnState):
+    """What a clock remembers: of the latest call, 0-d, and of each branch, int64 ``[MAX_BRANCHES]``."""
+
+    start_full: Tensor
+    generation: Tensor
+    steps: Tensor
+    generations: Tensor
+    timesteps: Tensor
+    directions: Tensor
+    watched: Tensor
+    mixed: Tensor
+    mixed_calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
+        first = next(_clocks) * GENERATIONS_PER_CLOCK
+
+        def of_branches(value: int) -> Tensor:
+            return torch.full((MAX_BRANCHES,), value, dtype=torch.int64, device=device)
+
+        return {
+            "start_full": torch.ones((), dtype=torch.bool, device=device),
+            "generation": torch.full((), first, dtype=torch.int64, device=device),
+            "steps": of_branches(NO_STEP),
+            "generations": of_branches(first),
+            "timesteps": of_branches(0),
+            "directions": of_branches(0),
+            "watched": of_branches(0),
+            "mixed": of_branches(0),
+            "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.start_full.device
 
 
 class GenerationClock(nn.Module):
@@ -31,7 +74,12 @@ class GenerationClock(nn.Module):
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
     (schedulers of higher order). A timestep against the direction of those before starts a new generation. Where the
     timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
-    :meth:`reset`.
+    :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
+
+    A caller that cannot know whether calls with one timestep follow each other (a scheduler of higher order) or belong
+    to two streams that would share a map (guidance branches that nobody names) says that they are ``watched``. From the
+    first repeated timestep to the end of the generation every call then starts from the full map, which is right for
+    both.
 
     Args:
         dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
@@ -41,51 +89,36 @@ class GenerationClock(nn.Module):
         TypeError, ValueError: ``dense_steps`` is not an int of at least 0.
     """
 
-    start_full: Tensor
-    """Whether layers start from the full map in this call: bool, 0-d, written by :meth:`tick`."""
-
-    _steps: Tensor
-    _timesteps: Tensor
-    _directions: Tensor
-    _dense_steps: Tensor
+    state: ClockState
 
     def __init__(self, dense_steps: int = 0) -> None:
         super().__init__()
-        self._dense_steps_value = checked_int("GenerationClock: dense_steps", dense_steps, lowest=0)
-        for name, buffer in self._fresh_buffers(None).items():
-            self.register_buffer(name, buffer, persistent=False)
+        self._dense_steps = checked_int("GenerationClock: dense_steps", dense_steps, lowest=0)
+        hold(self, "state", ClockState())
 
-    def _fresh_buffers(self, device: torch.device | None) -> dict[str, Tensor]:
-        with ordinary_tensors():
-            zeros = torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
-            return {
-                "start_full": torch.ones((), dtype=torch.bool, device=device),
-                "_steps": torch.full_like(zeros, NO_STEP),
-                "_timesteps": zeros,
-                "_directions": zeros.clone(),
-                "_dense_steps": torch.tensor(self._dense_steps_value, device=device),
-            }
+    @property
+    def start_full(self) -> Tensor:
+        """Whether layers start from the full map in this call: bool, 0-d, written by :meth:`tick`."""
+        return self.state.start_full
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerationClock:
-        """As nn.Module's; a clock that was on the meta device, without values, starts over."""
-        had_values = not self.start_full.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not had_values:
-            for name, buffer in self._fresh_buffers(self.start_full.device).items():
-                setattr(self, name, buffer)
-        return self
+    @property
+    def generation(self) -> Tensor:
+        """Number of this call's generation, for layers to compare: int64, 0-d, written by :meth:`tick`."""
+        return self.state.generation
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        make_buffers_ordinary(self)
+    @property
+    def mixed_calls(self) -> Tensor:
+        """Watched calls so far that repeated the timestep of the call before: int64, 0-d."""
+        return self.state.mixed_calls
 
-    def tick(self, timestep: Tensor, branch: int | None = None) -> None:
-        """Note that a model call begins.
+    def tick(self, timestep: Tensor, branch: int | None = None, watched: bool = False) -> None:
+        """Note that a model call begins. One of FakeTensors is not noted.
 
         Args:
-            timestep: of this call, any shape and numeric dtype, on the clock's device. Of several (one for each batch
-                entry, frame or token) the largest counts. May be a sigma.
+            timestep: of this call, any shape and numeric dtype. Of several (one for each batch entry, frame or token)
+                the largest counts. May be a sigma.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
+            watched: whether the call may be of another stream than the branch's call before.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -95,26 +128,34 @@ class GenerationClock(nn.Module):
             raise TypeError(f"GenerationClock: timestep has type {type(timestep).__name__}, expected a tensor")
         if timestep.numel() == 0:
             raise ValueError(f"GenerationClock: timestep has shape {list(timestep.shape)}, expected at least one entry")
-        if timestep.device != self.start_full.device:
-            raise ValueError(
-                f"GenerationClock: timestep is on {timestep.device}, expected {self.start_full.device}, the clock's "
-                "device"
-            )
+        if not torch.compiler.is_compiling() and is_fake(timestep):
+            return
+        state = self.state
+        state.place(timestep.device, "GenerationClock")
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
-        step, direction = self._steps[branch], self._directions[branch]
-        change = torch.sign(now - self._timesteps[branch])
+        step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
+        change = torch.sign(now - state.timesteps[branch])
         is_new = (step == NO_STEP) | (change * direction < 0)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
-        self.start_full.copy_(new_step < self._dense_steps.clamp(min=1))
+        repeats = ~is_new & (change == 0) & ((state.watched[branch] != 0) | watched)
+        mixed = torch.where(is_new, 0, state.mixed[branch] + repeats)
+        start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
+        # Everything is computed before anything is written.
+        generation.add_(is_new)
+        state.generation.copy_(generation)
+        state.start_full.copy_(start_full)
         step.copy_(new_step)
         direction.copy_(new_direction)
-        self._timesteps[branch].copy_(now)
+        state.timesteps[branch].copy_(now)
+        state.mixed[branch].copy_(mixed)
+        state.mixed_calls.add_(repeats)
+        state.watched[branch].fill_(watched)
 
     def step(self, branch: int | None = None) -> Tensor:
         """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
-        return self._steps[resolved_branch(branch, "GenerationClock")]
+        return self.state.steps[resolved_branch(branch, "GenerationClock")]
 
     def reset(self) -> None:
         """Let the next call of every branch start a new generation."""
-        self._steps.fill_(NO_STEP)
+        self.state.steps.fill_(NO_STEP)

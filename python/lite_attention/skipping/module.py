@@ -8,16 +8,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention import ops
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
 from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import real_tensors
+from lite_attention.ops.own_state import hold
 from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
     Threshold,
+    check_kv_lens,
     check_scalar,
     check_scale,
     checked_inputs,
@@ -26,6 +30,7 @@ from lite_attention.skipping.arguments import (
 )
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.policy import SkipPolicy, environment_flag
+from lite_attention.skipping.slots import PassShape
 from lite_attention.skipping.state import SkipState
 
 __all__ = ["LiteAttention"]
@@ -54,7 +59,7 @@ class LiteAttention(nn.Module):
     """
 
     state: SkipState
-    """What the layer remembers, in buffers that stay out of the state_dict."""
+    """What the layer remembers, on the device of its latest pass. Not a part of the layer that others see."""
 
     caller = "LiteAttention"
     """The class that the user calls: errors in a forward begin with it."""
@@ -76,7 +81,7 @@ class LiteAttention(nn.Module):
         verbose = environment_flag("LITE_ATTENTION_VERBOSE")
         if verbose:
             _show_log()
-        self.state = SkipState(policy, verbose)
+        hold(self, "state", SkipState(policy, verbose))
 
     def forward(
         self,
@@ -92,6 +97,7 @@ class LiteAttention(nn.Module):
         branch: int | None = None,
         must_do_queries: Ranges | None = None,
         start_full: Tensor | None = None,
+        generation: Tensor | None = None,
         skip_fraction_out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One attention pass.
@@ -112,12 +118,17 @@ class LiteAttention(nn.Module):
             must_do_queries: ranges of query rows, in the forms of must_do_list: the query tiles they touch compute and
                 keep every tile, for instance those of text tokens. must_skip_list does not apply to them.
             start_full: bool, 0-d, on query's device. Where True, this pass starts from the full map, as after a reset.
+            generation: int64, 0-d, on query's device: a number that is another for each video. The pass starts from the
+                full map where the branch's latest pass had another one, however many passes were dense or left out
+                since. A :class:`lite_attention.skipping.dense_steps.GenerationClock` makes both.
             skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
 
         Returns:
             out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
             ``[batch, heads, query_len]``, natural log over the keys that were computed. With skipping disabled both are
-            dense, the must lists are only checked, and the state is neither read nor written.
+            dense, the must lists are only checked, and all that changes in the state is that a map of before
+            ``start_full``, or of another ``generation``, does not count any more. A pass of
+            FakeTensors starts from the full map and leaves the state alone.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -129,15 +140,19 @@ class LiteAttention(nn.Module):
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
         must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
+        check_kv_lens(self.caller, kv_lens, query)
         check_scalar(self.caller, "start_full", start_full, torch.bool, query)
+        check_scalar(self.caller, "generation", generation, torch.int64, query)
         check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)
         if not self._enabled:
             out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
+            if torch.compiler.is_compiling() or not is_fake(query):
+                self.state.note_dense_pass(branch, query.device, start_full, generation)
             if skip_fraction_out is not None:
                 skip_fraction_out.zero_()
         else:
             out, lse, visited = self._skipping_pass(
-                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full
+                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation
             )
             if skip_fraction_out is not None:
                 _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
@@ -156,29 +171,26 @@ class LiteAttention(nn.Module):
         kv_lens: Tensor | None,
         branch: int,
         start_full: Tensor | None,
+        generation: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
+        kv_len, kv_heads = operator.index(key.shape[1]), operator.index(key.shape[2])
+        shape = PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, query.dtype, query.device)
+        branch = operator.index(branch)
         state = self.state
-        room = state.room_for(
-            operator.index(branch),
-            batch,
-            query_len,
-            operator.index(key.shape[1]),
-            heads,
-            operator.index(key.shape[2]),
-            head_dim,
-            query.dtype,
-            query.device,
-            torch.compiler.is_compiling(),
-        )
-        threshold = state.threshold
-        if threshold.dim() == 1 and threshold.shape[0] != heads:
+        if state.threshold_heads not in (None, heads):
             raise ValueError(
-                f"{self.caller}: threshold has {threshold.shape[0]} values, expected {heads}, one per head"
+                f"{self.caller}: threshold has {state.threshold_heads} values, expected {heads}, one per head"
             )
-        recalled = state.recall(room, branch, start_full)
+        is_compiling = torch.compiler.is_compiling()
+        is_remembered = is_compiling or not is_fake(query)
+        room = state.room_for(branch, *shape, is_compiling) if is_remembered else None
+        if room is None:
+            threshold, recalled = state.new_threshold(query.device), state.first_pass(shape)
+        else:
+            threshold, recalled = state.threshold, state.recall(room, branch, start_full, generation)
         keep = recalled.keep
         # Rows of words for every batch and head, which the operators broadcast.
         must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
@@ -197,7 +209,8 @@ class LiteAttention(nn.Module):
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)
-        state.remember(recalled, branch, next_keep, start_full)
+        if is_remembered:
+            state.remember(recalled, (branch, shape), next_keep, start_full, generation)
         return out, lse, visible if must_do is None else visible | must_do
 
     @property
@@ -237,13 +250,22 @@ class LiteAttention(nn.Module):
         """Let CUDA graphs captured before refuse to run: something they hold of this layer has changed."""
         self.state.outdate_captured_graphs()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiteAttention:
+        """As nn.Module's. The state stays; graphs captured before read weights where these no longer are."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with real_tensors():
+            probe = torch.empty(0, dtype=torch.int64, device=self.state.device)
+            if fn(probe) is not probe:
+                self.outdate_captured_graphs()
+        return self
+
     @property
     def skipping(self) -> bool:
         """Whether passes skip; see :meth:`enable_skip_optimization`."""
         return self._enabled
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
-        """Switch between skipping and dense attention. Dense passes leave the skip state as it is."""
+        """Switch between skipping and dense attention; what dense passes change in the state, :meth:`forward` tells."""
         if self._enabled != bool(enable):
             self._enabled = bool(enable)
             self.outdate_captured_graphs()

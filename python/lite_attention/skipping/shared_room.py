@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
+from lite_attention.ops.own_state import OwnState, held_states
+
 __all__ = ["SharedRoom", "note_lonely_trace", "running_model"]
 
 _logger = logging.getLogger("lite_attention")
@@ -34,7 +36,7 @@ class SharedRoom(Generic[Member]):
         return SharedRoom, ()
 
 
-def running_model(part: nn.Module) -> nn.Module | None:
+def running_model(part: OwnState) -> nn.Module | None:
     """The outermost module that is being called and holds ``part``; None if it is called by itself.
 
     Read off the call stack, from the ``self`` of the calls that led here: who is called is always there. A trace runs
@@ -48,7 +50,7 @@ def running_model(part: nn.Module) -> nn.Module | None:
         if first and isinstance(module := frame.f_locals.get(first[0]), nn.Module):
             callers.append(module)
     for module in reversed(callers):
-        if module is not part and any(inner is part for inner in module.modules()):
+        if any(held.state is part for held in held_states(module)):
             return module
     return None
 

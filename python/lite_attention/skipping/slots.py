@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lite_attention.maps.keep_map import keep_map_shape, tile_counts
 
-__all__ = ["MapSlot", "Owner", "PassShape", "stamp_of"]
+__all__ = ["MapSlot", "Owner", "PassShape", "Room", "stamp_of"]
 
 
 class PassShape(NamedTuple):
@@ -43,6 +43,9 @@ class PassShape(NamedTuple):
 Owner = tuple[int, PassShape]
 """Branch and shape."""
 
+Room = tuple[int, int]
+"""Slot and stamp of an owner."""
+
 
 @functools.cache
 def stamp_of(owner: Owner) -> int:
@@ -58,19 +61,26 @@ class MapSlot(nn.Module):
     words: Tensor
     stamp: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("stamp", torch.zeros((), dtype=torch.int64), persistent=False)
+        for name, buffer in self.fresh_buffers(device).items():
+            self.register_buffer(name, buffer, persistent=False)
 
-    def fit(self, shape: PassShape) -> None:
-        """Hold a map of this shape, which counts as never written."""
-        if self.words.shape != shape.map_shape() or self.words.device != shape.device:
-            self.words = torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
-        if self.stamp.device != shape.device:
-            self.stamp = torch.zeros((), dtype=torch.int64, device=shape.device)
+    @staticmethod
+    def fresh_buffers(device: torch.device) -> dict[str, Tensor]:
+        """Of a slot that holds nothing."""
+        return {
+            "words": torch.empty(0, dtype=torch.int32, device=device),
+            "stamp": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def memory_for(self, shape: PassShape) -> Tensor:
+        """For a map of this shape: the slot's own where it fits, else new."""
+        if self.words.shape == shape.map_shape() and self.words.device == shape.device:
+            return self.words
+        return torch.empty(shape.map_shape(), dtype=torch.int32, device=shape.device)
+
+    def hold(self, words: Tensor) -> None:
+        """Take this memory, on the slot's device, for a map that counts as never written."""
+        self.words = words
         self.stamp.zero_()
-
-    def empty(self, device: torch.device) -> None:
-        self.words = torch.empty(0, dtype=torch.int32, device=device)
-        self.stamp = torch.zeros((), dtype=torch.int64, device=device)

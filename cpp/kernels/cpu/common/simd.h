@@ -48,8 +48,10 @@ inline void store(float* target, Floats vector) { std::memcpy(target, &vector, s
 
 inline Floats broadcast(float value) { return value - Floats{}; }
 
-// NaN in `candidate` is passed over; it reaches the output through the row's sum instead.
-inline Floats max(Floats current, Floats candidate) { return candidate > current ? candidate : current; }
+// NaN if either is: a row with a score of NaN has a maximum of NaN.
+inline Floats max(Floats current, Floats candidate) {
+  return (candidate > current) | (candidate != candidate) ? candidate : current;
+}
 
 inline bool any(Ints mask) {
   int32_t bits = 0;

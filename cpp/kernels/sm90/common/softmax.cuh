@@ -13,16 +13,34 @@ namespace lite_attention::sm90 {
 inline constexpr float kInfinity = __builtin_inff();
 
 // The largest score of each row in this tile. Two chains a row: one comparison waits for the last as long as two take.
-template <class Scores>
+// NaN is passed over, and reaches the output through the row's sum; or, for the drop rule, a row with it has a maximum
+// of NaN, which the softmax takes too.
+template <bool kNanWins, class Scores>
 __device__ __forceinline__ void tile_maxima(const Scores& scores, float (&maxima)[kRowsPerThread]) {
-  float chains[kRowsPerThread][2] = {{-kInfinity, -kInfinity}, {-kInfinity, -kInfinity}};
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(scores); ++i) {
-    float& chain = chains[row_of(i)][(i >> 2) & 1];
-    chain = fmaxf(chain, scores(i));
+  if constexpr (kNanWins) {
+    constexpr int kChainStarts = 8;  // among the first elements, every other one is a chain's first
+    float chains[kRowsPerThread][2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      float& chain = chains[row_of(i)][(i >> 2) & 1];
+      chain = i < kChainStarts && i % 2 == 0 ? scores(i) : max_or_nan(chain, scores(i));
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      const float maximum = max_or_nan(chains[row][0], chains[row][1]);
+      const float of_pair = max_or_nan(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
+      maxima[row] = max_or_nan(of_pair, __shfl_xor_sync(kAllLanes, of_pair, 2));
+    }
+  } else {
+    float chains[kRowsPerThread][2] = {{-kInfinity, -kInfinity}, {-kInfinity, -kInfinity}};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      float& chain = chains[row_of(i)][(i >> 2) & 1];
+      chain = fmaxf(chain, scores(i));
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) maxima[row] = quad_max(fmaxf(chains[row][0], chains[row][1]));
   }
-  CUTLASS_PRAGMA_UNROLL
-  for (int row = 0; row < kRowsPerThread; ++row) maxima[row] = quad_max(fmaxf(chains[row][0], chains[row][1]));
 }
 
 struct Softmax {

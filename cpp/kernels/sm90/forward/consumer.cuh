@@ -99,7 +99,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     if (tiles == kNoMoreWork) break;
 
     Softmax softmax;
-    RunningBest best(first_row_of_thread(item, warpgroup), params.forward.problem.query_len);
+    RunningBest best(static_cast<int>(params.forward.problem.query_len) - first_row_of_thread(item, warpgroup));
     clear(output);
     float maxima[kRowsPerThread], correction[kRowsPerThread];
 
@@ -122,7 +122,9 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
     // Once V is in the ring's stage.
     const auto clear_missing = [&](auto per_visit) {
       if constexpr (per_visit && Config::kMasksVisits) {
-        clear_missing_values<Config>(shared.v[ring.stage], shared.v_visit[ring.stage].flags.keys(), warpgroup);
+        // Read by the lane that hands the stage back, as in `visits`.
+        const int keys = __shfl_sync(kAllLanes, lane == 0 ? shared.v_visit[ring.stage].flags.keys() : 0, 0);
+        clear_missing_values<Config>(shared.v[ring.stage], keys, warpgroup);
       } else if (params.forward.visibility.kv_lens != nullptr) {
         clear_missing_values<Config>(shared.v[ring.stage], item.masked_keys, warpgroup);
       }
@@ -174,7 +176,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
         start_product<false>(score_mma, query, keys(_, _, _, ring.stage), scores);
         wait_product<0>(scores);
         if (masks(per_visit, left, shared.k_flags[ring.stage])) mask(per_visit, scores);
-        tile_maxima(scores, maxima);
+        tile_maxima<Config::kDecides>(scores, maxima);
         decide();
         if (softmax.move_reference(maxima, scale_log2, correction)) scale_rows(output, correction);
         release(&shared.k_empty[ring.stage]);
@@ -214,7 +216,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
             barrier_wait(&shared.v_full[ring.stage], ring.phase);
             clear_missing(per_visit);
           }
-          tile_maxima(scores, maxima);
+          tile_maxima<Config::kDecides>(scores, maxima);
           decide();
           const bool rescale = softmax.move_reference(maxima, scale_log2, correction);
           release(&shared.k_empty[ring.stage]);
@@ -232,7 +234,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, SharedStorag
           barrier_wait(&shared.v_full[pending.stage], pending.phase);
           start_product<true>(output_mma, weights, values(_, _, _, pending.stage), output);
           wait_product<1>(scores);
-          tile_maxima(scores, maxima);
+          tile_maxima<Config::kDecides>(scores, maxima);
           decide();
           const bool rescale = softmax.move_reference(maxima, scale_log2, correction);
           release(&shared.k_empty[ring.stage]);

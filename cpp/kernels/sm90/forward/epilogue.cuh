@@ -31,6 +31,15 @@ __device__ __forceinline__ void stage_output(const Output& output, typename Conf
   }
 }
 
+// A row that sees no key may still have met V of keys that are hidden from it, where a weight of 0 makes NaN of what is
+// not finite: its output is 0 all the same.
+template <class Elements>
+__device__ __forceinline__ void clear_rows_without_keys(Elements& elements, const float (&factors)[kRowsPerThread]) {
+  auto pairs = cute::recast<uint32_t>(elements);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = factors[row_of(2 * i)] == 0.0f ? 0u : pairs(i);
+}
+
 // The first of a thread's two query rows.
 __device__ __forceinline__ int first_row_of_thread(const WorkItem& item, int warpgroup) {
   return first_row_of_thread(item.first_row + warpgroup * kWarpgroupRows);
@@ -55,6 +64,7 @@ __device__ __forceinline__ void finish_rows(const KernelParams& params, SharedSt
   scale_rows(output, factors);
   auto elements = cute::make_tensor<typename Config::Element>(output.layout());
   convert(output, elements);
+  if constexpr (Config::kMasksVisits) clear_rows_without_keys(elements, factors);
 
   const bool elected = threadIdx.x % kWarpgroupThreads == 0;
   typename Config::Element* staged;

@@ -21,7 +21,9 @@ __all__ = [
     "restore_weights",
 ]
 
-# Buffers of an attention module. The original number of each of its query heads, int64 [KV heads, query heads of each].
+# Attributes of an attention module, plain tensors and no buffers: what is made of a buffer in a model that is loaded,
+# sharded or cast is not in our hands. The original number of each of its query heads, int64 [KV heads, query heads of
+# each], on the CPU.
 HEAD_ORDER = "duo_head_order"
 # What its query heads see, int32 [query heads, 2]: see lite_attention.families.streaming.head_windows.
 HEAD_WINDOWS = "duo_head_windows"
@@ -43,7 +45,7 @@ def reorder_weights(
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
     the rows of the query, key and value projections and of norms over all heads, biases included, and the columns of
-    the output projection. The permutation stays with the attention modules (a buffer that is not saved).
+    the output projection. The permutation stays with the attention modules (an attribute that is not saved).
 
     Args:
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
@@ -61,6 +63,7 @@ def reorder_weights(
         TypeError, ValueError: an argument does not fit the model or the weights are not plain floating-point ones; the
             text names it. The model is then unchanged.
         RuntimeError: the weights are reordered already, or DuoAttention is enabled in the model.
+        ValueError: a layer or a weight occurs twice. The model is then unchanged.
     """
     caller = "duo.reorder_weights"
     layers = attention_layers(caller, model)
@@ -83,9 +86,10 @@ def reorder_weights(
         _permutations(f"{caller}: {name}", attention, order, hidden_size, device)
         for (name, attention), order in zip(layers.items(), orders, strict=True)
     ]
+    _refuse_shared(caller, model, layers, plans)
     for attention, order, plan in zip(layers.values(), orders, plans, strict=True):
         _permute(plan)
-        attention.register_buffer(HEAD_ORDER, order.to(plan[0].tensor.device), persistent=False)
+        setattr(attention, HEAD_ORDER, order)
     full: list[int] = (table.sum(-1) * query_heads.shape[1]).tolist()
     return full
 
@@ -96,7 +100,7 @@ def restore_weights(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: the weights are not reordered, or DuoAttention is enabled in the model.
-        TypeError, ValueError: the weights are no longer what they were; the model is then unchanged.
+        TypeError, ValueError: the weights are no longer what they were, or shared now; the model is then unchanged.
     """
     caller = "duo.restore_weights"
     layers = attention_layers(caller, model)
@@ -107,10 +111,11 @@ def restore_weights(model: nn.Module) -> None:
             raise RuntimeError(
                 f"{caller}: the weights of {name} are not reordered, expected duo.reorder_weights before"
             )
-        order = attention.get_buffer(HEAD_ORDER).cpu()
+        order: Tensor = getattr(attention, HEAD_ORDER)
         group = order.shape[1]
         back = order.flatten().argsort().view(-1, group)
         plans.append(_permutations(f"{caller}: {name}", attention, back, None, None))
+    _refuse_shared(caller, model, layers, plans)
     for attention, plan in zip(layers.values(), plans, strict=True):
         _permute(plan)
         delattr(attention, HEAD_ORDER)
@@ -119,13 +124,14 @@ def restore_weights(model: nn.Module) -> None:
 class _Permutation(NamedTuple):
     """One dimension of a weight, as so many equal blocks in a new order."""
 
+    name: str
     tensor: Tensor
     dim: int
     order: Tensor
 
 
 def _permute(plan: list[_Permutation]) -> None:
-    for tensor, dim, order in plan:
+    for _, tensor, dim, order in plan:
         blocks = tensor.unflatten(dim, (len(order), -1)).index_select(dim, order.to(tensor.device))
         tensor.copy_(blocks.flatten(dim, dim + 1))
 
@@ -174,8 +180,67 @@ def _permutations(
                 f"{where}.{name} has shape {shape}, expected {expected} for {len(queries)} query heads, {len(keys)} KV "
                 f"heads, head_dim {head_dim} and hidden_size {hidden_size}"
             )
-        plan.append(_Permutation(parameter, dim, heads))
+        plan.append(_Permutation(f"{where}.{name}", parameter, dim, heads))
     return plan
+
+
+def _refuse_shared(
+    caller: str, model: nn.Module, layers: dict[str, nn.Module], plans: list[list[_Permutation]]
+) -> None:
+    """Raise where something would be permuted twice, or something else with it: told by its memory, not by its name."""
+    first: dict[nn.Module, str] = {}
+    for name, attention in layers.items():
+        if attention in first:
+            raise ValueError(
+                f"{caller}: {name} is the same module as {first[attention]}, expected one for each layer: its weights "
+                "would be permuted twice"
+            )
+        first[attention] = name
+    planned = [(one.name.removeprefix(f"{caller}: "), one.tensor) for plan in plans for one in plan]
+    weights = {id(tensor) for _, tensor in planned}
+    within = {part for attention in layers.values() for part in attention.modules()}
+    others = [
+        (f"{prefix}.{name}".removeprefix("."), parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not (module in within and id(parameter) in weights)
+    ]
+    spans = [
+        _Span(*memory, name, permuted)
+        for permuted, tensors in ((True, planned), (False, others))
+        for name, tensor in tensors
+        if (memory := _memory(tensor)) is not None
+    ]
+    spans.sort()
+    furthest = spans[0]
+    for span in spans[1:]:
+        if span.start < furthest.stop and (span.permuted or furthest.permuted):
+            raise ValueError(
+                f"{caller}: {furthest.name} and {span.name} share memory, expected weights of their own: permuting "
+                "one would scramble the other"
+            )
+        furthest = max(furthest, span, key=lambda one: one.stop)
+
+
+class _Span(NamedTuple):
+    """Where in memory a weight lies."""
+
+    start: int
+    stop: int
+    name: str
+    permuted: bool
+
+
+def _memory(tensor: Tensor) -> tuple[int, int] | None:
+    """The first byte of a tensor and the one after its last; None where it has none."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return None
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + elements * tensor.element_size()
 
 
 def _check_parameter(where: str, parameter: nn.Parameter, device: torch.device | str | None) -> None:

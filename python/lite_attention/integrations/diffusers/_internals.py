@@ -18,11 +18,11 @@ ContextParallelConfig._mesh                    diffusers 0.36 - 0.42  mesh_of
 transformer._cp_plan                           diffusers 0.36 - 0.42  split_plan
 hooks.context_parallel.remove_context_parallel diffusers 0.36 - 0.42  remove_split_hooks
 module._diffusers_hook.hooks                   diffusers 0.36 - 0.42  hooks_of
-"group_offloading" in the name of a hook       diffusers 0.36 - 0.42  is_group_offloaded
 hook.module_forward_metadata                   diffusers 0.36 - 0.42  look_signatures_up
 metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signatures_up
 module._old_forward                            accelerate 0.31 - 1.15 forward_slot
 compiled._orig_mod                             torch 2.10 - 2.13      uncompiled
+_dynamo.trace_rules.is_callable_allowed        torch 2.10 - 2.13      is_opaque_to_compile
 =============================================  =====================  ===========================================
 
 What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
@@ -125,11 +125,6 @@ def hooks_of(module: nn.Module) -> Mapping[str, Any]:
     return hooks
 
 
-def is_group_offloaded(module: nn.Module) -> bool:
-    """Whether diffusers moves the module's tensors to and fro by groups."""
-    return any("group_offloading" in name for name in hooks_of(module))
-
-
 def look_signatures_up(transformer: nn.Module) -> None:
     """Do what hooks that split tokens do in their first call, where torch.compile could not trace it."""
     for module in transformer.modules():
@@ -155,3 +150,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile was given, or the module itself."""
     original = getattr(module, "_orig_mod", module)
     return original if isinstance(original, nn.Module) else module
+
+
+def is_opaque_to_compile(model_class: type) -> bool:
+    """Whether torch.compile sees a class as one operator (``allow_in_graph``), whose methods it cannot look up.
+
+    Diffusers marks classes so that are meant to run in a graph, LTX-Video's transformer among them.
+    """
+    from torch._dynamo import trace_rules
+
+    return bool(trace_rules.is_callable_allowed(model_class))

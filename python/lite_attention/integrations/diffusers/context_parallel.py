@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed import get_process_group_ranks, get_rank
 
@@ -111,6 +113,11 @@ def check_splittable(transformer: nn.Module, model: VideoModel, is_split: bool) 
             f"enable_lite_attention: {class_name} does not say how its tokens can be split (_cp_plan is None), "
             "expected mesh=None, or a transformer on which enable_parallelism was called with a cp_plan"
         )
+    if not is_split and torch.accelerator.device_count() == 0:
+        raise RuntimeError(
+            "enable_lite_attention: mesh is given where torch.accelerator.device_count() is 0, expected one "
+            "at least: diffusers' context parallelism gives each rank a device by its number"
+        )
     if not is_split and _internals.parallel_config(transformer) is not None:
         raise ValueError(
             f"enable_lite_attention: {class_name} is set up for tensor parallelism, expected mesh=None with it"
@@ -147,11 +154,10 @@ def enable_context_parallelism(transformer: Any, model: VideoModel, mesh: Device
     plan = _internals.split_plan(transformer) or {}
     if model.text_layers:
         plan = {module: _without_text(split) for module, split in plan.items()}
-    try:
+    with ExitStack() as where_it_fails:
+        where_it_fails.callback(disable_context_parallelism, transformer)  # it may have begun
         transformer.enable_parallelism(config=config, cp_plan=plan)
-    except Exception:
-        disable_context_parallelism(transformer)  # it may have begun
-        raise
+        where_it_fails.pop_all()
     # With the whole text at hand there is nothing to exchange. Diffusers' own way of splitting it takes no masks under
     # Ulysses, and in a ring only some attention backends.
     for module in layers_matching(transformer, model.text_layers).values():

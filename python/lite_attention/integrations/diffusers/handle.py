@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.context_parallel import common_mesh
-from lite_attention.integrations.diffusers.generation import checked_pairs
+from lite_attention.integrations.diffusers.generation import Generation, checked_pairs
 from lite_attention.integrations.diffusers.guidance import BranchNames, Guidance, check_guidance
-from lite_attention.integrations.diffusers.patching import PatchedTransformer, watched_scheduler
+from lite_attention.integrations.diffusers.patching import PatchedTransformer
 from lite_attention.integrations.diffusers.processor import LiteAttentionProcessor, layer_attention
+from lite_attention.integrations.diffusers.wrapped import Replaced, StartingSteps
 from lite_attention.parallel.distributed import DistributedLiteAttention
-from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.arguments import Threshold, checked_threshold
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
@@ -58,9 +60,10 @@ def enable_lite_attention(
             where not used. Diffusers' context parallelism over it is enabled, until
             :meth:`LiteAttentionHandle.disable`, or was before. None takes the mesh of the context parallelism that was
             enabled before, if any.
-        guidance: how a pipeline runs its guidance branches. "named": each inside the transformer's ``cache_context``;
-            "batched": all in one call, or there is one branch only. None for a transformer, and for the pipelines of
-            diffusers that are known to name them.
+        guidance: how guidance branches are run. "named": each inside the transformer's ``cache_context``; "batched":
+            all in one call, or there is one branch only. None finds out: calls that name no branch and come twice at
+            one timestep may be of several branches, and from the first of them on nothing is skipped in this
+            generation; see :meth:`LiteAttentionHandle.mixed_calls`.
         policy: all that the layers are told about skipping, in place of ``threshold`` and ``dense_steps``.
 
     Returns:
@@ -69,15 +72,16 @@ def enable_lite_attention(
     Raises:
         TypeError: no transformer of a known class, or an argument is of another type.
         ValueError: an argument is not what it should be, LiteAttention is in the model already, the tokens of this
-            model cannot be split, or ``guidance`` must be told.
-        RuntimeError: the model is set up for group offloading, or one of two transformers for context parallelism.
+            model cannot be split.
+        RuntimeError: one of two transformers is set up for context parallelism, or ``mesh`` is given without an
+            accelerator.
     """
     policy = SkipPolicy.resolve("enable_lite_attention", policy, threshold=threshold, dense_steps=dense_steps)
     transformers = _transformers_of(transformer_or_pipeline)
-    check_guidance(transformer_or_pipeline, transformers.values(), guidance)
+    check_guidance(transformers.values(), guidance)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
     scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
-    return LiteAttentionHandle(transformers, scheduler, policy, must_do, layers, mesh)
+    return LiteAttentionHandle(transformers, scheduler, policy, must_do, layers, mesh, watched=guidance is None)
 
 
 def _transformers_of(model: Any) -> dict[str, nn.Module]:
@@ -111,33 +115,40 @@ class LiteAttentionHandle:
         must_do: Sequence[int] | None,
         layers: Sequence[int] | None,
         mesh: DeviceMesh | None,
+        watched: bool,
     ) -> None:
+        pairs = checked_pairs(must_do)
         mesh = common_mesh(transformers, mesh)
         make_attention = functools.partial(layer_attention, policy, mesh)
         self._branches = BranchNames()
         self._patched: list[PatchedTransformer] = []
         self.layers = {}
         self._processors: dict[str, LiteAttentionProcessor] = {}
-        try:
+        with ExitStack() as where_it_fails:
+            where_it_fails.callback(self._restore_transformers)
             for prefix, transformer in transformers.items():
                 # The first steps of a generation are the first transformer's, where there are two for its two phases.
-                steps = policy.dense_steps if not self._patched else 0
-                patched = PatchedTransformer(transformer, self._branches, make_attention, steps, layers, mesh)
+                generation = Generation(policy.dense_steps if not self._patched else 0, watched)
+                patched = PatchedTransformer(
+                    transformer, self._branches, policy, make_attention, generation, layers, mesh
+                )
                 self._patched.append(patched)
                 for name, processor in patched.processors.items():
                     self.layers[f"{prefix}{name}"] = processor.attention
                     self._processors[f"{prefix}{name}"] = processor
-            self.set_must_do(must_do)
+                patched.set_must_do(pairs)
             share_room(*transformers.values())
-        except Exception:
-            self._restore_transformers()
-            raise
-        self._scheduler = None if scheduler is None else watched_scheduler(scheduler, self._start_generation)
+            where_it_fails.pop_all()
+        self._scheduler = None
+        if scheduler is not None:
+            self._scheduler = Replaced(scheduler, {"set_timesteps": StartingSteps(scheduler, self._patched)})
 
-    def _start_generation(self) -> None:
-        for patched in self._patched:
-            patched.keep_ticking()
-        self.reset()
+    def __repr__(self) -> str:
+        layers = f"{len(self.layers)} layers"
+        if not self._patched:
+            return f"LiteAttentionHandle({layers}, disabled)"
+        policy = next(iter(self.layers.values())).policy
+        return f"LiteAttentionHandle({layers}, {policy}, mixed_calls={self.mixed_calls()})"
 
     def reset(self) -> None:
         """Start a new generation: the next call of every branch computes every tile.
@@ -145,10 +156,26 @@ class LiteAttentionHandle:
         Needed only where nothing else tells: see the page on diffusers. Never recompiles.
         """
         for patched in self._patched:
-            patched.generation.clock.reset()
+            patched.generation.start()
+
+    def mixed_calls(self) -> int:
+        """Model calls so far that repeated the timestep of the call before without naming a branch.
+
+        They may belong to several guidance branches, or tiles of a latent, whose maps must not mix: from such a call to
+        the end of its generation every tile is computed. With ``guidance`` given nothing is suspected, and this is 0.
+        Where it is not 0, the log says once what to do. Waits for the device.
+        """
+        return sum(patched.generation.mixed_calls() for patched in self._patched)
 
     def set_threshold(self, threshold: Threshold) -> None:
-        """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`."""
+        """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`.
+
+        Raises:
+            TypeError, ValueError: as there, or there is not one for each head of every layer; then none is changed.
+        """
+        values = checked_threshold("set_threshold", threshold, allow_positive=True)  # each layer knows what it allows
+        for patched in self._patched:
+            patched.check_threshold_count("set_threshold", values)
         for layer in self.layers.values():
             layer.set_threshold(threshold)
 
@@ -181,10 +208,11 @@ class LiteAttentionHandle:
         Raises:
             TypeError, ValueError: no such branch, or none of that name has run.
         """
+        self.mixed_calls()
         number = self._branches.known_number(branch) if isinstance(branch, str) else branch
         index = resolved_branch(number, "skip_fraction")
         rows = [processor.skip_fractions(index) for processor in self._processors.values()]
-        table = torch.full((len(rows), max(map(len, rows))), torch.nan)
+        table = torch.full((len(rows), max(map(len, rows))), torch.nan, dtype=torch.float32)
         for row, fractions in zip(table, rows, strict=True):
             row[: len(fractions)] = fractions
         return table

@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["VideoModel", "chosen_layers", "layers_matching", "register_video_model", "video_model"]
+__all__ = [
+    "VideoModel",
+    "check_threshold_count",
+    "chosen_layers",
+    "layers_matching",
+    "register_video_model",
+    "video_model",
+]
 
 
 @dataclass(frozen=True)
@@ -21,11 +28,14 @@ class VideoModel:
         text: whether text tokens stand before or after the video tokens in these layers, or are not there.
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
-        may_bypass: some calls leave attention out (spatio-temporal guidance); the layer's next pass starts full.
+        may_bypass: some calls leave attention out (spatio-temporal guidance).
         token_split: whether tokens can be split among ranks. "mesh only": by ``mesh``, not by diffusers' own plan,
             which splits the text too; "none": diffusers' plan does not work.
         text_layers: like ``layers``, the attention modules in which video attends to text and to nothing else. Where
             ``mesh`` makes diffusers split tokens among ranks, these layers get the whole text on every rank.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
     """
 
     layers: tuple[str, ...]
@@ -34,6 +44,16 @@ class VideoModel:
     may_bypass: bool = False
     token_split: Literal["any", "mesh only", "none"] = "any"
     text_layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "text_layers"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, (tuple, list)) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"VideoModel: {name} is {patterns!r}, expected a tuple of regular expressions")
+        for name, words in (("text", ("none", "first", "last")), ("token_split", ("any", "mesh only", "none"))):
+            if getattr(self, name) not in words:
+                expected = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+                raise ValueError(f"VideoModel: {name} is {getattr(self, name)!r}, expected {expected}")
 
 
 _VIDEO_MODELS = {
@@ -61,7 +81,14 @@ def register_video_model(class_name: str, model: VideoModel) -> None:
         class_name: name of the transformer's class; subclasses are treated likewise.
         model: where its video self-attention is. Its attention processors must call diffusers' dispatcher or torch's
             scaled_dot_product_attention once.
+
+    Raises:
+        TypeError: ``class_name`` is no text, or ``model`` no VideoModel.
     """
+    if not isinstance(class_name, str):
+        raise TypeError(f"register_video_model: class_name has type {type(class_name).__name__}, expected a str")
+    if not isinstance(model, VideoModel):
+        raise TypeError(f"register_video_model: model has type {type(model).__name__}, expected a VideoModel")
     _VIDEO_MODELS[class_name] = model
 
 
@@ -96,6 +123,10 @@ def chosen_layers(transformer: nn.Module, model: VideoModel, layers: Sequence[in
         )
     if layers is None:
         return found
+    if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
+        raise TypeError(
+            f"enable_lite_attention: layers has type {type(layers).__name__}, expected a list of ints, or None for all"
+        )
     names = list(found)
     for index, layer in enumerate(layers):
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -111,3 +142,14 @@ def chosen_layers(transformer: nn.Module, model: VideoModel, layers: Sequence[in
     if not chosen:
         raise ValueError("enable_lite_attention: layers is empty, expected at least one layer, or None for all")
     return {name: module for name, module in found.items() if name in chosen}
+
+
+def check_threshold_count(caller: str, threshold: float | tuple[float, ...], layers: dict[str, Any]) -> None:
+    """Refuse a threshold for each head where it is not one for each head of every layer."""
+    for name, layer in layers.items():
+        heads = getattr(layer, "heads", None)  # diffusers' own have it
+        if isinstance(threshold, tuple) and isinstance(heads, int) and len(threshold) != heads:
+            raise ValueError(
+                f"{caller}: threshold has {len(threshold)} values, expected {heads}, one per head of {name}, or one "
+                "number for all"
+            )

@@ -14,7 +14,7 @@ from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
-from lite_attention.ops.modes import ordinary_tensors
+from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Ranges
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -29,9 +29,8 @@ __all__ = ["RECORDED_STEPS", "LiteAttentionProcessor", "layer_attention", "proce
 RECORDED_STEPS = 128
 """Steps of a generation whose skip fraction is remembered; later ones are left out."""
 
-# Fractions are kept as integers, which nn.Module.to does not cast.
-FRACTION_UNIT = 1_000_000
-NOT_RECORDED = -1
+# In errors of state, where a layer's own name would make torch.compile trace each layer anew.
+_CALLER = "LiteAttentionProcessor"
 # Batches are as large as the pipeline makes them; the module's own limit is for callers that know theirs.
 ANY_BATCH = 2**31
 
@@ -41,6 +40,43 @@ def layer_attention(policy: SkipPolicy, mesh: DeviceMesh | None) -> LiteAttentio
     if mesh is None:
         return LiteAttention(max_batch_size=ANY_BATCH, policy=policy)
     return DistributedLiteAttention(mesh, max_batch_size=ANY_BATCH, policy=policy)
+
+
+class History(OwnState):
+    """What a layer skipped in each step of the latest generation in which it ran, for each branch."""
+
+    fractions: Tensor
+    """fp32 ``[MAX_BRANCHES, RECORDED_STEPS]``, NaN for steps in which it did not run."""
+
+    generations: Tensor
+    """Whose steps these are, by the clock's numbers: int64 ``[MAX_BRANCHES]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
+        nothing = torch.full((MAX_BRANCHES, RECORDED_STEPS), torch.nan, dtype=torch.float32, device=device)
+        return {
+            "fractions": nothing,
+            "generations": torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.fractions.device
+
+    def record(self, branch: int, step: Tensor, generation: Tensor, fraction: Tensor) -> None:
+        """Note the fraction of a step, a scalar as the others, on the device of the state."""
+        row, number = self.fractions[branch], self.generations[branch]
+        before = torch.where(number == generation, row, torch.nan)
+        row.copy_(torch.where(torch.arange(RECORDED_STEPS, device=row.device) == step, fraction, before))
+        number.copy_(generation)
+
+    def of_generation(self, branch: int, step: Tensor, generation: Tensor) -> Tensor:
+        """The fractions up to this step, fp32 on the CPU; all NaN where the layer did not run in this generation."""
+        row = self.fractions[branch, : min(int(step) + 1, RECORDED_STEPS)].cpu()
+        return row if int(self.generations[branch]) == int(generation) else torch.full_like(row, torch.nan)
 
 
 class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
@@ -53,10 +89,14 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         generation: what the layers of the transformer share.
         attention: of this layer, from :func:`layer_attention`.
         has_all_tokens: whether this rank's tokens are all there are, so that masks can be read.
+        check_forward: raises, with the name, where the transformer's forward does not tell the time any more.
     """
 
+    stands_for: type
+    """The class of the layer's own processor."""
+
     generation: Generation
-    _history: Tensor
+    history: History
 
     def __init__(
         self,
@@ -66,6 +106,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         generation: Generation,
         attention: LiteAttention | DistributedLiteAttention,
         has_all_tokens: bool,
+        check_forward: Callable[[str], None],
     ) -> None:
         super().__init__()
         self.name = name
@@ -77,9 +118,8 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         vars(self)["generation"] = generation
         self.attention = attention
         self._masks_fit = model.prefix_mask and has_all_tokens
-        with ordinary_tensors():
-            history = torch.full((MAX_BRANCHES, RECORDED_STEPS), NOT_RECORDED, dtype=torch.int32)
-            self.register_buffer("_history", history, persistent=False)
+        self._check_forward = check_forward
+        hold(self, "history", History())
 
     def attend(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any
@@ -90,15 +130,15 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
                 f"{self.name}: context parallelism was enabled after LiteAttention, expected before it. Call disable() "
                 "on the handle, then enable_lite_attention again"
             )
+        if not self.generation.call.is_running:
+            self._check_forward(self.name)
         calls: list[int] = []
         handler = functools.partial(self._attention, 0, calls)
         if self.model.text != "none" and encoder_hidden_states is not None:
             handler = functools.partial(self._attention, encoder_hidden_states.shape[1], calls)
         with route_sdpa(handler):
             out = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-        if self.model.may_bypass and len(calls) == 0:
-            self.attention.reset_skip_state(resolved_branch(None, "LiteAttentionProcessor"))  # it may miss a start
-        elif len(calls) != 1:
+        if len(calls) != 1 and not (self.model.may_bypass and len(calls) == 0):
             raise RuntimeError(
                 f"{self.name}: {type(self.processor).__name__} called scaled_dot_product_attention {len(calls)} times, "
                 "expected once"
@@ -133,8 +173,8 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
                     f"{expected}"
                 )
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
-        must_do, must_do_queries = self._must_do(tokens, text_len)
-        fraction = torch.zeros((), device=query.device)
+        must_do, must_do_queries = self._must_do(tokens, text_len, query.device)
+        fraction = torch.zeros((), dtype=torch.float32, device=query.device)
         out: Tensor = self.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -144,14 +184,17 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             must_do_queries=must_do_queries,
             kv_lens=kv_lens,
             start_full=self.generation.clock.start_full.to(query.device),
+            generation=self.generation.clock.generation.to(query.device),
             skip_fraction_out=fraction,
         )
         self._record(fraction)
         return out.transpose(1, 2)
 
-    def _must_do(self, tokens: int, text_len: int) -> tuple[Ranges | None, Ranges | None]:
+    def _must_do(self, tokens: int, text_len: int, device: torch.device) -> tuple[Ranges | None, Ranges | None]:
         """Ranges of keys and of queries that are always computed: the text's, and what the user asks for."""
-        ranges = self.generation.must_do
+        ranges = self.generation.must_do.ranges
+        if ranges is not None:
+            ranges = ranges.to(device)
         if text_len == 0:
             return ranges, None
         first = 0 if self.model.text == "first" else tokens - text_len
@@ -164,22 +207,22 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         return torch.cat([ranges + video_start, text_row]), text
 
     def _record(self, fraction: Tensor) -> None:
-        branch = resolved_branch(None, "LiteAttentionProcessor")
-        row = self._history[branch]
-        step = self.generation.clock.step(branch).to(row.device)
-        steps = torch.arange(RECORDED_STEPS, device=row.device)
-        value = (fraction * FRACTION_UNIT).round().to(row.dtype)
-        row.copy_(torch.where(steps == step, value, torch.where(step == 0, NOT_RECORDED, row)))
+        branch = resolved_branch(None, _CALLER)
+        clock, device = self.generation.clock, fraction.device
+        self.history.place(device, _CALLER)
+        self.history.record(branch, clock.step(branch).to(device), clock.generation.to(device), fraction)
 
     def skip_fractions(self, branch: int) -> Tensor:
-        """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where not recorded."""
-        steps = int(self.generation.clock.step(branch)) + 1
-        row = self._history[branch, : max(0, min(steps, RECORDED_STEPS))].cpu()
-        return torch.where(row == NOT_RECORDED, torch.nan, row / FRACTION_UNIT)
+        """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where the layer did not run."""
+        clock = self.generation.clock
+        return self.history.of_generation(branch, clock.step(branch), clock.state.generations[branch])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty_processor, (self.stands_for,), self.__dict__.copy()
 
 
 @functools.cache
-def processor_class(original: Any) -> type[LiteAttentionProcessor]:
+def processor_class(original: type) -> type[LiteAttentionProcessor]:
     """The class of processors that stand in for those of class ``original``.
 
     Its call tells the signature of the original's: diffusers' attention modules leave out arguments that the signature
@@ -198,4 +241,11 @@ def processor_class(original: Any) -> type[LiteAttentionProcessor]:
     ) -> Any:
         return self.attend(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
-    return type(f"Lite{original.__name__}", (LiteAttentionProcessor,), {"__call__": call})
+    names = {"__call__": call, "stands_for": original, "__module__": __name__}
+    return type(f"Lite{original.__name__}", (LiteAttentionProcessor,), names)
+
+
+def _empty_processor(original: type) -> LiteAttentionProcessor:
+    """What a pickle of a processor begins with: it finds the class, which no module holds, by the original's."""
+    made_for = processor_class(original)
+    return made_for.__new__(made_for)

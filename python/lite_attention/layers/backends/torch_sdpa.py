@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
+from lite_attention.ops.checks import settled
 
 __all__ = ["BACKEND", "TorchSDPABackend", "TorchSDPAImpl"]
 
@@ -33,7 +34,7 @@ class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
             value.transpose(1, 2),
             is_causal=self.causal,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=settled(query.shape[2] != key.shape[2]),
         )
         return out.transpose(1, 2)
 

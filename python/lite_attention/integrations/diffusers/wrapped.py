@@ -1,0 +1,169 @@
+"""Methods put on objects of someone else, in place of those that are there and with them inside.
+
+Objects of classes that are found by name, and no closures: a model that carries them can be pickled and copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType, MethodType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from lite_attention.integrations.diffusers import _internals
+from lite_attention.integrations.diffusers.guidance import BranchNames
+from lite_attention.skipping.branches import skip_branch
+
+if TYPE_CHECKING:
+    from lite_attention.integrations.diffusers.patching import PatchedTransformer
+
+__all__ = ["NamedContext", "Replaced", "StartingSteps", "TickingForward"]
+
+
+class Replaced:
+    """Methods put on an object, and how to take them off again."""
+
+    def __init__(self, owner: object, methods: Mapping[str, Callable[..., Any]]) -> None:
+        self._owner, self._methods = owner, methods
+        self._before = {name: vars(owner).get(name) for name in methods}
+        vars(owner).update(methods)
+
+    def restore(self) -> None:
+        """Take off those that are still there."""
+        present = vars(self._owner)
+        for name, method in self._methods.items():
+            if present.get(name) is not method:
+                continue  # replaced or wrapped by someone else since then, whose it is now
+            if self._before[name] is None:
+                del present[name]
+            else:
+                present[name] = self._before[name]
+
+
+class _Wrapped:
+    """A method in place of one that an object has.
+
+    Args:
+        owner: whose method it is.
+        method: its name in the class.
+        slot: its name in the object, None for the same.
+    """
+
+    def __init__(self, owner: object, method: str, slot: str | None = None) -> None:
+        self._owner, self._method = owner, method
+        present = getattr(owner, slot or method)
+        # The class's own is looked up in each call: it may be replaced there later (as TeaCache does). A bound method
+        # would also be pickled as the name under which this is found.
+        is_own = getattr(present, "__func__", None) is getattr(type(owner), method, None)
+        self._present = None if is_own else present
+        self._looked_up: Callable[..., Any] | None = None
+        self.look_up_again()
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what the object has without this."""
+        if self._present is not None:
+            return self._present(*args, **kwargs)
+        if self._looked_up is not None and torch.compiler.is_dynamo_compiling():
+            return self._looked_up(self._owner, *args, **kwargs)
+        return getattr(type(self._owner), self._method)(self._owner, *args, **kwargs)
+
+    def look_up_again(self) -> None:
+        """Note the class's method, where torch.compile cannot look it up in each call and guard on it."""
+        if self._present is None and _internals.is_opaque_to_compile(type(self._owner)):
+            self._looked_up = getattr(type(self._owner), self._method)
+
+    def put_back(self) -> None:
+        """Take this off where it stands under the name that it has in the class."""
+        if self._present is None:
+            del vars(self._owner)[self._method]
+        else:
+            vars(self._owner)[self._method] = self._present
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # where inspect.signature looks
+        if self._present is None:
+            return MethodType(getattr(type(self._owner), self._method), self._owner)
+        present: Callable[..., Any] = self._present
+        return present
+
+    @property
+    def __code__(self) -> CodeType:  # where torch.export looks for the file and the line of a forward
+        return type(self).__call__.__code__
+
+
+class TickingForward(_Wrapped):
+    """A transformer's forward, which tells its layers the time.
+
+    Part of the forward and not a hook before it, so that one graph holds both.
+
+    Args:
+        patched: the transformer. Of several in one forward, only the latest that it was given ticks.
+        slot: the name of the forward in the transformer.
+    """
+
+    def __init__(self, patched: PatchedTransformer, slot: str) -> None:
+        super().__init__(patched.transformer, "forward", slot)
+        self.patched = patched
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        patched = self.patched
+        if patched.ticking is not self:
+            return self.inner(*args, **kwargs)
+        position = patched.timestep_position
+        generation = patched.generation
+        generation.tick(args[position] if len(args) > position else kwargs["timestep"])
+        generation.call.is_running = True
+        if torch.compiler.is_dynamo_compiling():  # which does not break graphs inside of try
+            out = self.inner(*args, **kwargs)
+            generation.call.is_running = False
+            return out
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            generation.call.is_running = False
+
+
+class NamedContext(_Wrapped):
+    """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too."""
+
+    def __init__(self, patched: PatchedTransformer, branches: BranchNames) -> None:
+        super().__init__(patched.transformer, "cache_context")
+        self._patched, self._branches = patched, branches
+
+    def __call__(self, name: str, **kwargs: object) -> AbstractContextManager[None]:
+        return self._entered(name, **kwargs)
+
+    @contextmanager
+    def _entered(self, name: str, **kwargs: object) -> Iterator[None]:
+        self._patched.keep_ticking()
+        with skip_branch(self._branches.number(name)), self.inner(name, **kwargs):
+            yield
+
+
+class StartingSteps(_Wrapped):
+    """``scheduler.set_timesteps``, which starts a generation, as pipelines call it where they do.
+
+    A copy of a pipeline holds one of its own. A scheduler that is copied alone (a pipeline copies its own for the sound
+    of a video) starts generations that nobody lives in: it holds the time of the transformers and not them.
+    """
+
+    def __init__(self, scheduler: object, patched: Collection[PatchedTransformer]) -> None:
+        super().__init__(scheduler, "set_timesteps")
+        self._generations = [one.generation for one in patched]
+        self._patched = WeakSet(patched)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for patched in self._patched:
+            patched.keep_ticking()
+        for generation in self._generations:
+            generation.start()
+        return self.inner(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_patched": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_patched": WeakSet()})

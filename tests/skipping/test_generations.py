@@ -1,0 +1,104 @@
+"""Every video starts from the full map, whatever each layer did while it began: dense, left out, or with no clock."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from lite_attention import LiteAttention, attention
+from lite_attention.skipping.dense_steps import GenerationClock
+from support.passes import video
+
+STEPS = (900.0, 700.0, 500.0, 300.0)
+Pass = Callable[[LiteAttention, GenerationClock, int, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def call(layer: LiteAttention, clock: GenerationClock, x: Tensor) -> Tensor:
+    out: Tensor = layer(x, x, x, start_full=clock.start_full, generation=clock.generation)
+    return out
+
+
+def first_step_dense(layer: LiteAttention, clock: GenerationClock, step: int, x: Tensor) -> Tensor:
+    layer.enable_skip_optimization(step >= 1)
+    return call(layer, clock, x)
+
+
+def first_step_dense_without_number(layer: LiteAttention, clock: GenerationClock, step: int, x: Tensor) -> Tensor:
+    layer.enable_skip_optimization(step >= 1)
+    out: Tensor = layer(x, x, x, start_full=clock.start_full)
+    return out
+
+
+def left_out_by_a_cache(layer: LiteAttention, clock: GenerationClock, step: int, x: Tensor) -> Tensor:
+    return call(layer, clock, x) if step != 0 else x
+
+
+def dense_by_another_way(layer: LiteAttention, clock: GenerationClock, step: int, x: Tensor) -> Tensor:
+    return call(layer, clock, x) if step != 0 else attention(x, x, x)[0]
+
+
+def generate(run: Pass, layer: LiteAttention, clock: GenerationClock, seed: int) -> list[Tensor]:
+    outs = []
+    for step, timestep in enumerate(STEPS):
+        clock.tick(torch.tensor(timestep))
+        outs.append(run(layer, clock, step, video(seed)))
+    return outs
+
+
+RUNS: list[Pass] = [first_step_dense, first_step_dense_without_number, left_out_by_a_cache, dense_by_another_way]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("new_clock", [False, True])
+def test_the_second_video_is_made_as_if_it_were_the_first(run: Pass, new_clock: bool) -> None:
+    layer, clock = LiteAttention(threshold=-6.0), GenerationClock()
+    generate(run, layer, clock, seed=1)
+    skipped = float(layer.skip_fraction())
+    outs = generate(run, layer, GenerationClock() if new_clock else clock, seed=2)
+    alone = LiteAttention(threshold=-6.0)
+    expected = generate(run, alone, GenerationClock(), seed=2)
+    assert all(map(torch.equal, outs, expected))
+    assert skipped > 0.3
+    assert 0.3 < alone.skip_fraction() == layer.skip_fraction()
+
+
+def test_a_reset_of_the_clock_reaches_a_layer_that_is_left_out_when_it_comes() -> None:
+    layer, clock = LiteAttention(threshold=-6.0), GenerationClock()
+    generate(left_out_by_a_cache, layer, clock, seed=1)
+    clock.reset()
+    clock.tick(torch.tensor(STEPS[-1] - 100))  # lower than all before: only the reset tells
+    clock.tick(torch.tensor(STEPS[-1] - 200))
+    x, alone = video(2), LiteAttention(threshold=-6.0)
+    assert torch.equal(call(layer, clock, x), alone(x, x, x))
+
+
+class Timed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock, self.attn = GenerationClock(dense_steps=2), LiteAttention(threshold=-6.0)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.clock.tick(timestep)
+        return call(self.attn, self.clock, x)
+
+
+def test_one_graph_serves_all_steps_and_generations() -> None:
+    counter = CompileCounter()
+    model, eager = Timed(), Timed()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    fractions = []
+    for seed in (1, 2):
+        for timestep in map(torch.tensor, STEPS):
+            assert torch.equal(compiled(video(seed), timestep), eager(video(seed), timestep))
+            fractions.append(float(model.attn.skip_fraction()))
+    assert counter.frame_count == 1
+    assert min(fractions) > 0.3
