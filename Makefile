@@ -16,11 +16,11 @@ INSTALLS := build/install
 # What every Python and every torch must pass: operators, modules and their compilation.
 SMOKE := tests/ops/test_opcheck.py tests/skipping/test_modules.py tests/skipping/test_compile.py
 PYTHONS ?= 3.10 3.13
-TORCHES ?= 2.10.0 2.11.0 2.15.0
+TORCHES ?= torch==2.10.0 torch==2.11.0 torch
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
 
 .PHONY: demo
 demo: $(VENV)/demo.done ## Denoise a video with and without skipping, compare three families; writes report/index.html
@@ -48,15 +48,15 @@ build-cuda: $(CUDA_BUILD)/done ## Compile the Hopper kernels, without a GPU, int
 test-install: $(INSTALLS)/nvcc.done ## Install as the README says, with CUDA torch and with CPU torch, with nvcc and without
 
 .PHONY: test-torch-versions
-test-torch-versions: $(INSTALLS)/nvcc.done ## Run one built library under several versions of torch: TORCHES="2.10.0 2.11.0"
+test-torch-versions: $(INSTALLS)/nvcc.done ## Run one built library under several versions of torch (TORCHES)
 	for torch in $(TORCHES); do \
-	  $(BIN)/uv pip install --quiet --python $(INSTALLS)/nvcc/bin/python torch==$$torch && \
+	  $(BIN)/uv pip install --quiet --upgrade-package torch --python $(INSTALLS)/nvcc/bin/python $$torch && \
 	  $(INSTALLS)/nvcc/bin/python -c "import torch; print('torch', torch.__version__)" && \
 	  $(INSTALLS)/nvcc/bin/python -m pytest $(SMOKE) || exit 1; \
 	done
 
 .PHONY: test-pythons
-test-pythons: $(VENV)/test.done ## Build and test with other Pythons, which uv finds or downloads: PYTHONS="3.10 3.13"
+test-pythons: $(VENV)/test.done ## Build and test with other Pythons (PYTHONS), which uv finds or downloads
 	$(PIP_INSTALL) uv
 	for python in $(PYTHONS); do \
 	  $(BIN)/python .ci/installs.py $$python && $(INSTALLS)/$$python/bin/python -m pytest $(SMOKE) || exit 1; \

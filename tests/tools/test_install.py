@@ -14,7 +14,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from lite_attention.ops import load
+from lite_attention import info
+from lite_attention.ops import backends, load
 
 ROOT = Path(__file__).parents[2]
 CMAKE = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
@@ -182,6 +183,19 @@ def test_a_library_tells_why_it_holds_no_cuda_kernels_where_torch_could_use_them
     build = SimpleNamespace(CUDA_ARCHITECTURES="", WHY_NO_CUDA="no nvcc was found when it was built: get one")
     why = ", as no nvcc was found when it was built: get one" if torch_cuda else ""
     assert load._load_cuda_operators(build) == f"this build holds no CUDA kernels{why}"
+
+
+def test_info_repeats_why_a_build_holds_no_cuda_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    build = SimpleNamespace(CUDA_ARCHITECTURES="", WHY_NO_CUDA="no nvcc was found when it was built: get one")
+    monkeypatch.setattr(backends, "WHY_NO_CUDA_KERNELS", load._load_cuda_operators(build))
+    info._print_text(info.report())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sm90" in line]
+    assert_expected_inline(
+        line, """  sm90    no   this build holds no CUDA kernels, as no nvcc was found when it was built: get one"""
+    )
 
 
 def test_this_build_tells_why_it_holds_none() -> None:
