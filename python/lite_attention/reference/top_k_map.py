@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lite_attention.maps.keep_map import pack_keep_map
 
 __all__ = ["top_k_map"]
+
+# Beyond the numbers of the types that scores have: stands for infinity.
+_ABOVE_FINITE = 1e300
 
 
 def top_k_map(scores: Tensor, count: int) -> Tensor:
@@ -20,7 +25,8 @@ def top_k_map(scores: Tensor, count: int) -> Tensor:
     Returns:
         int32 ``[..., ceil(n / 32)]``.
     """
-    # 0.0 + x: -0 becomes 0. A descending stable sort puts NaN first.
-    order = (0.0 + scores.double()).argsort(dim=-1, descending=True, stable=True)
+    # 0.0 + x: -0 becomes 0. NaN becomes the one infinity, as torch's sorts on a GPU place it by its sign bit.
+    rank = (0.0 + scores.double()).clamp(-_ABOVE_FINITE, _ABOVE_FINITE).nan_to_num(nan=math.inf)
+    order = rank.argsort(dim=-1, descending=True, stable=True)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return pack_keep_map(chosen.scatter_(-1, order[..., :count], True))
