@@ -14,7 +14,7 @@ from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from lite_attention.skipping.cuda_graphs import capture_step
 from support.inputs import Case, correlated_passes
-from support.ranks import RankError, RankPool, mesh_of, run_on_ranks
+from support.ranks import RankError, RankPool, mesh_of, require_gpus, run_on_ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -119,6 +119,7 @@ def _one_rank_fails(seconds: float) -> None:
 
 
 def test_a_rank_that_is_lost_ends_the_others_by_their_timeout() -> None:
+    require_gpus(2)
     pool = RankPool(2, "cuda")
     start = time.monotonic()
     with pytest.raises(RankError, match=r"rank 0:\nthe process ended with exit code"):

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lite_attention import LiteAttention, exportable
-from lite_attention.ops.own_state import held_states
+from lite_attention.ops.own_state import OwnState, held_states, hold
 from lite_attention.skipping.dense_steps import GenerationClock
 from support.inputs import poisoned_memory, report
 from support.passes import video
@@ -320,7 +320,7 @@ def test_compiled_code_takes_the_state_for_memory_at_fixed_addresses() -> None:
     with torch.no_grad():
         torch.compile(Timed(), backend=backend, fullgraph=True)(video(1), 900.0)
     state = {name: is_static for name, is_static in static.items() if "state" in name}
-    assert len(state) == 11, list(static)
+    assert len(state) == 14, list(static)
     assert all(state.values())
     assert not all(static.values())
 
@@ -383,3 +383,49 @@ def test_exportable_takes_modules() -> None:
         report({"a function": lambda: enter(print)}),
         """a function -> TypeError: exportable: model has type builtin_function_or_method, expected a module""",
     )
+
+
+class _Number(OwnState):
+    """A state that is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_over(torch.device("cpu"))
+
+    def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
+        return {"number": torch.zeros((), dtype=torch.int64, device=device)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.number.device
+
+
+class _Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        hold(self, "state", _Number())
+
+    def forward(self, device: torch.device, compiling: bool) -> None:
+        self.state.place(device, "Placed", compiling)
+
+
+class _FirstOf(nn.Module):
+    """Stands for a trace of its first block, while the model is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Placed() for _ in range(3))
+
+    def forward(self, device: torch.device, compiling: bool, block: int = 0) -> list[str]:
+        self.blocks[block](device, compiling)
+        return [str(block.state.device) for block in self.blocks]
+
+
+def test_a_trace_places_the_state_of_sisters_that_nobody_placed_elsewhere() -> None:
+    """So that code compiled for one block fits the others; a second device stands for another GPU."""
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert _FirstOf()(other, False) == ["meta", "cpu", "cpu"]
+    assert _FirstOf()(other, True) == ["meta", "meta", "meta"]
+    split = _FirstOf()
+    split(cpu, False, block=2)  # the last block runs on a device of its own
+    assert split(other, True) == ["meta", "meta", "cpu"]

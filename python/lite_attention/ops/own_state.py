@@ -12,6 +12,7 @@ torch.export alone must see it, since a program carries the buffers of its model
 from __future__ import annotations
 
 import copy
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.modes import make_buffers_ordinary, real_tensors
 
-__all__ = ["Held", "OwnState", "exportable", "held_states", "hold", "state_buffers"]
+__all__ = ["Held", "OwnState", "exportable", "held_states", "hold", "running_model", "state_buffers"]
 
 
 class OwnState(nn.Module):
@@ -36,6 +37,7 @@ class OwnState(nn.Module):
         super().__init__()
         self.layout_version = 0
         self.is_exportable = False
+        self._placed_on: torch.device | None = None  # by its own passes, not by a sister's
 
     @abstractmethod
     def fresh_buffers(self, device: torch.device) -> Mapping[str, Tensor | None]:
@@ -57,11 +59,18 @@ class OwnState(nn.Module):
                 self.register_buffer(name, buffer, persistent=False)
 
     @torch.compiler.assume_constant_result
-    def place(self, device: torch.device, caller: str) -> None:
+    def place(self, device: torch.device, caller: str, compiling: bool) -> None:
         """Start over if the state is not on this device. Called before any buffer is read, also where that is traced.
 
+        The code that is traced for one layer has to fit its sisters, whose state is where this one's was: it moves too.
+
+        Args:
+            device: of the inputs.
+            caller: begins the text of errors.
+            compiling: whether the call is traced, which this function cannot see.
+
         Raises:
-            RuntimeError: torch.export would lose the state; the text begins with ``caller``.
+            RuntimeError: torch.export would lose the state.
         """
         self.check_export(caller)
         if self.device not in (None, device):
@@ -70,7 +79,19 @@ class OwnState(nn.Module):
                     f"{caller}: the state is on {self.device}, expected {device}, where the inputs are; call the "
                     "model once on inputs of this shape and branch before torch.export"
                 )
-            self.start_over(device)
+            for state in (self, *self._sisters_to_place()) if compiling else (self,):
+                state.start_over(device)
+        self._placed_on = device
+
+    def _sisters_to_place(self) -> Iterator[OwnState]:
+        """The states like this one in the model as it runs that were last placed where this one was, if anywhere."""
+        model = running_model(self)
+        if model is not None:
+            for held in held_states(model):
+                sister = held.state
+                is_sister = type(sister) is type(self) and sister is not self and sister.device == self.device
+                if is_sister and sister._placed_on in (None, self._placed_on):
+                    yield sister
 
     def check_export(self, caller: str) -> None:
         """Refuse to be traced by torch.export where it does not see the state.
@@ -138,6 +159,25 @@ def state_buffers(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return {
         name: buffer for held in held_states(module, prefix) for name, buffer in held.state.named_buffers(held.name)
     }
+
+
+def running_model(part: OwnState) -> nn.Module | None:
+    """The outermost module that is being called and holds ``part``; None if it is called by itself.
+
+    Read off the call stack, from the ``self`` of the calls that led here: who is called is always there. A trace runs
+    on top of the calls around it, so it sees the model whose block is compiled.
+    """
+    callers = []
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        first = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
+        if first and isinstance(module := frame.f_locals.get(first[0]), nn.Module):
+            callers.append(module)
+    for module in reversed(callers):
+        if any(held.state is part for held in held_states(module)):
+            return module
+    return None
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class HeadOrder(OwnState):
 
     def to_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of ``[B, S, heads of each, D]`` at their positions."""
-        self.place(query.device, "DistributedLiteAttention")
+        self.place(query.device, "DistributedLiteAttention", torch.compiler.is_compiling())
         if self._head_at is None:
             return query, key, value
         per_key = query.shape[2] // key.shape[2]

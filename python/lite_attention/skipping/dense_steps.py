@@ -131,7 +131,7 @@ class GenerationClock(nn.Module):
         if not torch.compiler.is_compiling() and is_fake(timestep):
             return
         state = self.state
-        state.place(timestep.device, "GenerationClock")
+        state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
         change = torch.sign(now - state.timesteps[branch])

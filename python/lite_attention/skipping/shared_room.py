@@ -7,16 +7,13 @@ module can say of itself: it does not know what holds it, and that may change.
 from __future__ import annotations
 
 import logging
-import sys
 import weakref
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from torch import nn
 
-from lite_attention.ops.own_state import OwnState, held_states
-
-__all__ = ["SharedRoom", "note_lonely_trace", "running_model"]
+__all__ = ["SharedRoom", "note_lonely_trace"]
 
 _logger = logging.getLogger("lite_attention")
 
@@ -34,25 +31,6 @@ class SharedRoom(Generic[Member]):
 
     def __reduce__(self) -> tuple[type[SharedRoom[Member]], tuple[()]]:
         return SharedRoom, ()
-
-
-def running_model(part: OwnState) -> nn.Module | None:
-    """The outermost module that is being called and holds ``part``; None if it is called by itself.
-
-    Read off the call stack, from the ``self`` of the calls that led here: who is called is always there. A trace runs
-    on top of the calls around it, so it sees the model whose block is compiled.
-    """
-    callers = []
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        first = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
-        if first and isinstance(module := frame.f_locals.get(first[0]), nn.Module):
-            callers.append(module)
-    for module in reversed(callers):
-        if any(held.state is part for held in held_states(module)):
-            return module
-    return None
 
 
 # What was traced with no sister in sight: the kind of code and inputs, by the part; and the kinds warned of.

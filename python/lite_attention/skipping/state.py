@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
-from lite_attention.ops.own_state import held_states
+from lite_attention.ops.own_state import held_states, running_model
 from lite_attention.skipping.map_table import MAP_SLOTS, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
-from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace, running_model
+from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
 from lite_attention.skipping.slots import Owner, PassShape, Room, stamp_of
 
 __all__ = ["Recalled", "SkipState", "share_room"]
@@ -204,7 +204,7 @@ class SkipState(MapTable):
         """
         if start_full is None and generation is None:
             return
-        self.place(device, "LiteAttention")
+        self.place(device, "LiteAttention", torch.compiler.is_compiling())
         begins = start_full
         if generation is not None:
             is_other = self.generations[branch] != generation

@@ -77,7 +77,7 @@ class Generation(nn.Module):
     def tick(self, timestep: Tensor) -> None:
         """Note that a call of the transformer begins, with its timestep."""
         if isinstance(timestep, Tensor):
-            self.must_do.place(timestep.device, "LiteAttention")
+            self.must_do.place(timestep.device, "LiteAttention", torch.compiler.is_compiling())
         self.clock.tick(timestep, watched=self._watched and not branch_is_chosen())
 
     def start(self) -> None:

@@ -209,7 +209,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
     def _record(self, fraction: Tensor) -> None:
         branch = resolved_branch(None, _CALLER)
         clock, device = self.generation.clock, fraction.device
-        self.history.place(device, _CALLER)
+        self.history.place(device, _CALLER, torch.compiler.is_compiling())
         self.history.record(branch, clock.step(branch).to(device), clock.generation.to(device), fraction)
 
     def skip_fractions(self, branch: int) -> Tensor:

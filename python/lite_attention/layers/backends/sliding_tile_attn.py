@@ -289,7 +289,7 @@ class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMeta
                 f"canvas and {metadata.layout.text_tokens} of text. Give the layer original_seq_len where some are "
                 "padding"
             )
-        self._layer.place(query.device, _NAME)
+        self._layer.place(query.device, _NAME, torch.compiler.is_compiling())
         windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer.number).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
         text_length = metadata.text_length
