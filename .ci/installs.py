@@ -124,7 +124,9 @@ def under(version: str) -> None:
     run(UV, "venv", "--python", version, folder, environment=_pyenv())
     run(UV, "build", "--sdist", "--out-dir", sdists)
     (sdist,) = sdists.glob("*.tar.gz")
-    run(UV, "pip", "install", "--python", python, sdist, *TEST_PACKAGES, environment={"CUDA_HOME": str(NO_CUDA)})
+    versions = ("--constraints", "constraints.txt", "--build-constraints", "constraints.txt")
+    install = (UV, "pip", "install", "--python", python, *versions, sdist, *TEST_PACKAGES)
+    run(*install, environment={"CUDA_HOME": str(NO_CUDA)})
     print(f"  {run(python, '--version').strip()}, torch {run(python, '-c', 'import torch; print(torch.__version__)')}")
     expect("info", kernels(python), "none; *")
 
