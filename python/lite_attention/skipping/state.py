@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
-from lite_attention.skipping.map_table import MAP_SLOTS, MapTable, follows
+from lite_attention.skipping.map_table import MAP_SLOTS, NO_GENERATION, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
 from lite_attention.skipping.slots import Owner, PassShape, Room, stamp_of
@@ -190,7 +190,9 @@ class SkipState(MapTable):
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
-        if generation is not None:
+        if generation is None:
+            self.generations[branch].fill_(NO_GENERATION)
+        else:
             self.generations[branch].copy_(generation)
 
     def note_dense_pass(

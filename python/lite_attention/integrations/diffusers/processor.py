@@ -175,6 +175,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
         must_do, must_do_queries = self._must_do(tokens, text_len, query.device)
         fraction = torch.zeros((), dtype=torch.float32, device=query.device)
+        start_full, generation = self.generation.clock.told()
         out: Tensor = self.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -183,8 +184,8 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             must_do_list=must_do,
             must_do_queries=must_do_queries,
             kv_lens=kv_lens,
-            start_full=self.generation.clock.start_full.to(query.device),
-            generation=self.generation.clock.generation.to(query.device),
+            start_full=start_full.to(query.device),
+            generation=generation.to(query.device),
             skip_fraction_out=fraction,
         )
         self._record(fraction)
@@ -209,8 +210,9 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
     def _record(self, fraction: Tensor) -> None:
         branch = resolved_branch(None, _CALLER)
         clock, device = self.generation.clock, fraction.device
+        _, generation = clock.told(branch)
         self.history.place(device, _CALLER, torch.compiler.is_compiling())
-        self.history.record(branch, clock.step(branch).to(device), clock.generation.to(device), fraction)
+        self.history.record(branch, clock.step(branch).to(device), generation.to(device), fraction)
 
     def skip_fractions(self, branch: int) -> Tensor:
         """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where the layer did not run."""
