@@ -48,6 +48,7 @@ class ClockState(OwnState):
     directions: Tensor
     watched: Tensor
     mixed: Tensor
+    calls: Tensor
     mixed_calls: Tensor
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class ClockState(OwnState):
             "directions": of_branches(0),
             "watched": of_branches(0),
             "mixed": of_branches(0),
+            "calls": of_branches(0),
             "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
         }
 
@@ -168,6 +170,7 @@ class GenerationClock(nn.Module):
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
         state.mixed[branch].copy_(mixed)
+        state.calls[branch].add_(1)
         state.mixed_calls.add_(repeats)
         state.watched[branch].fill_(watched)
 
@@ -182,6 +185,10 @@ class GenerationClock(nn.Module):
         """
         branch = resolved_branch(branch, "GenerationClock")
         return self.state.starts[branch] != 0, self.state.generations[branch]
+
+    def calls(self, branch: int | None = None) -> Tensor:
+        """How many calls of the branch were noted: int64, 0-d."""
+        return self.state.calls[resolved_branch(branch, "GenerationClock")]
 
     def step(self, branch: int | None = None) -> Tensor:
         """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
