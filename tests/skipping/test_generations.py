@@ -85,7 +85,7 @@ def test_a_reset_of_the_clock_reaches_a_layer_that_is_left_out_when_it_comes() -
 
 
 @pytest.mark.parametrize("number", [0, 7])
-def test_a_pass_that_is_told_no_number_belongs_to_no_numbered_video(number: int) -> None:
+def test_passes_without_a_number_that_begin_a_video_belong_to_no_numbered_one(number: int) -> None:
     layer, alone, told = LiteAttention(threshold=-6.0), LiteAttention(threshold=-6.0), torch.tensor(number)
     x, other = video(2), video(1)
     if number != 0:

@@ -21,7 +21,7 @@ __all__ = ["MAP_SLOTS", "NO_GENERATION", "MapTable", "follows"]
 # graphs that torch.compile keeps of one function by default.
 MAP_SLOTS = 8
 
-# Of a pass that was told none: a number that nobody counts to, as callers may begin with 0.
+# Where no pass was told one yet: a number that nobody counts to, as callers may begin with 0.
 NO_GENERATION = torch.iinfo(torch.int64).min
 
 
@@ -41,7 +41,7 @@ class MapTable(OwnState):
     """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
     generations: Tensor
-    """Number of the generation of each branch's latest pass, or NO_GENERATION: int64 ``[MAX_BRANCHES]``."""
+    """Number that each branch's latest pass was told, NO_GENERATION after a reset: int64 ``[MAX_BRANCHES]``."""
 
     def __init__(self, dense_steps: int) -> None:
         super().__init__()

@@ -190,9 +190,7 @@ class SkipState(MapTable):
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
-        if generation is None:
-            self.generations[branch].fill_(NO_GENERATION)
-        else:
+        if generation is not None:
             self.generations[branch].copy_(generation)
 
     def note_dense_pass(
@@ -274,6 +272,8 @@ class SkipState(MapTable):
         live = self.live if branch is None else self.live[branch]
         # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
         live.abs_().neg_()
+        # Passes that are told no number go on with the generation that is under way; now none is.
+        (self.generations if branch is None else self.generations[branch]).fill_(NO_GENERATION)
 
     def set_threshold(self, values: float | tuple[float, ...]) -> None:
         """Another threshold from the next pass on, written in place where there are as many values as before."""
