@@ -51,6 +51,23 @@ def skips(handle: LiteAttentionHandle, branch: int | str = 0) -> list[bool]:
     return (handle.skip_fraction(branch).amax(0) > 0).tolist()  # type: ignore[no-any-return]
 
 
+# Layers that a call runs more than once
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_block_that_stands_in_two_depths_of_a_model_never_uses_the_map_of_the_other(compiled: bool) -> None:
+    looped, unrolled = make_transformer(WAN), make_transformer(WAN)
+    looped.blocks[1] = looped.blocks[0]
+    unrolled.blocks[1].load_state_dict(unrolled.blocks[0].state_dict())
+    handle = enable_lite_attention(looped, threshold=THRESHOLD)
+    model: Any = torch.compile(looped, backend="aot_eager", fullgraph=True) if compiled else looped
+    for seed in (0, 1):
+        outs = [run(model, WAN, make_latents(WAN, step, seed=seed), time) for step, time in enumerate(TIMESTEPS)]
+        expected = [run(unrolled, WAN, make_latents(WAN, step, seed=seed), time) for step, time in enumerate(TIMESTEPS)]
+        torch.testing.assert_close(outs, expected)
+        assert not any(skips(handle))
+
+
 # Streams without names
 
 

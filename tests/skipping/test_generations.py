@@ -1,5 +1,8 @@
 """Every video starts from the full map, whatever each layer did while it began: dense, left out, or with no clock."""
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -79,6 +82,56 @@ def test_a_reset_of_the_clock_reaches_a_layer_that_is_left_out_when_it_comes() -
     clock.tick(torch.tensor(STEPS[-1] - 200))
     x, alone = video(2), LiteAttention(threshold=-6.0)
     assert torch.equal(call(layer, clock, x), alone(x, x, x))
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_passes_without_a_number_that_begin_a_video_belong_to_no_numbered_one(number: int) -> None:
+    layer, alone, told = LiteAttention(threshold=-6.0), LiteAttention(threshold=-6.0), torch.tensor(number)
+    x, other = video(2), video(1)
+    if number != 0:
+        layer(x, x, x, generation=told)
+    layer.reset_skip_state()
+    layer(other, other, other)  # to warm up, say
+    assert layer.skip_fraction() > 0.3
+    assert torch.equal(layer(x, x, x, generation=told), alone(x, x, x))
+
+
+def test_copies_of_a_clock_go_on_with_its_video_and_number_the_next_ones_anew() -> None:
+    layer, clock = LiteAttention(threshold=-6.0), GenerationClock()
+    generate(dense_by_another_way, layer, clock, seed=1)
+    copied = copy.deepcopy(clock)
+    assert torch.equal(copied.generation, clock.generation)
+    clock.reset()
+    copied.reset()
+    generate(dense_by_another_way, layer, clock, seed=1)
+    outs = generate(dense_by_another_way, layer, copied, seed=2)
+    expected = generate(dense_by_another_way, LiteAttention(threshold=-6.0), GenerationClock(), seed=2)
+    assert all(map(torch.equal, outs, expected))
+
+
+def test_the_clock_of_another_process_tells_other_numbers() -> None:
+    numbers = (
+        "print(GenerationClock().generation.item(), copy.deepcopy(GenerationClock()).state.next_generations[0].item())"
+    )
+    code = f"import copy; from lite_attention.skipping.dense_steps import GenerationClock; {numbers}"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert len({number for run in runs for number in run.stdout.split()}) == 4
+
+
+def test_branches_that_threads_run_at_a_time_are_told_their_own_time() -> None:
+    clock, videos, expected = GenerationClock(dense_steps=1), {}, {}
+    for timestep in (900.0, 700.0):
+        clock.tick(torch.tensor(timestep), branch=0)
+    videos[0] = clock.generation.clone()
+    clock.tick(torch.tensor(900.0), branch=1)
+    clock.reset()
+    clock.tick(torch.tensor(900.0), branch=1)
+    videos[1] = clock.generation.clone()
+    expected = {0: False, 1: True}
+    for branch, number in videos.items():
+        start_full, generation = clock.told(branch)
+        assert (bool(start_full), int(generation)) == (expected[branch], int(number))
+    assert videos[0] != videos[1]
 
 
 class Timed(nn.Module):

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -248,7 +249,13 @@ def through_save(model: Timed) -> Timed:
     return result
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_save])
+def through_shared_memory(model: Timed) -> Timed:
+    """As torch.multiprocessing hands a model to another process: in memory of both."""
+    result: Timed = pickle.loads(ForkingPickler.dumps(model))
+    return result
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_save, through_shared_memory])
 @pytest.mark.parametrize("moved", [False, True])
 def test_copies_made_in_inference_mode_can_be_written_outside(duplicate: Callable[[Timed], Timed], moved: bool) -> None:
     model = Timed()
@@ -275,6 +282,41 @@ def test_copies_made_in_inference_mode_can_be_written_outside(duplicate: Callabl
     assert held.isdisjoint(copies)
     assert held
     assert copies
+
+
+def test_processes_that_are_handed_one_model_have_maps_of_their_own() -> None:
+    model = Timed()
+    two_videos(model)
+    kept = model.attn.keep_map()
+    sent = through_shared_memory(model)
+    assert torch.equal(sent.attn.keep_map(), kept)
+    assert sent.scale.data_ptr() == model.scale.data_ptr()
+    sent.clock.reset()
+    with torch.no_grad():
+        sent(video(7), 100.0)
+        sent(video(7), 50.0)
+    assert not torch.equal(sent.attn.keep_map(), kept)
+    assert torch.equal(model.attn.keep_map(), kept)
+
+
+def test_a_model_loaded_to_another_device_than_it_was_saved_on_starts_over() -> None:
+    model = Timed([THRESHOLD])
+    two_videos(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False, map_location="meta")
+    loaded.scale = nn.Parameter(torch.ones(64))
+    assert_steps_like_a_new_one(loaded)
+
+
+def test_replicas_that_would_share_the_state_are_refused() -> None:
+    with pytest.raises(RuntimeError) as error:
+        [part._replicate_for_data_parallel() for part in Timed().modules()]  # type: ignore[operator]
+    assert_expected_inline(
+        str(error.value),
+        """LiteAttention: nn.DataParallel makes copies of the model in each call, which would share one skip state, expected a model of its own for each device, as DistributedDataParallel has""",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -320,7 +362,7 @@ def test_compiled_code_takes_the_state_for_memory_at_fixed_addresses() -> None:
     with torch.no_grad():
         torch.compile(Timed(), backend=backend, fullgraph=True)(video(1), 900.0)
     state = {name: is_static for name, is_static in static.items() if "state" in name}
-    assert len(state) == 14, list(static)
+    assert len(state) == 17, list(static)
     assert all(state.values())
     assert not all(static.values())
 

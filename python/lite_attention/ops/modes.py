@@ -39,9 +39,13 @@ class real_tensors:  # noqa: N801 - read as a function, like torch.no_grad
 
 
 def make_buffers_ordinary(module: nn.Module) -> None:
-    """Replace a module's buffers that are inference tensors, as in a copy made or loaded in inference mode."""
+    """Replace a module's buffers that cannot be written freely or that others write too.
+
+    The first are inference tensors, as in a copy made or loaded in inference mode; the second lie in memory shared with
+    the process that sent the module, as torch.multiprocessing does.
+    """
     with ordinary_tensors():
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_inference():
+                if buffer.is_inference() or buffer.is_shared():
                     setattr(part, name, buffer.clone())

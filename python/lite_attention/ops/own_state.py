@@ -120,7 +120,7 @@ class OwnState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if any(map(is_fake, self.buffers())):  # loaded under FakeTensorMode
+        if any(is_fake(buffer) or buffer.is_meta for buffer in self.buffers()):  # loaded without values
             self.start_over(torch.device("cpu"))
         make_buffers_ordinary(self)
 

@@ -7,13 +7,15 @@ same code runs eagerly, compiled, and in a CUDA graph, which sees a new generati
 
 from __future__ import annotations
 
-import itertools
+import secrets
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.checks import checked_int
+from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
@@ -23,9 +25,14 @@ __all__ = ["ClockState", "GenerationClock"]
 TICKS_PER_UNIT = 2**20
 NO_STEP = -1
 
-# Each clock counts its generations from a number of its own, so that two clocks never tell a layer the same one.
-GENERATIONS_PER_CLOCK = 2**32
-_clocks = itertools.count(1)
+# Each clock numbers its generations from a random one on, so that two clocks never tell a layer the same: also not
+# where the layer, or the clock, was copied or comes from another process. 0 stands for none.
+GENERATIONS_PER_CLOCK = 2**20
+
+
+def _first_generation() -> int:
+    # Of the system's randomness, which no seed and no fork repeats.
+    return (1 + secrets.randbelow(2**42)) * GENERATIONS_PER_CLOCK
 
 
 class ClockState(OwnState):
@@ -33,12 +40,15 @@ class ClockState(OwnState):
 
     start_full: Tensor
     generation: Tensor
+    starts: Tensor
     steps: Tensor
     generations: Tensor
+    next_generations: Tensor
     timesteps: Tensor
     directions: Tensor
     watched: Tensor
     mixed: Tensor
+    calls: Tensor
     mixed_calls: Tensor
 
     def __init__(self) -> None:
@@ -46,7 +56,7 @@ class ClockState(OwnState):
         self.start_over(torch.device("cpu"))
 
     def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
-        first = next(_clocks) * GENERATIONS_PER_CLOCK
+        first = _first_generation()
 
         def of_branches(value: int) -> Tensor:
             return torch.full((MAX_BRANCHES,), value, dtype=torch.int64, device=device)
@@ -54,14 +64,23 @@ class ClockState(OwnState):
         return {
             "start_full": torch.ones((), dtype=torch.bool, device=device),
             "generation": torch.full((), first, dtype=torch.int64, device=device),
+            "starts": of_branches(1),
             "steps": of_branches(NO_STEP),
             "generations": of_branches(first),
+            "next_generations": of_branches(first + 1),
             "timesteps": of_branches(0),
             "directions": of_branches(0),
             "watched": of_branches(0),
             "mixed": of_branches(0),
+            "calls": of_branches(0),
             "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy goes on with the generations under way; those that it begins are its own."""
+        super().__setstate__(state)
+        with real_tensors():
+            self.next_generations.fill_(_first_generation())
 
     @property
     def device(self) -> torch.device:
@@ -142,15 +161,34 @@ class GenerationClock(nn.Module):
         mixed = torch.where(is_new, 0, state.mixed[branch] + repeats)
         start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
         # Everything is computed before anything is written.
-        generation.add_(is_new)
+        generation.copy_(torch.where(is_new, state.next_generations[branch], generation))
+        state.next_generations[branch].add_(is_new)
         state.generation.copy_(generation)
         state.start_full.copy_(start_full)
+        state.starts[branch].copy_(start_full)
         step.copy_(new_step)
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
         state.mixed[branch].copy_(mixed)
+        state.calls[branch].add_(1)
         state.mixed_calls.add_(repeats)
         state.watched[branch].fill_(watched)
+
+    def told(self, branch: int | None = None) -> tuple[Tensor, Tensor]:
+        """``start_full`` and ``generation`` of the branch's latest call, whichever branches other threads run since.
+
+        Args:
+            branch: as :meth:`tick` had it.
+
+        Returns:
+            bool and int64, 0-d.
+        """
+        branch = resolved_branch(branch, "GenerationClock")
+        return self.state.starts[branch] != 0, self.state.generations[branch]
+
+    def calls(self, branch: int | None = None) -> Tensor:
+        """How many calls of the branch were noted: int64, 0-d."""
+        return self.state.calls[resolved_branch(branch, "GenerationClock")]
 
     def step(self, branch: int | None = None) -> Tensor:
         """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from lite_attention.ops.own_state import OwnState
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.slots import MapSlot, Owner, PassShape
 
-__all__ = ["MAP_SLOTS", "MapTable", "follows"]
+__all__ = ["MAP_SLOTS", "NO_GENERATION", "MapTable", "follows"]
 
 # A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
 # graphs that torch.compile keeps of one function by default.
 MAP_SLOTS = 8
+
+# Where no pass was told one yet: a number that nobody counts to, as callers may begin with 0.
+NO_GENERATION = torch.iinfo(torch.int64).min
 
 
 class MapTable(OwnState):
@@ -37,7 +41,7 @@ class MapTable(OwnState):
     """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
     generations: Tensor
-    """Number of the generation that each branch's latest pass was told: int64 ``[MAX_BRANCHES]``, 0 before."""
+    """Number that each branch's latest pass was told, NO_GENERATION after a reset: int64 ``[MAX_BRANCHES]``."""
 
     def __init__(self, dense_steps: int) -> None:
         super().__init__()
@@ -50,9 +54,9 @@ class MapTable(OwnState):
 
     def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
         """All but the maps."""
+        first = {"live": 0, "passes": 0, "generations": NO_GENERATION}
         return {
-            name: torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device)
-            for name in ("live", "passes", "generations")
+            name: torch.full((MAX_BRANCHES,), value, dtype=torch.int64, device=device) for name, value in first.items()
         }
 
     @torch.compiler.disable
@@ -65,6 +69,11 @@ class MapTable(OwnState):
         for slot, buffers in zip(self.slots, blank, strict=True):
             for name, buffer in buffers.items():
                 setattr(slot, name, buffer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(shape.device != self.device for _, shape in self._rooms):  # loaded to another device
+            self.start_over(self.device)
 
     @property
     def device(self) -> torch.device:

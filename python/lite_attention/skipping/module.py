@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -257,6 +258,13 @@ class LiteAttention(nn.Module):
             if fn(probe) is not probe:
                 self.outdate_captured_graphs()
         return self
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What nn.DataParallel makes of every part in every call; the replicas would all write this layer's state."""
+        raise RuntimeError(
+            f"{self.caller}: nn.DataParallel makes copies of the model in each call, which would share one skip state, "
+            "expected a model of its own for each device, as DistributedDataParallel has"
+        )
 
     @property
     def skipping(self) -> bool:

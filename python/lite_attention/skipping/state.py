@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
-from lite_attention.skipping.map_table import MAP_SLOTS, MapTable, follows
+from lite_attention.skipping.map_table import MAP_SLOTS, NO_GENERATION, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
 from lite_attention.skipping.slots import Owner, PassShape, Room, stamp_of
@@ -272,6 +272,8 @@ class SkipState(MapTable):
         live = self.live if branch is None else self.live[branch]
         # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
         live.abs_().neg_()
+        # Passes that are told no number go on with the generation that is under way; now none is.
+        (self.generations if branch is None else self.generations[branch]).fill_(NO_GENERATION)
 
     def set_threshold(self, values: float | tuple[float, ...]) -> None:
         """Another threshold from the next pass on, written in place where there are as many values as before."""

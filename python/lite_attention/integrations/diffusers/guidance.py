@@ -32,16 +32,20 @@ class BranchNames:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+        self._free = list(range(MAX_BRANCHES))
 
     def number(self, name: str) -> int:
         """The branch's number, given to it where it has none yet; RuntimeError where none is left."""
         if name not in self._numbers:
-            if len(self._numbers) == MAX_BRANCHES:
+            if not self._free:
                 raise RuntimeError(
                     f"cache_context({name!r}): one guidance branch too many, expected at most {MAX_BRANCHES}: "
                     f"{', '.join(self._numbers)}"
                 )
-            self._numbers[name] = len(self._numbers)
+            # Threads that name branches at a time take a number each; of two for one name the first counts.
+            number = self._free.pop(0)
+            if self._numbers.setdefault(name, number) != number:
+                self._free.insert(0, number)
         return self._numbers[name]
 
     def known_number(self, name: str) -> int:

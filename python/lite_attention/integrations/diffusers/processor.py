@@ -51,6 +51,12 @@ class History(OwnState):
     generations: Tensor
     """Whose steps these are, by the clock's numbers: int64 ``[MAX_BRANCHES]``."""
 
+    calls: Tensor
+    """Of the transformer, up to that of the latest pass: int64 ``[MAX_BRANCHES]``."""
+
+    repeats: Tensor
+    """Passes in this generation that shared a call with the pass before: int64 ``[MAX_BRANCHES]``."""
+
     def __init__(self) -> None:
         super().__init__()
         self.start_over(torch.device("cpu"))
@@ -60,11 +66,23 @@ class History(OwnState):
         return {
             "fractions": nothing,
             "generations": torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device),
+            "calls": torch.full((MAX_BRANCHES,), -1, dtype=torch.int64, device=device),
+            "repeats": torch.zeros(MAX_BRANCHES, dtype=torch.int64, device=device),
         }
 
     @property
     def device(self) -> torch.device:
         return self.fractions.device
+
+    def is_looped(self, branch: int, call: Tensor, generation: Tensor) -> Tensor:
+        """Note that a pass begins, and tell whether several share a call: bool, 0-d.
+
+        Then the map that one leaves is not the next one's: they are different depths of the model.
+        """
+        repeats, last = self.repeats[branch], self.calls[branch]
+        repeats.copy_(torch.where(self.generations[branch] == generation, repeats, 0) + (last == call))
+        last.copy_(call)
+        return repeats > 0
 
     def record(self, branch: int, step: Tensor, generation: Tensor, fraction: Tensor) -> None:
         """Note the fraction of a step, a scalar as the others, on the device of the state."""
@@ -175,6 +193,11 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             kv_lens = attn_mask.view(batch, tokens).sum(-1, dtype=torch.int32)
         must_do, must_do_queries = self._must_do(tokens, text_len, query.device)
         fraction = torch.zeros((), dtype=torch.float32, device=query.device)
+        branch, device = resolved_branch(None, _CALLER), query.device
+        clock = self.generation.clock
+        start_full, generation = (told.to(device) for told in clock.told(branch))
+        self.history.place(device, _CALLER, torch.compiler.is_compiling())
+        is_looped = self.history.is_looped(branch, clock.calls(branch).to(device), generation)
         out: Tensor = self.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -183,11 +206,11 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
             must_do_list=must_do,
             must_do_queries=must_do_queries,
             kv_lens=kv_lens,
-            start_full=self.generation.clock.start_full.to(query.device),
-            generation=self.generation.clock.generation.to(query.device),
+            start_full=start_full | is_looped,
+            generation=generation,
             skip_fraction_out=fraction,
         )
-        self._record(fraction)
+        self.history.record(branch, clock.step(branch).to(device), generation, fraction)
         return out.transpose(1, 2)
 
     def _must_do(self, tokens: int, text_len: int, device: torch.device) -> tuple[Ranges | None, Ranges | None]:
@@ -205,12 +228,6 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         # Filled, not copied from the host, which a CUDA graph could not capture.
         text_row = torch.cat([ranges.new_full((1, 1), text[0]), ranges.new_full((1, 1), text[1])], 1)
         return torch.cat([ranges + video_start, text_row]), text
-
-    def _record(self, fraction: Tensor) -> None:
-        branch = resolved_branch(None, _CALLER)
-        clock, device = self.generation.clock, fraction.device
-        self.history.place(device, _CALLER, torch.compiler.is_compiling())
-        self.history.record(branch, clock.step(branch).to(device), clock.generation.to(device), fraction)
 
     def skip_fractions(self, branch: int) -> Tensor:
         """Share of tiles skipped in each step of the generation: fp32 ``[steps]``, NaN where the layer did not run."""
