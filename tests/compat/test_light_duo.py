@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -136,6 +137,7 @@ def test_errors_name_the_argument() -> None:
         "negative window": seed(window_size=(-1, 0)),
         "position_ids": seed(position_ids=torch.arange(20)[None]),
         "page_table": seed(page_table=torch.zeros(1, 1, dtype=torch.int32)),
+        "lengths as an array": seed(cu_seqlens_q=np.array([0, 20])),
         "softcap": seed(softcap=30.0),
         "tile": seed(n_block_size=64),
         "no keyword of it": seed(windows=(3, 0)),
@@ -154,6 +156,7 @@ def test_errors_name_the_argument() -> None:
 negative window -> ValueError: streaming_sparse_attn_func: window_size[0] is -1, expected 0 or more keys, or None
 position_ids -> ValueError: streaming_sparse_attn_func: position_ids is given, expected None: it is not supported here. streaming_attention places the queries at the last keys
 page_table -> ValueError: streaming_sparse_attn_func: page_table is given, expected None: it is not supported here
+lengths as an array -> ValueError: streaming_sparse_attn_func: cu_seqlens_q is given, expected None: it is not supported here
 softcap -> ValueError: streaming_sparse_attn_func: softcap is given, expected 0.0: it is not supported here
 tile -> ValueError: streaming_sparse_attn_func: n_block_size is given, expected 128: it is not supported here
 no keyword of it -> TypeError: streaming_sparse_attn_func: windows is not one of its keywords

@@ -314,6 +314,14 @@ def test_an_img_slice_that_does_not_fit_is_refused(img_slice: list[int]) -> None
         in_model_call(override, lambda: override(Recorder(), **call))
 
 
+@pytest.mark.parametrize("img_slice", [None, 3, "xx", [0.5, 64], [0, 1, 2]])
+def test_an_img_slice_that_is_no_range_is_refused(img_slice: object) -> None:
+    override = LiteAttentionOverride(min_tokens=MIN_TOKENS)
+    call = attention_call(transformer_options={"block_index": 0, "img_slice": img_slice})
+    with pytest.raises(TypeError, match=r"^LiteAttention: img_slice is .*, expected \[start, end\]$"):
+        in_model_call(override, lambda: override(Recorder(), **call))
+
+
 @pytest.mark.parametrize("name", ["cond_or_uncond", "sigmas", "sample_sigmas"])
 def test_a_model_call_that_says_too_little_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"transformer_options has no {name}"):

@@ -462,6 +462,12 @@ def test_errors_of_enabling() -> None:
         enable_duo_attention(model, MIXED, SINK, RECENT)
         enable_duo_attention(model, MIXED, SINK, RECENT)
 
+    def one_config_for_two() -> None:
+        model = make_model()
+        other = type(model)(model.config)
+        enable_duo_attention(model, MIXED, SINK, RECENT)
+        enable_duo_attention(other, MIXED, SINK, RECENT)
+
     def reordered(heads: Any, enabled: bool = False) -> Callable[[], object]:
         def call() -> None:
             model = make_model()
@@ -485,6 +491,7 @@ def test_errors_of_enabling() -> None:
         "gates": lambda: enable_duo_attention(make_model(), torch.full((LAYERS, 4), 0.5), SINK, RECENT),
         "no recent token": lambda: enable_duo_attention(make_model(), MIXED, SINK, 0),
         "twice": twice,
+        "one config for two": one_config_for_two,
         "old table after reordering": reordered(MIXED),
         "reordering when enabled": reordered(MIXED, enabled=True),
         "restoring when enabled": restored_while_enabled,
@@ -498,6 +505,7 @@ one a query head -> ValueError: enable_duo_attention: full_attention_heads[0] ha
 gates -> ValueError: enable_duo_attention: full_attention_heads[0][0] is 0.5, expected 0 or 1; sparsify_attention_heads makes such a table
 no recent token -> ValueError: head_windows: recent_size is 0, expected 1 to 2147483647 keys
 twice -> ValueError: enable_duo_attention: layers.0.self_attn has DuoAttention already, expected none: disable it first
+one config for two -> ValueError: enable_duo_attention: model has the config of another LlamaForCausalLM, in which DuoAttention is enabled, expected a config of its own: copy.deepcopy makes one before the model is built
 old table after reordering -> ValueError: enable_duo_attention: full_attention_heads of layers.0.self_attn is [0, 1, 0, 1], expected full heads first: duo.reorder_weights has moved them there
 reordering when enabled -> RuntimeError: duo.reorder_weights: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads
 restoring when enabled -> RuntimeError: duo.restore_weights: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads""",
@@ -567,6 +575,6 @@ mask longer than the keys -> ValueError: DuoAttention: attention_mask has shape 
 softcap -> ValueError: LlamaAttention: attention with softcap, expected none: it is not supported
 attention sinks -> ValueError: LlamaAttention: attention with s_aux, expected none: it is not supported
 packed lengths -> ValueError: LlamaAttention: attention with cu_seq_lens_q, expected none: it is not supported
-no table -> ValueError: LlamaAttention: attention without a head table, expected a layer that enable_duo_attention found
+no table -> ValueError: LlamaAttention: attention without a head table, expected a layer that enable_duo_attention found. Models that were built with one config share its attention: give each a copy.deepcopy of it
 gradient -> NotImplementedError: attention: has no gradient, it is forward-only; run it under torch.no_grad() or torch.inference_mode(), or detach its inputs""",
     )

@@ -84,6 +84,7 @@ def test_queries_keys_and_values() -> None:
         "scale 0": bad_attention(scale=0.0),
         "scale -1": bad_attention(scale=-1.0),
         "scale NaN": bad_attention(scale=math.nan),
+        "scale beyond floats": bad_attention(scale=10**400),
         "scale inf": bad_attention(scale=math.inf),
         "q is a list": bad_attention(q=[1.0]),
         "v is None": bad_attention(v=None),
@@ -118,6 +119,7 @@ last stride of v is not 1 -> RuntimeError: attention: v has stride 2 in its last
 scale 0 -> RuntimeError: attention: scale is 0, expected a number above 0 that is finite in fp32
 scale -1 -> RuntimeError: attention: scale is -1, expected a number above 0 that is finite in fp32
 scale NaN -> RuntimeError: attention: scale is nan, expected a number above 0 that is finite in fp32
+scale beyond floats -> ValueError: attention: scale is beyond the numbers that a float can hold, expected one of these
 scale inf -> RuntimeError: attention: scale is inf, expected a number above 0 that is finite in fp32
 q is a list -> TypeError: attention: q has type list, expected a tensor
 v is None -> TypeError: attention: v has type NoneType, expected a tensor

@@ -210,6 +210,8 @@ def test_errors() -> None:
         "1.5 first steps": lambda: GenerationClock(1.5),  # type: ignore[arg-type]
         "-1 first steps": lambda: GenerationClock(-1),
         "a number": lambda: clock.tick(900.0),  # type: ignore[arg-type]
+        "complex timesteps": lambda: GenerationClock().tick(torch.tensor(1j)),
+        "watched by text": lambda: GenerationClock().tick(torch.tensor(1.0), watched="no"),  # type: ignore[arg-type]
         "no timesteps": lambda: clock.tick(torch.zeros(0)),
         "branch 8": lambda: clock.step(8),
     }
@@ -219,6 +221,8 @@ def test_errors() -> None:
 1.5 first steps -> TypeError: GenerationClock: dense_steps has type float, expected an int
 -1 first steps -> ValueError: GenerationClock: dense_steps is -1, expected at least 0
 a number -> TypeError: GenerationClock: timestep has type float, expected a tensor
+complex timesteps -> TypeError: GenerationClock: timestep has dtype torch.complex64, expected real numbers
+watched by text -> TypeError: GenerationClock: watched has type str, expected a bool
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
 branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
     )

@@ -67,6 +67,34 @@ def test_scale_is_the_fourth_argument() -> None:
     assert not torch.equal(dense(q, k, v), expected)
 
 
+def test_a_scalar_of_numpy_is_a_scale() -> None:
+    q, k, v = passes(count=1)[0]
+    layer = LiteAttention(threshold=THRESHOLD)
+    assert torch.equal(layer(q, k, v, np.float32(0.5)), LiteAttention(threshold=THRESHOLD)(q, k, v, 0.5))
+
+
+@pytest.mark.parametrize("policy", [SkipPolicy(threshold=THRESHOLD), SkipPolicy(threshold=THRESHOLD, dense_steps=4)])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_a_pass_inside_a_transform_is_refused_and_leaves_the_state_alone(policy: SkipPolicy, transform: str) -> None:
+    inputs = passes()
+    layer, other = LiteAttention(policy=policy), LiteAttention(policy=policy)
+
+    def total(q: Tensor) -> Tensor:
+        return layer(q, *inputs[1][1:]).sum()  # type: ignore[no-any-return]
+
+    ask = {
+        "vmap": lambda q: torch.vmap(total)(torch.stack([q, q])),
+        "grad": torch.func.grad(total),
+        "jvp": lambda q: torch.func.jvp(total, (q,), (q,)),
+    }[transform]
+    for q, k, v in inputs:
+        with pytest.raises(NotImplementedError, match=r"^LiteAttention: query is inside a transform of torch\.func"):
+            ask(q)
+        assert torch.equal(layer(q, k, v), other(q, k, v))
+        assert torch.equal(layer.keep_map(), other.keep_map())
+        assert torch.equal(layer.state.passes, other.state.passes)
+
+
 def test_disabled_is_the_dense_operator_and_leaves_the_state_alone() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     inputs = passes(count=3)

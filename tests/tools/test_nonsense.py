@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite_attention import layers, ops
+from lite_attention import LiteAttention, SkipPolicy, layers, ops
 from lite_attention.compat import fastvideo, light_duo
 from lite_attention.families import block_sparse, duo, sliding_tile, streaming, video_sparse
 from lite_attention.layers import selector
@@ -253,6 +253,31 @@ def calls_of_layers() -> Iterator[Call]:
     )
 
 
+def calls_of_skipping() -> Iterator[Call]:
+    yield call(
+        LiteAttention,
+        enable_skipping=Kind([value for value in BOOL.nonsense if value is not None]),
+        threshold=NUMBER.or_none(),
+        max_batch_size=SIZE.of(4),
+    )
+    layer = LiteAttention(threshold=-1.0)
+    names = {name: TENSOR.of(X) for name in ("query", "key", "value")}
+    optional = {name: TENSOR.or_none() for name in ("start_full", "generation", "skip_fraction_out", "kv_lens")}
+    yield call(
+        layer,
+        "LiteAttention()",
+        **names,
+        **SCALE,
+        **optional,
+        return_softmax_lse=BOOL.of(False),
+        branch=SIZE.or_none(),
+        must_do_list=POSITIONS,
+        must_skip_list=POSITIONS,
+        must_do_queries=POSITIONS,
+    )
+    yield call(SkipPolicy, threshold=NUMBER.of(-1.0), dense_steps=SIZE.of(0), enabled=BOOL.of(True))
+
+
 ROOMS = {
     "ops": calls_of_ops,
     "maps": calls_of_maps,
@@ -260,6 +285,7 @@ ROOMS = {
     "duo": calls_of_duo,
     "compat": calls_of_compat,
     "layers": calls_of_layers,
+    "skipping": calls_of_skipping,
 }
 
 

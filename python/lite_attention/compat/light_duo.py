@@ -72,7 +72,7 @@ def streaming_sparse_attn_func(
         if name not in _NOT_SUPPORTED:
             raise TypeError(f"{function}: {name} is not one of its keywords")
         nothing = _NOT_SUPPORTED[name]
-        if isinstance(value, Tensor) or value != nothing:
+        if hasattr(value, "tolist") or value != nothing:  # tensors and arrays are compared entry by entry
             raise ValueError(
                 f"{function}: {name} is given, expected {nothing}: it is not supported here"
                 + (". streaming_attention places the queries at the last keys" if name == "position_ids" else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -299,7 +300,10 @@ def _text_ranges(options: dict[str, Any], tokens: int) -> list[int] | None:
     """The tokens that are not the video's, where ComfyUI says which are: ranges of both queries and keys."""
     if "img_slice" not in options:
         return None
-    start, end = options["img_slice"]
+    try:
+        start, end = map(operator.index, options["img_slice"])
+    except (TypeError, ValueError):
+        raise TypeError(f"LiteAttention: img_slice is {options['img_slice']!r}, expected [start, end]") from None
     if not 0 <= start < end <= tokens:
         raise ValueError(f"LiteAttention: img_slice is {[start, end]}, expected a range within the {tokens} tokens")
     return [bound for first, last in ((0, start), (end, tokens)) if first < last for bound in (first, last)]

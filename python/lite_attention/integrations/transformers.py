@@ -86,6 +86,12 @@ def enable_duo_attention(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"enable_duo_attention: model is a {type(model).__name__}, expected one of transformers")
     layers = attention_layers("enable_duo_attention", model)
+    is_enabled = any(hasattr(layer, HEAD_WINDOWS) for layer in layers.values())
+    if model.config._attn_implementation == IMPLEMENTATION and not is_enabled:
+        raise ValueError(
+            f"enable_duo_attention: model has the config of another {type(model).__name__}, in which DuoAttention is "
+            "enabled, expected a config of its own: copy.deepcopy makes one before the model is built"
+        )
     config = model.config.get_text_config()
     table = head_table("enable_duo_attention", full_attention_heads, len(layers), config.num_key_value_heads)
     windows: dict[nn.Module, Tensor] = {}
@@ -176,7 +182,10 @@ def _attend(
 def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, others: dict[str, Any]) -> None:
     where = type(module).__name__
     if not hasattr(module, HEAD_WINDOWS):
-        raise ValueError(f"{where}: attention without a head table, expected a layer that enable_duo_attention found")
+        raise ValueError(
+            f"{where}: attention without a head table, expected a layer that enable_duo_attention found. Models that "
+            "were built with one config share its attention: give each a copy.deepcopy of it"
+        )
     if dropout != 0.0:
         raise ValueError(f"{where}: attention with dropout {dropout}, expected 0: there is no backward")
     if is_causal is False or not getattr(module, "is_causal", True):

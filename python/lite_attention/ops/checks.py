@@ -90,14 +90,24 @@ def checked_number(what: str, value: float, expected: str = "a number") -> float
         expected: what errors say is.
 
     Raises:
-        TypeError: ``value`` is something else; the text begins with ``what``.
+        TypeError, ValueError: ``value`` is something else, or beyond what a float can hold; the text begins with
+            ``what``.
     """
     given: object = value
     if isinstance(given, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(given, bool):
+        if isinstance(given, int):
+            _check_fits_float(what, given)
         return given  # type: ignore[return-value]
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"{what} has type {type(given).__name__}, expected {expected}")
     return float(given)
+
+
+def _check_fits_float(what: str, number: int) -> None:
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(f"{what} is beyond the numbers that a float can hold, expected one of these") from None
 
 
 def check_entries(what: str, entries: Tensor, lowest: int, highest: int) -> bool:

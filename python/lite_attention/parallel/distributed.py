@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.own_state import hold
 from lite_attention.parallel.collectives import all_gather, all_reduce
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
@@ -129,6 +129,7 @@ class DistributedLiteAttention(nn.Module):
         query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
             raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
+        checked_bool(f"{_NAME}: return_softmax_lse", return_softmax_lse)
         check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)
         sequence = SequenceArguments.checked(
             _NAME,

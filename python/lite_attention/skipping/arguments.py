@@ -14,12 +14,14 @@ from lite_attention.maps import tiles
 from lite_attention.maps.ranges import parse_ranges
 from lite_attention.ops.autocast import autocast
 from lite_attention.ops.call import in_fp32_range
+from lite_attention.ops.checks import checked_number
 
 __all__ = [
     "CheckedRanges",
     "Ranges",
     "Threshold",
     "check_kv_lens",
+    "check_no_transform",
     "check_scalar",
     "check_scale",
     "checked_inputs",
@@ -146,8 +148,20 @@ def check_scalar(caller: str, name: str, tensor: Tensor | None, dtype: torch.dty
 
 def check_scale(caller: str, scale: float | None) -> None:
     """That the factor on q.k is a number, or None."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, type(None))):
-        raise TypeError(f"{caller}: scale has type {type(scale).__name__}, expected a float or None")
+    if scale is not None:
+        checked_number(f"{caller}: scale", scale, "a float or None")
+
+
+def check_no_transform(caller: str, **tensors: Tensor) -> None:
+    """That no tensor belongs to a transform of torch.func: what is made of it cannot be remembered beyond it."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for name, tensor in tensors.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise NotImplementedError(
+                f"{caller}: {name} is inside a transform of torch.func (vmap, grad, jvp), expected a tensor outside: "
+                "a pass is remembered, and has no gradient"
+            )
 
 
 def check_kv_lens(caller: str, kv_lens: Tensor | None, query: Tensor) -> None:

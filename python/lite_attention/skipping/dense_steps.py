@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -145,6 +145,9 @@ class GenerationClock(nn.Module):
         branch = resolved_branch(branch, "GenerationClock")
         if not isinstance(timestep, Tensor):
             raise TypeError(f"GenerationClock: timestep has type {type(timestep).__name__}, expected a tensor")
+        if timestep.is_complex():
+            raise TypeError(f"GenerationClock: timestep has dtype {timestep.dtype}, expected real numbers")
+        checked_bool("GenerationClock: watched", watched)
         if timestep.numel() == 0:
             raise ValueError(f"GenerationClock: timestep has shape {list(timestep.shape)}, expected at least one entry")
         if not torch.compiler.is_compiling() and is_fake(timestep):

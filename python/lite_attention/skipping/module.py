@@ -15,7 +15,7 @@ from lite_attention import ops
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
 from lite_attention.maps.ranges import tiles_inside, tiles_touched
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import hold
 from lite_attention.skipping.arguments import (
@@ -23,6 +23,7 @@ from lite_attention.skipping.arguments import (
     Ranges,
     Threshold,
     check_kv_lens,
+    check_no_transform,
     check_scalar,
     check_scale,
     checked_inputs,
@@ -134,10 +135,12 @@ class LiteAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it.
+            NotImplementedError: with skipping enabled, inside a transform of torch.func.
         """
         query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
         branch = resolved_branch(branch, self.caller)
         check_scale(self.caller, scale)
+        checked_bool(f"{self.caller}: return_softmax_lse", return_softmax_lse)
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
         must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
@@ -175,6 +178,7 @@ class LiteAttention(nn.Module):
         generation: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
+        check_no_transform(self.caller, query=query, key=key, value=value)
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
         kv_len, kv_heads = operator.index(key.shape[1]), operator.index(key.shape[2])
