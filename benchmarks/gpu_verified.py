@@ -11,6 +11,7 @@ Part = dict[str, Any]
 
 PARTS = ("suite", "fuzz", "sanitize")
 RECORD = Path(__file__).parent / "results" / "gpu_verified.json"
+FACTS = ("kernel_hash", "revision", "date", "gpu", "driver", "torch", "cuda", "python", "environment", "tools")
 RERUN = "python benchmarks/verify_gpu.py"
 
 
@@ -49,10 +50,7 @@ def merged(parts: Sequence[Part]) -> dict[str, Any]:
         "missing": missing,
         "cut_short": cut_short,
         "failed": [name for name in failed if name not in cut_short],
-        **{
-            name: _common(name, ordered)
-            for name in ("kernel_hash", "revision", "date", "gpu", "driver", "torch", "cuda", "python", "tools")
-        },
+        **{name: _common(name, ordered) for name in FACTS},
         **ordered,
     }
 
@@ -64,7 +62,7 @@ def _common(name: str, parts: Mapping[str, Part]) -> Any:
         return max(values)
     if name == "tools":
         return {tool: version for tools in values for tool, version in tools.items()}
-    different = list(dict.fromkeys(values))
+    different = [value for index, value in enumerate(values) if value not in values[:index]]
     return different[0] if len(different) == 1 else different
 
 

@@ -482,7 +482,7 @@ def model_task(setting: Setting, ring: int, ulysses: int) -> list[Row]:
 
     expected = {}
     if ring == 1:  # in a ring one GPU would have to imitate the splits
-        handle = enable_lite_attention(model, threshold=-math.inf)
+        handle = enable_lite_attention(model, threshold=-math.inf, guidance="batched")
         alone = list(handle.layers.values())
         start(alone)
         for density in DENSITIES:
@@ -498,7 +498,7 @@ def model_task(setting: Setting, ring: int, ulysses: int) -> list[Row]:
     # diffusers divides by the number of accelerators
     divisible = mock.patch.object(torch.accelerator, "device_count", return_value=1)
     with divisible if setting.device == "cpu" else contextlib.nullcontext():
-        handle = enable_lite_attention(model, threshold=-math.inf, mesh=mesh)
+        handle = enable_lite_attention(model, threshold=-math.inf, guidance="batched", mesh=mesh)
     layers = list(handle.layers.values())
     start(layers)
     cases = []

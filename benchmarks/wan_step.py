@@ -165,7 +165,7 @@ class Step:
     def lite_attention(self) -> Iterator[list[LiteAttention]]:
         """Self-attention by ours, in the second step of a generation; the threshold drops nothing."""
         torch.compiler.reset()
-        handle = enable_lite_attention(self.model, threshold=-math.inf)
+        handle = enable_lite_attention(self.model, threshold=-math.inf, guidance="batched")
         try:
             for timestep in (FIRST_TIMESTEP, SECOND_TIMESTEP):
                 self.timestep.fill_(timestep)

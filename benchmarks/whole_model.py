@@ -164,7 +164,7 @@ def lite_stack(layers: int, x: Tensor) -> Iterator[tuple[AttentionStack, Tensor,
     torch.compiler.reset()
     stack = AttentionStack(layers, DEVICE)
     stack.compile_layers(**COMPILE)
-    handle = enable_lite_attention(stack, threshold=-math.inf)
+    handle = enable_lite_attention(stack, threshold=-math.inf, guidance="batched")
     timestep = torch.empty(1, dtype=torch.int64, device=DEVICE)
     with torch.compiler.set_stance("force_eager"):
         for value in (FIRST_TIMESTEP, SECOND_TIMESTEP):
