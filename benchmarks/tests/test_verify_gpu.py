@@ -32,6 +32,7 @@ def made_up_part(name: str, **facts: Any) -> dict[str, Any]:
         "torch": "2.11.0",
         "cuda": "13.0",
         "python": "3.12.3",
+        "environment": {"machine": "made up"},
         "tools": {name: "1"},
         **facts,
     }
