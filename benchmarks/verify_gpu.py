@@ -97,7 +97,8 @@ class Run:
             at_once=at_once,
             until=self.until,
             heartbeat=heartbeat,
-            environment={"PYTHONPATH": os.pathsep.join(paths)},
+            # Each process is one of many, and the oracle runs on the CPU.
+            environment={"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )
 
 

@@ -5,10 +5,11 @@
     compute-sanitizer --tool initcheck --check-api-memory-access no --error-exitcode 1 python tests/gpu/sanitize_sm90.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_sm90.py
 
-benchmarks/verify_gpu.py runs all four side by side, each in several processes (--share). Inputs are made, and results judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches
-or leaves the GPU is copied, so that the tools see which memory is initialised. Each tensor is an allocation of its own,
-so that they see its bounds. initcheck does not see what the copy engine stores, so it would object to copying a result
-to the host: it is told to look at kernels only.
+benchmarks/verify_gpu.py runs all four side by side, each in several processes (--share). Inputs are made, and results
+judged, on the CPU: the operators' kernels are the only ones that run, and all that reaches or leaves the GPU is copied,
+so that the tools see which memory is initialised. Each tensor is an allocation of its own, so that they see its bounds.
+initcheck does not see what the copy engine stores, so it would object to copying a result to the host: it is told to
+look at kernels only.
 """
 
 import argparse
