@@ -292,5 +292,11 @@ def test_a_forward_put_around_the_one_that_is_there_ticks_once(named: bool) -> N
 
 
 def test_a_layer_can_be_called_alone() -> None:
-    transformer, _ = fresh()
-    transformer.blocks[0].attn1(torch.randn(1, 980, 128))
+    """Where no model call tells the time, no generation has begun to be remembered: every pass is complete."""
+    transformer, plain = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=0.0)
+    tiles = torch.randn(1, 8, 128).repeat_interleave(128, 1)[:, :980]  # unlike each other: most of them could go
+    x = tiles + 0.01 * torch.randn(1, 980, 128)
+    for _ in range(3):
+        torch.testing.assert_close(transformer.blocks[0].attn1(x), plain.blocks[0].attn1(x), atol=1e-5, rtol=1e-5)
+    assert handle.layers["blocks.0.attn1"].skip_fraction() > 0.3, "had the map been used, it would have shown"
