@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionHandler", "reason_to_refuse", "route_sdpa"]
+__all__ = ["AttentionHandler", "route_sdpa"]
 
 
 class AttentionHandler(Protocol):
@@ -63,17 +63,3 @@ class route_sdpa(TorchFunctionMode):  # noqa: N801 - read as a function, like to
             # only where they are called as methods.
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)
         return func(*args, **kwargs)
-
-
-def reason_to_refuse(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:
-    """Why LiteAttention cannot take over a call, or None if it can.
-
-    A reason and not an error: torch.compile would trace a layer's name, once it is an argument, for each layer anew.
-    """
-    if dropout_p != 0.0:
-        return f"attention with dropout_p={dropout_p}, expected 0: skipping is for inference"
-    if is_causal:
-        return "attention with is_causal=True, expected bidirectional attention"
-    if query.shape[-2] != key.shape[-2]:
-        return f"attention of {query.shape[-2]} queries to {key.shape[-2]} keys, expected as many: self-attention"
-    return None

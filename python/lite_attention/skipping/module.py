@@ -281,8 +281,7 @@ class LiteAttention(nn.Module):
         Raises:
             TypeError: ``enable`` is not a bool.
         """
-        if not isinstance(enable, bool):
-            raise TypeError(f"enable_skip_optimization: enable has type {type(enable).__name__}, expected a bool")
+        checked_bool("enable_skip_optimization: enable", enable)
         if self._enabled != enable:
             self._enabled = enable
             self.outdate_captured_graphs()

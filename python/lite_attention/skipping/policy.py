@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.skipping.arguments import Threshold, checked_threshold
 
 __all__ = ["SkipPolicy", "environment_flag"]
@@ -88,15 +88,9 @@ def _checked_dense_steps(what: str, value: int) -> int:
     return checked_int(what, value, lowest=0)
 
 
-def _checked_enabled(what: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{what} has type {type(value).__name__}, expected a bool")
-    return value
-
-
 # How each field is checked and brought into the form that is kept.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threshold": _checked_threshold,
     "dense_steps": _checked_dense_steps,
-    "enabled": _checked_enabled,
+    "enabled": checked_bool,
 }

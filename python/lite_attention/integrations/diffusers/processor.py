@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lite_attention.integrations._routing import reason_to_refuse, route_sdpa
+from lite_attention.integrations._routing import route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
@@ -177,7 +177,7 @@ class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
         enable_gqa: bool = False,
     ) -> Tensor:
         calls.append(text_len)
-        refused = reason_to_refuse(query, key, dropout_p, is_causal)
+        refused = _reason_to_refuse(query, key, dropout_p, is_causal)
         if refused is not None:
             raise ValueError(f"{self.name}: {refused}")
         batch, _, tokens, _ = query.shape
@@ -266,3 +266,17 @@ def _empty_processor(original: type) -> LiteAttentionProcessor:
     """What a pickle of a processor begins with: it finds the class, which no module holds, by the original's."""
     made_for = processor_class(original)
     return made_for.__new__(made_for)
+
+
+def _reason_to_refuse(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:
+    """Why LiteAttention cannot take over a call, or None if it can.
+
+    A reason and not an error: torch.compile would trace a layer's name, once it is an argument, for each layer anew.
+    """
+    if dropout_p != 0.0:
+        return f"attention with dropout_p={dropout_p}, expected 0: skipping is for inference"
+    if is_causal:
+        return "attention with is_causal=True, expected bidirectional attention"
+    if query.shape[-2] != key.shape[-2]:
+        return f"attention of {query.shape[-2]} queries to {key.shape[-2]} keys, expected as many: self-attention"
+    return None
