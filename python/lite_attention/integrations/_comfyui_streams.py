@@ -114,7 +114,7 @@ def _listed(name: str, options: dict[str, Any]) -> tuple[Any, ...]:
         hash(listed)
     except TypeError:
         raise TypeError(
-            f"LiteAttention: {name} of transformer_options is {value!r}, expected a list with an entry for each condition"
+            f"LiteAttention: {name} of transformer_options is {value!r}, expected a list, an entry for each condition"
         ) from None
     return listed
 
