@@ -280,6 +280,11 @@ def test_errors_name_the_argument_and_those_of_the_native_call_pass() -> None:
                 "map: columns": by_map(block_map=blocks[..., :5]),
                 "map: one batch entry": by_map(block_map=blocks[:1]),
                 "map: packed": by_map(block_map=pack_keep_map(blocks)[:, :, :3]),
+                "map: packed, elsewhere": by_map(block_map=pack_keep_map(blocks).to("meta")),
+                "sta: v of another dtype": sta(v=video["v"].double()),
+                "vsa: fp64": vsa(q=q.double(), k=k.double(), v=v.double()),
+                "vsa: k of another dtype": vsa(k=k.bfloat16()),
+                "map: k of another dtype": by_map(k=k.bfloat16()),
                 "map: floats": by_map(block_map=blocks.float()),
                 "metadata: grid": lambda: build_vsa_metadata((0, 4, 4)),
                 "metadata: tile": lambda: build_vsa_metadata((4, 4, 4), (4, 4)),  # type: ignore[arg-type]
@@ -305,7 +310,12 @@ map: too many sizes -> ValueError: block_sparse.attention: k has 512 slots for 1
 map: q -> ValueError: block_sparse_attention: q has 100 slots, expected a multiple of the 64 of a block of k
 map: columns -> ValueError: block_sparse_attention: block_map has shape [2, 2, 8, 5], expected [2, 2, 8, 8] or [2, 8, 8]
 map: one batch entry -> ValueError: block_sparse_attention: block_map has shape [1, 2, 8, 8], expected [2, 2, 8, 8] or [2, 8, 8]
-map: packed -> RuntimeError: attention: keep has query tiles 3, expected 8 for Sq=512 and tile_m=64
+map: packed -> ValueError: block_sparse_attention: block_map has shape [2, 2, 3, 1], expected [2, 2, 8, 1], packed
+map: packed, elsewhere -> ValueError: block_sparse_attention: block_map is on meta, expected cpu like q
+sta: v of another dtype -> TypeError: sliding_tile_attention: v has dtype torch.float64, expected torch.float32 like q
+vsa: fp64 -> TypeError: video_sparse_attn: q has dtype torch.float64, expected one of torch.float32, torch.bfloat16, torch.float16
+vsa: k of another dtype -> TypeError: video_sparse_attn: k has dtype torch.bfloat16, expected torch.float32 like q
+map: k of another dtype -> TypeError: block_sparse_attention: k has dtype torch.bfloat16, expected torch.float32 like q
 map: floats -> TypeError: block_sparse_attention: block_map has dtype torch.float32, expected torch.bool or torch.int32
 metadata: grid -> ValueError: build_vsa_metadata: shape is (0, 4, 4), expected three integers of at least 1: (time, height, width)
 metadata: tile -> ValueError: build_vsa_metadata: tile is (4, 4), expected three integers of at least 1: (time, height, width)""",

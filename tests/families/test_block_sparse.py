@@ -111,7 +111,7 @@ no sizes -> ValueError: block_sparse.attention: block_sizes has shape [0], expec
 too many sizes -> ValueError: block_sparse.attention: k has 512 slots for 16 block_sizes: volume is 32 slots, expected a multiple of 64
 sizes that do not divide -> ValueError: block_sparse.attention: k has 512 slots for 5 block_sizes: volume is 102 slots, expected a multiple of 64
 matrix of sizes -> ValueError: block_sparse.attention: block_sizes has shape [1, 8], expected [8], one size for each block of 64 slots of k
-map of fewer queries -> RuntimeError: attention: keep has query tiles 3, expected 8 for Sq=512 and tile_m=64
-map of one batch entry -> RuntimeError: attention: keep has batch 1, expected 2
-map of bools -> RuntimeError: attention: keep has dtype bool, expected int32""",
+map of fewer queries -> ValueError: block_sparse.attention: keep has shape [2, 2, 3, 1], expected [2, 2, 8, 1], packed
+map of one batch entry -> ValueError: block_sparse.attention: keep has shape [1, 2, 8, 1], expected [2, 2, 8, 1], packed
+map of bools -> TypeError: block_sparse.attention: keep has dtype torch.bool, expected torch.int32""",
     )

@@ -344,6 +344,10 @@ def test_errors_name_the_argument() -> None:
                 "k of other head dim": lambda: vsa(q, k[..., :8]),
                 "heads": lambda: vsa(q[:, :, :3]),
                 "topk": lambda: vsa(topk=0),
+                "topk beyond the operator's": lambda: vsa(topk=2**70),
+                "fp64": lambda: vsa(q.double(), k.double(), v.double()),
+                "k of another dtype": lambda: vsa(q, k.bfloat16()),
+                "v of another dtype": lambda: vsa(q, k, v.bfloat16()),
                 "volume": lambda: vsa(volume=48),
                 "length": lambda: vsa(q, k[:, :100], v[:, :100]),
                 "no keys": lambda: vsa(q, k[:, :0], v[:, :0]),
@@ -362,6 +366,10 @@ v of other heads -> ValueError: video_sparse.attention: v has shape [1, 512, 1, 
 k of other head dim -> ValueError: video_sparse.attention: k has shape [1, 512, 2, 8], expected [1, kv_len, kv_heads, 16] like q, as [B, S, H, D]
 heads -> ValueError: video_sparse.attention: q has 3 heads, expected a multiple of the 2 of k
 topk -> ValueError: video_sparse.attention: topk is 0, expected at least 1
+topk beyond the operator's -> ValueError: video_sparse.attention: topk is beyond the integers of 64 bits, expected one of these
+fp64 -> TypeError: video_sparse.attention: q has dtype torch.float64, expected one of torch.float32, torch.bfloat16, torch.float16
+k of another dtype -> TypeError: video_sparse.attention: k has dtype torch.bfloat16, expected torch.float32 like q
+v of another dtype -> TypeError: video_sparse.attention: v has dtype torch.bfloat16, expected torch.float32 like q
 volume -> ValueError: video_sparse.attention: volume is 48 slots, expected a multiple of 64
 length -> ValueError: video_sparse.attention: k has 100 slots, expected a multiple of the 64 of a block
 no keys -> ValueError: video_sparse.attention: k has 0 slots, expected a multiple of the 64 of a block

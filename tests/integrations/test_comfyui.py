@@ -328,6 +328,13 @@ def test_a_model_call_that_says_too_little_is_refused(name: str) -> None:
         in_model_call(LiteAttentionOverride(), lambda: None, **{name: None})
 
 
+@pytest.mark.parametrize("name", ["cond_or_uncond", "uuids"])
+@pytest.mark.parametrize("nonsense", [3, [[0]]])
+def test_conditions_that_are_no_list_are_refused(name: str, nonsense: object) -> None:
+    with pytest.raises(TypeError, match=f"^LiteAttention: {name} of transformer_options is .*, expected a list"):
+        in_model_call(LiteAttentionOverride(), lambda: None, **{name: nonsense})
+
+
 def test_several_gpus_are_refused() -> None:
     with pytest.raises(ValueError, match="transformer_options has multigpu_thread_device, expected none"):
         in_model_call(LiteAttentionOverride(), lambda: None, multigpu_thread_device=object())

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -234,6 +235,26 @@ def test_disable_gives_the_models_own_attention_back() -> None:
     assert set(dict(model.named_buffers())) == before
     assert set(model.state_dict()) == keys, "the table is not saved"
     enable_duo_attention(model, MIXED, SINK, RECENT)
+
+
+def _pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, _pickled])
+def test_a_copy_works_as_its_model_and_goes_back_by_its_own_handle(copy_of: Callable[[Any], Any]) -> None:
+    model, tokens = make_model(), make_tokens()
+    dense = model(tokens).logits
+    handle = enable_duo_attention(model, MIXED, SINK, RECENT)
+    streaming = model(tokens).logits
+    alone, (twin, its_handle) = copy_of(model), copy_of((model, handle))
+    its_handle.disable()
+    assert torch.equal(twin(tokens).logits, dense)
+    assert torch.equal(model(tokens).logits, streaming)
+    handle.disable()
+    assert torch.equal(alone(tokens).logits, streaming)
+    with pytest.raises(ValueError, match="disabled by the handle copied with it"):
+        enable_duo_attention(alone, MIXED, SINK, RECENT)
 
 
 @pytest.mark.parametrize("how", ["one layer twice", "a weight of two layers"])
@@ -504,7 +525,7 @@ one layer -> ValueError: enable_duo_attention: full_attention_heads has 1 rows, 
 one a query head -> ValueError: enable_duo_attention: full_attention_heads[0] has 8 heads, expected 4, one a KV head
 gates -> ValueError: enable_duo_attention: full_attention_heads[0][0] is 0.5, expected 0 or 1; sparsify_attention_heads makes such a table
 no recent token -> ValueError: head_windows: recent_size is 0, expected 1 to 2147483647 keys
-twice -> ValueError: enable_duo_attention: layers.0.self_attn has DuoAttention already, expected none: disable it first
+twice -> ValueError: enable_duo_attention: layers.0.self_attn has DuoAttention already, expected none: disable it first. A copy of a model is disabled by the handle copied with it, copy.deepcopy((model, handle))
 one config for two -> ValueError: enable_duo_attention: model has the config of another LlamaForCausalLM, in which DuoAttention is enabled, expected a config of its own: copy.deepcopy makes one before the model is built
 old table after reordering -> ValueError: enable_duo_attention: full_attention_heads of layers.0.self_attn is [0, 1, 0, 1], expected full heads first: duo.reorder_weights has moved them there
 reordering when enabled -> RuntimeError: duo.reorder_weights: DuoAttention is enabled in layers.0.self_attn, expected it to be off: its table fits the present heads

@@ -22,6 +22,20 @@ def test_keys_scored_minus_infinity_count_for_nothing(dtype: torch.dtype) -> Non
     torch.testing.assert_close(lse, wanted[1])
 
 
+def test_a_score_of_infinity_makes_its_row_nan() -> None:
+    """As docs/numerics.md has it; in the lse the reference is infinite where the kernels are NaN."""
+    q, k, v = torch.ones(1, 2, 1, 8), torch.ones(1, 300, 1, 8), torch.randn(1, 300, 1, 8)
+    q[:, 1] = 0.0
+    q[:, 1, :, 0] = -1.0
+    k[:, 200, :, 0] = math.inf  # +inf to the first row, -inf to the second
+    out, lse = attention(q, k, v)
+    exact, exact_lse = reference.attention(q, k, v, None, None, scale=8**-0.5)
+    assert bool(torch.cat([out[:, 0], exact[:, 0]]).isnan().all())
+    assert math.isnan(float(lse[0, 0, 0]))
+    assert float(exact_lse[0, 0, 0]) == math.inf
+    torch.testing.assert_close(lse[0, 0, 1].double(), exact_lse[0, 0, 1].double())  # the other row is as ever
+
+
 def test_rows_that_meet_only_minus_infinity_are_empty() -> None:
     q, v = torch.ones(1, 3, 1, 8), torch.ones(1, 300, 1, 8)
     out, lse = attention(q, torch.full((1, 300, 1, 8), -math.inf), v)

@@ -175,6 +175,7 @@ def test_masks() -> None:
     tile_lens = torch.full((19,), 64, dtype=torch.int32)  # 2400 keys in tiles of 128
     calls = {
         "tile_n of 96": bad_attention(tile_n=96),
+        "tile_n beyond the operator's": bad_attention(tile_n=2**70),
         "map of the other grain": bad_attention(tile_n=64, keep=KEEP),
         "tile lengths of the other grain": bad_attention(tile_n=64, kv_tile_lens=tile_lens),
         "tile lengths in int64": bad_attention(kv_tile_lens=tile_lens.long()),
@@ -194,6 +195,7 @@ def test_masks() -> None:
         report(calls),
         """\
 tile_n of 96 -> RuntimeError: attention: tile_n is 96, expected 128 or 64 for head_dim 16
+tile_n beyond the operator's -> ValueError: attention: tile_n is beyond the integers of 64 bits, expected one of these
 map of the other grain -> RuntimeError: attention: keep has 1 words per row, expected 2 for Sk=2400 and tile_n=64
 tile lengths of the other grain -> RuntimeError: attention: kv_tile_lens has shape [19], expected [38] or [2, 38], one length a KV tile, for Sk=2400 and tile_n=64
 tile lengths in int64 -> RuntimeError: attention: kv_tile_lens has dtype int64, expected int32

@@ -120,6 +120,12 @@ def test_a_row_has_as_many_bits_as_were_asked_for(columns: int, count: int, seed
     assert bits.sum(-1).tolist() == [min(count, columns)] * 3
 
 
+@pytest.mark.parametrize("count", [2**70, -(2**70)])
+def test_a_count_beyond_the_operator_s_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=r"^top_k_map: count is beyond the integers of 64 bits"):
+        top_k_map(torch.zeros(2, 4), count)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_compile_serves_all_scores(device: str) -> None:
     counter = CompileCounter()

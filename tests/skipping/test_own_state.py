@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lite_attention import LiteAttention, exportable
-from lite_attention.ops.own_state import OwnState, held_states, hold
+from lite_attention.ops.own_state import OwnState, StateHolder, held_states, hold
 from lite_attention.skipping.dense_steps import GenerationClock
 from support.inputs import poisoned_memory, report
 from support.passes import video
@@ -416,6 +416,29 @@ def test_export_outside_of_exportable_is_refused(strict: bool) -> None:
     assert "GenerationClock: torch.export does not see the state" in message(Clocked(), torch.tensor(3.0))
 
 
+def _pickled(model: Timed) -> Timed:
+    copied: Timed = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, _pickled])
+def test_a_copy_made_inside_exportable_has_its_state_out_of_reach(copy_of: Callable[[Timed], Timed]) -> None:
+    model = Timed()
+    expected = two_videos(copy.deepcopy(model))
+    with exportable(model):
+        copied = copy_of(model)
+        assert {name for name, _ in copied.named_modules()} == {"", "clock", "attn"}
+        assert any(isinstance(part, OwnState) for part in model.modules())
+        with pytest.raises(Exception, match=r"torch\.export does not see the state"), torch.no_grad():
+            torch.export.export(copied, (video(1, 256), 900.0), strict=False)
+    assert [held.name for held in held_states(copied)] == [held.name for held in held_states(model)]
+    outs, fractions = two_videos(copied)
+    assert fractions == expected[1]
+    assert all(torch.equal(out, like) for out, like in zip(outs, expected[0], strict=True))
+    with exportable(copied):
+        assert any(isinstance(part, OwnState) for part in copied.modules())
+
+
 def test_exportable_takes_modules() -> None:
     def enter(model: object) -> None:
         with exportable(model):  # type: ignore[arg-type]
@@ -442,7 +465,7 @@ class _Number(OwnState):
         return self.number.device
 
 
-class _Placed(nn.Module):
+class _Placed(StateHolder):
     def __init__(self) -> None:
         super().__init__()
         hold(self, "state", _Number())

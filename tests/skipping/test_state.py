@@ -119,6 +119,20 @@ def memory_of(state: SkipState) -> list[tuple[str, Tensor]]:
     return [(name, buffer.clone()) for name, buffer in state.named_buffers()]
 
 
+def test_a_slot_given_away_during_a_pass_keeps_the_map_of_its_new_owner() -> None:
+    """Another thread's passes, while the operator computes this one's."""
+    state, shape = SkipState(SkipPolicy()), shape_of()
+    one_pass(state, 1)
+    recalled = state.recall(state._rooms[0, shape], 0, None, None)
+    for length in range(1, MAP_SLOTS):
+        one_pass(state, 0, 1, shape_of(length))
+    one_pass(state, 2, branch=2)
+    assert (0, shape) not in state.owners()
+    state.remember(recalled, (0, shape), recalled.keep & dropping(4, shape), None, None)
+    assert one_pass(state, 0, branch=2) == [2]
+    assert one_pass(state, 0) == [1, 4]
+
+
 @pytest.mark.parametrize("allocation", range(30))
 @pytest.mark.parametrize("taken", [0, 1, MAP_SLOTS])
 @pytest.mark.parametrize("device_before", ["cpu", "meta"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.families import block_sparse, sliding_tile, video_sparse
+from lite_attention.families._inputs import check_dtypes
 from lite_attention.families.sliding_tile import SEQ_SHAPE, TILE, WindowSize
 from lite_attention.maps.blocks import check_volume, expand_blocks
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
@@ -30,6 +31,12 @@ def _swapped(function: str, name: str, x: Tensor) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f"{function}: {name} has {x.dim()} dimensions, expected 4, [B, H, S, D]")
     return x.transpose(1, 2)
+
+
+def _swapped_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_dtypes(function, q, k, v)
+    return query, key, value
 
 
 def sliding_tile_attention(
@@ -69,7 +76,7 @@ def sliding_tile_attention(
         NotImplementedError: the device has no kernel in this build.
     """
     function = "sliding_tile_attention"
-    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    query, key, value = _swapped_qkv(function, q, k, v)
     checked_bool(f"{function}: has_text", has_text)
     canvas = sliding_tile.canvas_size(function, seq_shape)
     image_tokens, tokens = math.prod(canvas), query.shape[1]
@@ -159,7 +166,7 @@ def block_sparse_attention(
         NotImplementedError: the device has no kernel in this build.
     """
     function = "block_sparse_attention"
-    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    query, key, value = _swapped_qkv(function, q, k, v)
     check_tensors(function, block_map=block_map)
     keep = block_map
     if block_map.dtype == torch.bool:
@@ -177,6 +184,7 @@ def block_sparse_attention(
         keep = expand_blocks(block_map, volume).expand(batch, -1, -1, -1)
     elif block_map.dtype != torch.int32:
         raise TypeError(f"{function}: block_map has dtype {block_map.dtype}, expected torch.bool or torch.int32")
+    block_sparse.check_keep(function, "block_map", keep, query, key)
     out, lse = block_sparse.attention(query, key, value, keep, block_sizes, scale=scale)
     return out.transpose(1, 2), lse
 
@@ -214,7 +222,7 @@ def video_sparse_attn(
         NotImplementedError: the device has no kernel in this build.
     """
     function = "video_sparse_attn"
-    query, key, value = (_swapped(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    query, key, value = _swapped_qkv(function, q, k, v)
     volume = as_int(block_size)
     if volume is None:
         volume = math.prod(check_size(f"{function}: block_size", block_size))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lite_attention import ops
 from lite_attention.families._inputs import check_qkv
 from lite_attention.maps.blocks import GRAIN, check_volume, checked_sizes, tile_lens_of_checked
+from lite_attention.maps.keep_map import WORD_BITS, ceil_div
 from lite_attention.ops.call import check_tensors
+from lite_attention.ops.checks import equals_any
 
 __all__ = ["attention"]
 
@@ -25,6 +28,23 @@ def volume_of_blocks(k: Tensor, block_sizes: Tensor) -> int:
     if volume < 1 or volume % GRAIN != 0:  # first, as a text with sizes in it binds compiled code to them
         check_volume(f"{_NAME}: k has {k.shape[1]} slots for {block_sizes.numel()} block_sizes", volume)
     return volume
+
+
+def check_keep(function: str, name: str, keep: Tensor, q: Tensor, k: Tensor) -> None:
+    """That this is a packed map for q and k, on their device.
+
+    Raises:
+        TypeError, ValueError: it is not; the text begins with ``function`` and calls it ``name``.
+    """
+    check_tensors(function, **{name: keep})
+    if keep.dtype != torch.int32:
+        raise TypeError(f"{function}: {name} has dtype {keep.dtype}, expected torch.int32")
+    if keep.device != q.device:
+        raise ValueError(f"{function}: {name} is on {keep.device}, expected {q.device} like q")
+    batch, query_len, heads, _ = q.shape
+    expected = [batch, heads, ceil_div(query_len, GRAIN), ceil_div(ceil_div(k.shape[1], GRAIN), WORD_BITS)]
+    if not equals_any(list(keep.shape), expected):
+        raise ValueError(f"{function}: {name} has shape {list(keep.shape)}, expected {expected}, packed")
 
 
 def attention(
@@ -53,7 +73,7 @@ def attention(
         NotImplementedError: the device has no kernel in this build.
     """
     check_qkv(_NAME, q, k, v)
-    check_tensors(_NAME, keep=keep)
+    check_keep(_NAME, "keep", keep, q, k)
     volume = volume_of_blocks(k, block_sizes)
     sizes = checked_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume, lowest=0)
     tile_lens = tile_lens_of_checked(sizes, volume)

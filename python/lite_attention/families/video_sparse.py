@@ -71,6 +71,8 @@ def attention(
         NotImplementedError: the device has no kernel in this build.
     """
     check_qkv(_NAME, q, k, v)
+    if k.dtype != q.dtype:  # as they are, under autocast too: so the blocks are chosen
+        raise TypeError(f"{_NAME}: k has dtype {k.dtype}, expected {q.dtype} like q")
     check_volume(_NAME, volume)
     sizes = checked_sizes(_NAME, "block_sizes", block_sizes, "k", k, volume)
     q_sizes = sizes

@@ -68,13 +68,17 @@ class Streams:
         return schedule is not self._schedule or (sigma - self._sigma) * self._direction < 0
 
     def of_call(self, sigma: float, options: dict[str, Any]) -> Stream:
-        """The stream of a model call at ``sigma`` with these options."""
+        """The stream of a model call at ``sigma`` with these options.
+
+        Raises:
+            TypeError, ValueError: an option is not what ComfyUI gives; the text names it.
+        """
+        first = Stream(_listed("cond_or_uncond", options), _listed("uuids", options), _window(options), 0)
         if sigma != self._sigma:
             self._calls.clear()
             if self._sigma is not None:
                 self._direction = sigma - self._sigma
         self._sigma, self._schedule = sigma, options["sample_sigmas"]
-        first = Stream(tuple(options["cond_or_uncond"]), tuple(options.get("uuids") or ()), _window(options), 0)
         stream = first._replace(call=self._calls[first])
         self._calls[first] += 1
         return stream
@@ -99,6 +103,20 @@ def sigma_of(sigmas: Tensor) -> float:
     if sigmas.numel() == 0 or math.isnan(sigma := float(sigmas.max())):
         raise ValueError(f"LiteAttention: sigmas of transformer_options is {sigmas.tolist()}, expected numbers")
     return sigma
+
+
+def _listed(name: str, options: dict[str, Any]) -> tuple[Any, ...]:
+    value = options.get(name)
+    if value is None:
+        return ()
+    try:
+        listed = tuple(value)
+        hash(listed)
+    except TypeError:
+        raise TypeError(
+            f"LiteAttention: {name} of transformer_options is {value!r}, expected a list, an entry for each condition"
+        ) from None
+    return listed
 
 
 def _window(options: dict[str, Any]) -> tuple[int, ...] | None:

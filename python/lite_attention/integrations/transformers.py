@@ -42,7 +42,10 @@ _NOT_SUPPORTED = (
 
 
 class DuoAttentionHandle:
-    """What :func:`enable_duo_attention` returns, to go back."""
+    """What :func:`enable_duo_attention` returns, to go back.
+
+    A copy of the model works as the model does. ``copy.deepcopy((model, handle))`` copies it with a handle of its own.
+    """
 
     def __init__(self, model: PreTrainedModel, implementation: str, layers: Iterable[nn.Module]) -> None:
         self._model: PreTrainedModel | None = model
@@ -104,7 +107,10 @@ def enable_duo_attention(
                 f"{its_row.int().tolist()} as for {first}: they are one module"
             )
         if hasattr(layer, HEAD_WINDOWS):
-            raise ValueError(f"enable_duo_attention: {name} has DuoAttention already, expected none: disable it first")
+            raise ValueError(
+                f"enable_duo_attention: {name} has DuoAttention already, expected none: disable it first. A copy of a "
+                "model is disabled by the handle copied with it, copy.deepcopy((model, handle))"
+            )
         if hasattr(layer, HEAD_ORDER) and not torch.equal(row, row.sort(descending=True).values):
             raise ValueError(
                 f"enable_duo_attention: full_attention_heads of {name} is {row.int().tolist()}, expected full heads "

@@ -21,7 +21,7 @@ from lite_attention.maps.tiles import FINE_TILE_N
 from lite_attention.ops import top_k_map
 from lite_attention.ops.autocast import without_autocast
 from lite_attention.ops.call import check_tensors
-from lite_attention.ops.checks import checked_int, checked_number, limited_entries
+from lite_attention.ops.checks import checked_int, checked_int64, checked_number, limited_entries
 
 __all__ = [
     "GRAIN",
@@ -91,7 +91,7 @@ def check_choice(function: str, topk: int, prefix_blocks: int, query_blocks: int
     Raises:
         TypeError, ValueError: they cannot; the text begins with ``function``.
     """
-    checked_int(f"{function}: topk", topk, lowest=1)
+    checked_int(f"{function}: topk", checked_int64(f"{function}: topk", topk), lowest=1)
     most = min(query_blocks, kv_blocks)
     if not 0 <= checked_int(f"{function}: prefix_blocks", prefix_blocks) <= most:
         raise ValueError(f"{function}: prefix_blocks is {prefix_blocks}, expected 0 to {most}, the blocks there are")

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_optional_tensors, check_tensors, softmax_scale
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_int64
 from lite_attention.ops.define import check_fake_inputs, define, dense_flops, fake_out_and_lse
 
 __all__ = ["CausalAlignment", "attention"]
@@ -79,7 +79,7 @@ def attention(
         the rows whose query tile computes its KV tile; keys that do not exist may hold anything.
 
     Raises:
-        RuntimeError, TypeError: an argument does not fit; the text names it.
+        RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
     check_tensors("attention", q=q, k=k, v=v)
@@ -98,7 +98,7 @@ def attention(
         keep,
         kv_lens,
         softmax_scale("attention", q, scale),
-        tile_n=None if tile_n is None else checked_int("attention: tile_n", tile_n),
+        tile_n=None if tile_n is None else checked_int64("attention: tile_n", tile_n),
         kv_tile_lens=kv_tile_lens,
         causal=causal,
         head_windows=head_windows,

@@ -14,6 +14,7 @@ __all__ = [
     "check_entries",
     "checked_bool",
     "checked_int",
+    "checked_int64",
     "checked_number",
     "equals_any",
     "limited_entries",
@@ -61,6 +62,18 @@ def checked_int(what: str, value: int, lowest: int | None = None, highest: int |
         expected = f"at most {highest}" if lowest is None else f"{lowest} to {highest}"
         raise ValueError(f"{what} is {value}, expected {expected}")
     return value
+
+
+def checked_int64(what: str, value: int) -> int:
+    """``value``, if it is a whole number that an operator's argument can hold.
+
+    Raises:
+        TypeError, ValueError: ``value`` is something else; the text begins with ``what``.
+    """
+    number = checked_int(what, value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{what} is beyond the integers of 64 bits, expected one of these")
+    return number
 
 
 def equals_any(value: Any, *choices: Any) -> bool:

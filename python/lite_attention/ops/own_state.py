@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.modes import make_buffers_ordinary, real_tensors
 
-__all__ = ["Held", "OwnState", "exportable", "held_states", "hold", "running_model", "state_buffers"]
+__all__ = ["Held", "OwnState", "StateHolder", "exportable", "held_states", "hold", "running_model", "state_buffers"]
 
 
 class OwnState(nn.Module):
@@ -120,9 +120,21 @@ class OwnState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.is_exportable = False  # a copy made while the original was: its holder hangs it beside the tree again
         if any(is_fake(buffer) or buffer.is_meta for buffer in self.buffers()):  # loaded without values
             self.start_over(torch.device("cpu"))
         make_buffers_ordinary(self)
+
+
+class StateHolder(nn.Module):
+    """A module that holds states: copied or loaded, it has them out of reach, wherever those of the original were."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for attribute, part in list(self._modules.items()):
+            if isinstance(part, OwnState) and not part.is_exportable:
+                del self._modules[attribute]
+                hold(self, attribute, part)
 
 
 class Held(NamedTuple):
@@ -139,7 +151,7 @@ class Held(NamedTuple):
         return f"{self.owner_name}.{self.attribute}" if self.owner_name else self.attribute
 
 
-def hold(owner: nn.Module, attribute: str, state: OwnState) -> None:
+def hold(owner: StateHolder, attribute: str, state: OwnState) -> None:
     """Make the state an attribute of a module and no part of it."""
     object.__setattr__(owner, attribute, state)
 
@@ -187,7 +199,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     The program carries the state along and steps as the model does. Call the model once before, on inputs of the shape
     and branch to export, so that there is room for its state, and reset it. The program's state is the model's: what
     ``program.module()`` writes, the model and other modules of the program find written. ``copy.deepcopy(program)`` has
-    its own, and so has what is saved and loaded.
+    its own, and so has what is saved and loaded. A copy of the model that is made inside the block is not exportable.
 
     Args:
         model: to be exported inside the block.
@@ -207,5 +219,5 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for each in held:
             del each.owner._modules[each.attribute]
-            hold(each.owner, each.attribute, each.state)
+            object.__setattr__(each.owner, each.attribute, each.state)
             each.state.is_exportable = False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops.call import call, check_tensors
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_int64
 from lite_attention.ops.define import define
 
 __all__ = ["top_k_map"]
@@ -36,9 +36,9 @@ def top_k_map(scores: Tensor, count: int) -> Tensor:
         The packed map, int32 ``[..., ceil(n / 32)]`` (see :mod:`lite_attention.maps.keep_map`), on the scores' device.
 
     Raises:
-        RuntimeError, TypeError: an argument does not fit; the text names it.
+        RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         NotImplementedError: the device has no kernel in this build.
     """
     check_tensors("top_k_map", scores=scores)
-    result: Tensor = call(_OPERATOR, scores, checked_int("top_k_map: count", count))
+    result: Tensor = call(_OPERATOR, scores, checked_int64("top_k_map: count", count))
     return result

@@ -16,12 +16,12 @@ import itertools
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
 from lite_attention.ops.checks import checked_bool, checked_int
-from lite_attention.ops.own_state import hold
+from lite_attention.ops.own_state import StateHolder, hold
 from lite_attention.parallel.collectives import all_gather, all_reduce
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
@@ -40,7 +40,7 @@ __all__ = ["DistributedLiteAttention"]
 _NAME = "DistributedLiteAttention"
 
 
-class DistributedLiteAttention(nn.Module):
+class DistributedLiteAttention(StateHolder):
     """:class:`lite_attention.LiteAttention` whose tokens lie on several ranks.
 
     Every rank calls it with its shard of the tokens, at the same time and with the same other arguments, and gets the

@@ -11,12 +11,12 @@ import secrets
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
-from lite_attention.ops.own_state import OwnState, hold
+from lite_attention.ops.own_state import OwnState, StateHolder, hold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
 __all__ = ["ClockState", "GenerationClock"]
@@ -87,7 +87,7 @@ class ClockState(OwnState):
         return self.start_full.device
 
 
-class GenerationClock(nn.Module):
+class GenerationClock(StateHolder):
     """Counts the denoising steps of each guidance branch and notices when a new generation starts.
 
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention import ops
@@ -17,7 +17,7 @@ from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
 from lite_attention.maps.ranges import tiles_inside, tiles_touched
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
-from lite_attention.ops.own_state import hold
+from lite_attention.ops.own_state import StateHolder, hold
 from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
@@ -38,7 +38,7 @@ from lite_attention.skipping.state import SkipState
 __all__ = ["LiteAttention"]
 
 
-class LiteAttention(nn.Module):
+class LiteAttention(StateHolder):
     """Self-attention that skips the tiles which an earlier pass found not to matter.
 
     Give every attention layer its own instance and call it once per pass (per denoising step and branch). The first

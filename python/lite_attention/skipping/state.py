@@ -175,9 +175,12 @@ class SkipState(MapTable):
             start_full, generation: as :meth:`recall` had them.
         """
         branch, _ = owner
-        room = self._room_made_for(owner) if recalled.room is None else recalled.room
+        room, live = recalled.room, recalled.live
+        # Another thread's pair may have been given the slot since. Code that is traced has none but that one.
+        if room is None or not (torch.compiler.is_compiling() or self._rooms.get(owner) == room):
+            room, live = self._room_made_for(owner), None
         slot, stamp = self.slot(room[0]), room[1]
-        live = self.live[branch] if recalled.live is None else recalled.live
+        live = self.live[branch] if live is None else live
         # Only what follows writes, and none of it allocates: a pass is remembered wholly or not at all.
         if self.counts_passes:
             passes = self.passes[branch]

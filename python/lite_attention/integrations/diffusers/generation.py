@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lite_attention.maps.ranges import parse_ranges
-from lite_attention.ops.own_state import OwnState, hold
+from lite_attention.ops.own_state import OwnState, StateHolder, hold
 from lite_attention.skipping.branches import branch_is_chosen
 from lite_attention.skipping.dense_steps import GenerationClock
 
@@ -56,7 +56,7 @@ class Call:
     is_running = False
 
 
-class Generation(nn.Module):
+class Generation(StateHolder):
     """The clock of one transformer, and the ranges of video tokens that must be attended to.
 
     Args:

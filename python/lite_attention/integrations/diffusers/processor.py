@@ -14,7 +14,7 @@ from lite_attention.integrations._routing import route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
-from lite_attention.ops.own_state import OwnState, hold
+from lite_attention.ops.own_state import OwnState, StateHolder, hold
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Ranges
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -97,7 +97,7 @@ class History(OwnState):
         return row if int(self.generations[branch]) == int(generation) else torch.full_like(row, torch.nan)
 
 
-class LiteAttentionProcessor(nn.Module, _internals.ParallelProcessor):
+class LiteAttentionProcessor(StateHolder, _internals.ParallelProcessor):
     """Runs a layer's own processor, with LiteAttention in place of its attention call.
 
     Args:

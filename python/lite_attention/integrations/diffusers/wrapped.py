@@ -130,7 +130,9 @@ class TickingForward(_Wrapped):
         generation = patched.generation
         generation.tick(args[position] if len(args) > position else kwargs["timestep"])
         generation.call.is_running = True
-        if torch.compiler.is_dynamo_compiling():  # which does not break graphs inside of try
+        # Dynamo does not break graphs inside of try. Without one, an error after such a break leaves the note standing
+        # until the next call: a forward that is put in this one's place in between would not be refused.
+        if torch.compiler.is_dynamo_compiling():
             out = self.inner(*args, **kwargs)
             generation.call.is_running = False
             return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lite_attention.families import sliding_tile
 from lite_attention.families.sliding_tile import TILE, SlidingTileMap, sliding_tile_map
@@ -20,7 +20,7 @@ from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
-from lite_attention.ops.own_state import OwnState, hold
+from lite_attention.ops.own_state import OwnState, StateHolder, hold
 
 __all__ = [
     "BACKEND",
@@ -228,7 +228,7 @@ class _LayerNumber(OwnState):
         return self.number.device
 
 
-class SlidingTileAttentionImpl(nn.Module, AttentionImpl[SlidingTileAttentionMetadata]):
+class SlidingTileAttentionImpl(StateHolder, AttentionImpl[SlidingTileAttentionMetadata]):
     """:func:`lite_attention.families.sliding_tile.attention` on tokens in raster order, text after them.
 
     Args:
