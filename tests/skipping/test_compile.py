@@ -120,6 +120,27 @@ def test_a_graph_whose_slot_was_given_away_starts_from_the_full_map() -> None:
     assert torch.equal(layer(*inputs(3), branch=1), fresh(*inputs(3)))
 
 
+def test_a_graph_whose_slot_was_given_away_never_takes_an_older_map_for_what_an_eager_pass_left() -> None:
+    layer = LiteAttention(threshold=-0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+
+    def inputs(video: int, length: int = 520) -> list[Tensor]:
+        return [2 * noise(video, length).unflatten(-1, (HEADS, HEAD_DIM))] * 3
+
+    compiled(*inputs(0))
+    for length in range(521, 521 + MAP_SLOTS):
+        layer(*inputs(1, length))  # of as many tiles; the last of them takes the graph's slot
+    compiled(*inputs(0))
+    assert float(layer.skip_fraction()) > 0, "the graph goes on, and what it will skip is told"
+    assert not layer.keep_map().all()
+    layer.reset_skip_state()
+    dense = layer(*inputs(2))  # the pair's new slot
+    assert torch.equal(compiled(*inputs(2)), dense)
+    fraction = torch.zeros(())
+    layer(*inputs(2), skip_fraction_out=fraction)
+    assert float(fraction) == 0, "nor the other way round"
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_dynamic_shapes_cost_one_compile_a_shape(dynamic: bool) -> None:
     counter = CompileCounter()

@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from random import Random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from lite_attention import SkipPolicy, unpack_keep_map
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.map_table import MAP_SLOTS
-from lite_attention.skipping.slots import PassShape
+from lite_attention.skipping.slots import PassShape, Room
 from lite_attention.skipping.state import SkipState, share_room
 
 HEADS, QUERIES, KEYS = 2, 300, 700
@@ -399,4 +401,40 @@ def test_stamps_are_the_same_in_every_process() -> None:
     for branch in range(2):
         one_pass(state, 0, branch)
         stamps.append(int(state.live[branch]))
-    assert stamps == [5146744426198026097, 3195467625201304139]
+    assert stamps == [7509744399031928233, 156571100852764401]
+
+
+def test_whatever_code_goes_on_with_a_lost_slot_a_pass_starts_full_or_from_the_pass_before() -> None:
+    random = Random(0)
+    shapes = [shape_of(QUERIES - less) for less in range(MAP_SLOTS + 4)]  # all of as many tiles
+    resumed = 0
+    for _ in range(40):
+        state = SkipState(SkipPolicy())
+        traced: list[tuple[PassShape, Room]] = []  # compiled code: its shape and its room for good
+        latest: dict[PassShape, list[int]] = {}  # what the branch's latest pass left, if it was of this shape
+        for step in range(120):
+            shape = random.choice(shapes[:2] if random.random() < 0.6 else shapes)
+            code = random.choice([None, *range(len(traced)), len(traced)])
+            if code == len(traced):
+                room = state.room_for(0, *shape, True)
+                assert room is not None
+                traced.append((shape, room))
+            if code is None:
+                given = one_pass(state, step % 6, shape=shape)
+            else:
+                shape, room = traced[code]
+                recalled = state.recall(room, 0, None, None)
+                given = dropped(unpack_keep_map(recalled.keep, shape.kv_tiles()))
+                with patch.object(torch.compiler, "is_compiling", lambda: True):
+                    state.remember(recalled, (0, shape), recalled.keep & dropping(step % 6, shape), None, None)
+            assert given in ([], latest.get(shape, []))
+            resumed += given != [] and code is not None and state._rooms.get((0, shape)) != room
+            latest = {shape: sorted({*given, step % 6})}
+            told = dropped(state.keep_map(0, "test"))
+            assert told in ([], latest[shape])
+            if code is not None:
+                assert told == latest[shape], "what the code would start from"
+            if random.random() < 0.1:
+                state.reset()
+                latest = {}
+    assert resumed > 20, "some of it went on with a slot that its pair had lost"

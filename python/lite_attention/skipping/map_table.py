@@ -13,7 +13,7 @@ from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState
 from lite_attention.skipping.branches import MAX_BRANCHES
-from lite_attention.skipping.slots import MapSlot, Owner, PassShape
+from lite_attention.skipping.slots import MapSlot, Owner, PassShape, Room
 
 __all__ = ["MAP_SLOTS", "NO_GENERATION", "MapTable", "follows"]
 
@@ -48,7 +48,9 @@ class MapTable(OwnState):
         self.dense_steps = dense_steps
         self.counts_passes = dense_steps > 1  # the first pass starts from the full map by itself
         # The slot and the stamp of each pair that has room, the oldest first.
-        self._rooms: dict[Owner, tuple[int, int]] = {}
+        self._rooms: dict[Owner, Room] = {}
+        # Those that compiled code goes on to use, also after another pair was given the slot.
+        self._traced_rooms: dict[Room, Owner] = {}
         with real_tensors():
             self.slots = nn.ModuleList(MapSlot(torch.device("cpu")) for _ in range(MAP_SLOTS))
 
@@ -66,6 +68,7 @@ class MapTable(OwnState):
             blank = [MapSlot.fresh_buffers(device) for _ in self.slots]
         super().start_over(device)
         self._rooms.clear()
+        self._traced_rooms.clear()
         for slot, buffers in zip(self.slots, blank, strict=True):
             for name, buffer in buffers.items():
                 setattr(slot, name, buffer)
@@ -163,10 +166,12 @@ class MapTable(OwnState):
         raise RuntimeError(f"{caller}: branch {branch} has no keep map yet, expected a skipping pass before")
 
     def _maps_of(self, branch: int) -> list[tuple[MapSlot, PassShape, int]]:
+        """Each map that a pass of the branch may have left, with the stamp that tells whether it did."""
+        rooms = self._traced_rooms | {room: owner for owner, room in self._rooms.items()}
         return [
             (self.slot(index), shape, stamp)
-            for (of_branch, shape), (index, stamp) in self._rooms.items()
-            if of_branch == branch
+            for (index, stamp), (of_branch, shape) in rooms.items()
+            if of_branch == branch and self.slot(index).words.shape == shape.map_shape()
         ]
 
     def _counts_next(self, slot: MapSlot, branch: int, stamp: int) -> Tensor:

@@ -48,10 +48,14 @@ Room = tuple[int, int]
 
 
 @functools.cache
-def stamp_of(owner: Owner) -> int:
-    """A positive number that stands for (branch, shape): the same in every layer, process and run."""
+def stamp_of(owner: Owner, slot: int) -> int:
+    """A positive number that stands for (branch, shape) in a slot: the same in every layer, process and run.
+
+    Each slot has its own: a pass compiled with a slot that its pair no longer owns must not take what another pass
+    of that pair wrote elsewhere for what lies in its slot.
+    """
     branch, shape = owner
-    text = f"{branch}|{tuple(map(str, shape))}"
+    text = f"{slot}|{branch}|{tuple(map(str, shape))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
 
 

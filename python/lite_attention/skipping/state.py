@@ -8,9 +8,10 @@ How a map is found, and why it is never stale:
 
 * A state owns ``MAP_SLOTS`` slots. A slot belongs to one (branch, shape) at a time and holds that pair's map; shape
   means batch, lengths, heads, head dim, dtype and device.
-* Each (branch, shape) has a fixed number, its stamp. A pass writes its stamp beside the map it wrote and beside its
-  branch. A map counts only while both carry the pass's own stamp; otherwise the pass starts from the full map.
-  So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation.
+* Each (branch, shape) has a fixed number in each slot, its stamp. A pass writes its stamp beside the map it wrote and
+  beside its branch. A map counts only while both carry the pass's own stamp; otherwise the pass starts from the full
+  map. So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation:
+  code that was compiled with a slot its pair has lost goes on writing there, and counts on it only after itself.
 * A pass that is told the number of its generation uses no map of another one, whatever became of the passes between:
   the layer may have been dense, or left out, when the generation began.
 
@@ -113,26 +114,19 @@ class SkipState(MapTable):
         """(slot, stamp) of this branch and shape. None: it has no room yet, and :meth:`remember` will make it.
 
         Under torch.compile room is made here: this runs while the graph is traced, and its result is a constant of the
-        graph. What it says never goes out of date for the shapes that the graph is guarded on: a slot taken by another
-        pair since then has another size, which retraces, or another stamp, which the graph sees as a full map.
+        graph. The graph may go on with it when the slot is another pair's, unless that has another size, which
+        retraces: its stamp is of this slot alone, so that whatever was written since, here or by the same pair
+        elsewhere, it sees as a full map.
         """
         shape = PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device)
         owner = (branch, shape)
         self.check_export("LiteAttention")
         if self._verbose:
             self._log_change(branch, shape)
-        room = self._rooms.get(owner)
-        if room is not None or not compiling:
-            return room
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"LiteAttention: no room for a keep map of these inputs ({shape}) to export; call the module once "
-                "on inputs of this shape and branch before torch.export"
-            )
+        if not compiling:
+            return self._rooms.get(owner)
         with _making_room, real_tensors():
-            for state in self._states_without_room(owner):
-                state._make_room(owner)
-        return self._rooms[owner]
+            return self._room_for_trace(owner)
 
     @staticmethod
     def first_pass(shape: PassShape) -> Recalled:
@@ -219,17 +213,29 @@ class SkipState(MapTable):
 
     # Room
 
-    def _states_without_room(self, owner: Owner) -> list[SkipState]:
-        """The state and its sisters that have so far made the same room: what one compiled code can serve."""
+    def _room_for_trace(self, owner: Owner) -> Room:
+        """The owner's, made if need be: also in the sisters that so far made the same, as one code serves them all."""
         model = running_model(self)
         sisters = set() if model is None else set(_states_in(model))
         if self._shared_room is not None:
             sisters.update(self._shared_room.members)
-        elif sisters <= {self}:
-            note_lonely_trace(self, model, owner)
-        rooms = [*self._rooms.items()]
-        alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
-        return [self, *(state for state in alike if state.device == self.device)]
+        if owner not in self._rooms:
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    f"LiteAttention: no room for a keep map of these inputs ({owner[1]}) to export; call the module "
+                    "once on inputs of this shape and branch before torch.export"
+                )
+            if self._shared_room is None and sisters <= {self}:
+                note_lonely_trace(self, model, owner)
+            rooms = [*self._rooms.items()]
+            alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
+            for state in (self, *[state for state in alike if state.device == self.device]):
+                state._make_room(owner)
+        room = self._rooms[owner]
+        for state in {self, *sisters}:
+            if state._rooms.get(owner) == room:
+                state._traced_rooms[room] = owner
+        return room
 
     @torch.compiler.disable
     def _room_made_for(self, owner: Owner) -> Room:
@@ -253,7 +259,7 @@ class SkipState(MapTable):
             del self._rooms[given_away]
             self.outdate_captured_graphs()
         self.slot(index).hold(words)
-        self._rooms[owner] = index, stamp_of(owner)
+        self._rooms[owner] = index, stamp_of(owner, index)
 
     def _owner_to_give_way(self, branch: int) -> Owner:
         """The oldest of the same branch, whose map of another shape is out of date; else the oldest of all."""
