@@ -181,7 +181,7 @@ def test_the_operator_that_recalls_a_map() -> None:
     words = torch.arange(6, dtype=torch.int32).view(1, 1, 3, 2)
     for counts in (torch.tensor(True), torch.tensor(False)):
         arguments = (counts, words)
-        recalled = torch.ops.lite_attention.recall_map(*arguments)
+        recalled = torch.ops.lite_attention_state.recall_map(*arguments)
         assert torch.equal(recalled, words if counts else torch.full_like(words, -1))
-        results = opcheck(torch.ops.lite_attention.recall_map.default, arguments, test_utils=CHECKS)
+        results = opcheck(torch.ops.lite_attention_state.recall_map.default, arguments, test_utils=CHECKS)
         assert results == dict.fromkeys(CHECKS, "SUCCESS")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lite_attention.ops import backward_pass
-from lite_attention.ops.backends import NAMESPACE
 
 __all__ = ["recalled_map"]
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Beside the namespace of the operators that have compiled kernels, whose schemas are part of a build.
+NAMESPACE = "lite_attention_state"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("recall_map(Tensor counts, Tensor words) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -38,6 +40,6 @@ def recalled_map(counts: Tensor, words: Tensor) -> Tensor:
     """``words`` where they count (bool, 0-d), else the full map."""
     # An exported program has no backward, and may run where there is no Python. Eager passes have looked themselves.
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        compiled: Tensor = torch.ops.lite_attention.recall_map(counts, words)
+        compiled: Tensor = torch.ops.lite_attention_state.recall_map(counts, words)
         return compiled
     return torch.where(counts, words, -1)
