@@ -36,10 +36,15 @@ _library.impl("recall_map", _recall_map, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::recall_map", _fake, lib=_library)
 
 
+@torch.compiler.assume_constant_result  # older versions of torch.compile take torch's function for True where they trace
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 def recalled_map(counts: Tensor, words: Tensor) -> Tensor:
     """``words`` where they count (bool, 0-d), else the full map."""
     # An exported program has no backward, and may run where there is no Python. Eager passes have looked themselves.
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not _is_exporting():
         compiled: Tensor = torch.ops.lite_attention_state.recall_map(counts, words)
         return compiled
     return torch.where(counts, words, -1)
