@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from expecttest import assert_expected_inline
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -257,6 +257,40 @@ def test_a_recording_that_would_hold_todays_state_is_refused(recorder: str, pass
         layer.enable_skip_optimization(False)
         recorded = RECORDERS[recorder](layer, x)
         torch.testing.assert_close(recorded(y, y, y), layer(y, y, y))
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LiteAttention(threshold=THRESHOLD)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.layer(q, k, v)
+        return out
+
+
+class LayersAreLeaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LiteAttention)
+
+
+STAND_INS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "torch.func.functional_call": lambda model: lambda *x: torch.func.functional_call(model, {}, x),
+    "torch.fx": lambda model: fx.GraphModule(model, LayersAreLeaves().trace(model)),
+}
+
+
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_what_calls_the_layer_itself_shares_its_state(stand_in: str) -> None:
+    x = video(1)
+    model, untouched = Single(), Single()
+    call = STAND_INS[stand_in](model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(call(x, x, x), untouched(x, x, x))
+    assert torch.equal(model.layer.keep_map(), untouched.layer.keep_map())
+    with pytest.raises(TypeError, match="LiteAttention: query has type Proxy, expected a tensor"):
+        fx.symbolic_trace(model)
 
 
 def through_pickle(model: Timed) -> Timed:

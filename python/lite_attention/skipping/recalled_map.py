@@ -36,7 +36,7 @@ _library.impl("recall_map", _recall_map, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::recall_map", _fake, lib=_library)
 
 
-@torch.compiler.assume_constant_result  # older versions of torch.compile take torch's function for True where they trace
+@torch.compiler.assume_constant_result  # torch 2.10 takes torch's function for True in whatever it compiles
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
