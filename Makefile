@@ -14,7 +14,8 @@ SANITIZED := build/sanitized
 CUDA_BUILD := build/cuda
 INSTALLS := build/install
 # What every Python and every torch must pass: operators, modules and their compilation.
-SMOKE := tests/ops/test_opcheck.py tests/skipping/test_modules.py tests/skipping/test_compile.py
+SMOKE := tests/ops/test_opcheck.py tests/skipping/test_modules.py tests/skipping/test_compile.py \
+  tests/skipping/test_backward.py
 PYTHONS ?= 3.10 3.13
 TORCHES ?= torch==2.10.0 torch==2.11.0 torch
 

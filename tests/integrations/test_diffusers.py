@@ -708,3 +708,27 @@ def test_one_compile_covers_all_repeated_blocks(name: str) -> None:
     handle.set_must_do([9, 10])
     run(transformer, case, make_latents(case), 900.0)
     assert counter.frame_count == 1
+
+
+def test_gradient_checkpointing_is_refused_while_it_skips_and_right_while_it_does_not() -> None:
+    gradients = []
+    for checkpointed, skipping in ((False, False), (True, False), (True, True)):
+        transformer: Any = make_transformer(WAN)
+        weight = transformer.get_submodule(WAN.layers[-1]).to_out[0].weight.requires_grad_()
+        handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+        if checkpointed:
+            transformer.enable_gradient_checkpointing()
+        for layer in handle.layers.values():
+            layer.enable_skip_optimization(skipping)
+        transformer.train()
+        with torch.enable_grad():
+            loss = run(transformer, WAN, make_latents(WAN), 900.0).square().sum()
+        if skipping:
+            kept = maps(handle)
+            with pytest.raises(RuntimeError, match="LiteAttention: called inside a backward pass"):
+                loss.backward()
+            assert_all_equal(maps(handle), kept)
+        else:
+            loss.backward()
+            gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)

@@ -410,6 +410,20 @@ def test_compiled_checkpoints_where_torch_allows_side_effects_in_them() -> None:
             torch.testing.assert_close(compiled(*inputs(step)), plain(*inputs(step)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Checkpointed, Reentrant])
+def test_a_checkpoint_whose_gradient_is_asked_for_is_refused(kind: type[nn.Module]) -> None:
+    model = kind()
+    door = LiteSDPA(model, LAYERS, threshold=-2.0)
+    x, text = inputs(0)
+    with torch.enable_grad(), door:
+        out = model(x, text.requires_grad_(), (0,))  # attention's own inputs need no gradient
+        kept = [layer.keep_map() for layer in door.layers.values() if layer.used_branches()]
+        with pytest.raises(RuntimeError, match="LiteAttention: called inside a backward pass"):
+            out.sum().backward()
+        assert len(kept) == 1
+        assert torch.equal(door.layers["blocks.0"].keep_map(), kept[0])
+
+
 # What stays torch's
 
 

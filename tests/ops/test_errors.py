@@ -89,6 +89,7 @@ def test_queries_keys_and_values() -> None:
         "q is a list": bad_attention(q=[1.0]),
         "v is None": bad_attention(v=None),
         "sparse q": bad_attention(q=Q.to_sparse()),
+        "nested q": bad_attention(q=torch.nested.nested_tensor([*Q])),
     }
     assert_expected_inline(
         report(calls),
@@ -123,7 +124,8 @@ scale beyond floats -> ValueError: attention: scale is beyond the numbers that a
 scale inf -> RuntimeError: attention: scale is inf, expected a number above 0 that is finite in fp32
 q is a list -> TypeError: attention: q has type list, expected a tensor
 v is None -> TypeError: attention: v has type NoneType, expected a tensor
-sparse q -> TypeError: attention: q has layout torch.sparse_coo, expected torch.strided""",
+sparse q -> TypeError: attention: q has layout torch.sparse_coo, expected torch.strided
+nested q -> TypeError: attention: q has layout nested, expected torch.strided""",
     )
 
 

@@ -222,6 +222,26 @@ def test_strided_views_give_the_same_bits_as_copies(dtype: torch.dtype) -> None:
         assert result[0].is_contiguous()
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_views_that_are_negated_when_they_are_read_give_the_bits_of_what_they_show(gradients: bool) -> None:
+    """As the imaginary part of a conjugate is."""
+    q, k, v = make_qkv(Case(), torch.float32)
+    keep, lens, threshold = random_map(Case(), 0.5), torch.tensor([200], dtype=torch.int32), torch.tensor(-1.0)
+    shown = (q, k, v, keep, lens, threshold)
+    lazy = [torch._neg_view(-x) for x in shown]
+    lazy[0] = torch.complex(torch.zeros_like(q), -q).conj().imag
+    assert all(x.is_neg() for x in lazy)
+
+    def results(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, lens: Tensor, threshold: Tensor) -> list[Tensor]:
+        out, lse = attention(q, k, v, keep=keep, kv_lens=lens)
+        skipping = skip_attention(q, k, v, keep, threshold, must_keep=keep[:, :, :1], kv_lens=lens)
+        return [out, lse, *skipping, *merge_attention([q, out], [lse, lse])]
+
+    with torch.set_grad_enabled(gradients):
+        for result, expected in zip(results(*lazy), results(*shown), strict=True):
+            assert torch.equal(result, expected)
+
+
 def test_a_key_and_value_shared_by_the_batch_need_no_copy() -> None:
     case = Case(batch=3, query_len=70, kv_len=200)
     q, k, v = make_qkv(case, torch.float32)

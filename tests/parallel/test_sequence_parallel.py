@@ -13,6 +13,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from lite_attention import (
     DistributedLiteAttention,
@@ -551,3 +552,19 @@ def test_a_rank_that_raises_ends_the_others_by_their_timeout() -> None:
     assert failed[0] == "ValueError"
     assert waiting[0] == "RuntimeError"
     assert 2.0 < waiting[1] < 30.0
+
+
+def _computed_again_in_a_backward() -> tuple[str, bool]:
+    layer, x = DistributedLiteAttention(mesh_of("cpu", 1, 2), threshold=-0.1), torch.zeros(1, requires_grad=True)
+    inputs = _shards(_passes(CASE, "cpu", 1)[0], layer.ranks)
+    out = checkpoint(lambda x: (layer(*inputs) + x).pow(3).sum(), x, use_reentrant=False)
+    before = layer.keep_map()
+    with pytest.raises(RuntimeError, match=r".") as raised:
+        out.backward()
+    return str(raised.value), torch.equal(layer.keep_map(), before)
+
+
+def test_a_backward_does_not_run_a_pass_again() -> None:
+    for said, unchanged in run_on_ranks(2, "cpu", _computed_again_in_a_backward):
+        assert said.startswith("DistributedLiteAttention: called inside a backward pass")
+        assert unchanged

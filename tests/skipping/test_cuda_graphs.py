@@ -13,6 +13,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lite_attention import LiteAttention, skip_branch
 from lite_attention.skipping import cuda_graphs
@@ -393,3 +394,16 @@ def test_what_changes_nothing_in_the_layout_is_accepted() -> None:
         model(noise(1))
     model(noise(1, 700))
     assert layer.layout_version == version, "new maps beside the old ones leave these where they are"
+
+
+@pytest.mark.usefixtures("_no_gpu_needed")
+def test_a_backward_does_not_replay_a_step_again() -> None:
+    model = Model()
+    step = captured(model, noise(0), modules=[model])
+    weight = torch.ones(1, requires_grad=True)
+    with torch.enable_grad():
+        out = checkpoint(lambda weight: (step(noise(1)) * weight).square().sum(), weight, use_reentrant=False)
+        before = state_of(model)
+        with pytest.raises(RuntimeError, match=r"CapturedStep: called inside a backward pass"):
+            out.backward()
+    assert all(torch.equal(state_of(model)[name], buffer) for name, buffer in before.items())

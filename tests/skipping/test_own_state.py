@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from expecttest import assert_expected_inline
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -224,7 +224,7 @@ def test_layers_made_or_copied_under_fake_tensors_are_real() -> None:
     assert int(clock.step()) == 0
 
 
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
 def test_tracing_with_make_fx_computes_every_tile_and_leaves_real_calls_as_they_were(mode: str) -> None:
     x, layer, untouched = video(1), LiteAttention(threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
     with torch.no_grad():
@@ -234,6 +234,63 @@ def test_tracing_with_make_fx_computes_every_tile_and_leaves_real_calls_as_they_
         untouched.reset_skip_state()
         for _ in range(2):
             assert torch.equal(layer(x, x, x), untouched(x, x, x))
+
+
+RECORDERS: dict[str, Callable[[nn.Module, Tensor], Callable[..., Tensor]]] = {
+    "torch.jit.trace": lambda layer, x: torch.jit.trace(layer, (x, x, x), check_trace=False),
+    "make_fx": lambda layer, x: make_fx(layer)(x, x, x),
+}
+
+
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_recording_that_would_hold_todays_state_is_refused(recorder: str, passes: int) -> None:
+    x, y = video(1), video(2)
+    layer, untouched = LiteAttention(threshold=THRESHOLD), LiteAttention(threshold=THRESHOLD)
+    with torch.no_grad():
+        for _ in range(passes):
+            assert torch.equal(layer(x, x, x), untouched(x, x, x))
+        with pytest.raises(NotImplementedError, match=f"LiteAttention: {recorder} does not see the skip state"):
+            RECORDERS[recorder](layer, x)
+        assert torch.equal(layer(x, x, x), untouched(x, x, x))
+        assert torch.equal(layer.keep_map(), untouched.keep_map())
+        layer.enable_skip_optimization(False)
+        recorded = RECORDERS[recorder](layer, x)
+        torch.testing.assert_close(recorded(y, y, y), layer(y, y, y))
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LiteAttention(threshold=THRESHOLD)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.layer(q, k, v)
+        return out
+
+
+class LayersAreLeaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LiteAttention)
+
+
+STAND_INS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "torch.func.functional_call": lambda model: lambda *x: torch.func.functional_call(model, {}, x),
+    "torch.fx": lambda model: fx.GraphModule(model, LayersAreLeaves().trace(model)),
+}
+
+
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_what_calls_the_layer_itself_shares_its_state(stand_in: str) -> None:
+    x = video(1)
+    model, untouched = Single(), Single()
+    call = STAND_INS[stand_in](model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(call(x, x, x), untouched(x, x, x))
+    assert torch.equal(model.layer.keep_map(), untouched.layer.keep_map())
+    with pytest.raises(TypeError, match="LiteAttention: query has type Proxy, expected a tensor"):
+        fx.symbolic_trace(model)
 
 
 def through_pickle(model: Timed) -> Timed:

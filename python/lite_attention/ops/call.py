@@ -33,8 +33,9 @@ def check_tensors(operator: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} has type {type(tensor).__name__}, expected a tensor")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{operator}: {name} has layout {tensor.layout}, expected torch.strided")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{operator}: {name} has layout {layout}, expected torch.strided")
 
 
 def check_optional_tensors(operator: str, **tensors: Tensor | None) -> None:

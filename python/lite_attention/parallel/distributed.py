@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
+from lite_attention.ops import backward_pass
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.own_state import StateHolder, hold
 from lite_attention.parallel.collectives import all_gather, all_reduce
@@ -124,7 +125,8 @@ class DistributedLiteAttention(StateHolder):
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
-            RuntimeError: the operator refuses an argument; the text names it.
+            RuntimeError: the operator refuses an argument; the text names it. With skipping enabled, inside a backward
+                pass, as for LiteAttention.
         """
         query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
@@ -145,6 +147,8 @@ class DistributedLiteAttention(StateHolder):
             start_full,
             generation,
         )
+        if self._state(0, 0).skipping and backward_pass.running:
+            backward_pass.refuse(_NAME)  # before ranks wait for each other
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else _SkippedShare()
         for turn in range(self.head_chunks):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lite_attention.maps import tiles
 from lite_attention.maps.ranges import parse_ranges
@@ -22,6 +23,7 @@ __all__ = [
     "Threshold",
     "check_kv_lens",
     "check_no_transform",
+    "check_not_recorded",
     "check_scalar",
     "check_scale",
     "checked_inputs",
@@ -162,6 +164,21 @@ def check_no_transform(caller: str, **tensors: Tensor) -> None:
                 f"{caller}: {name} is inside a transform of torch.func (vmap, grad, jvp), expected a tensor outside: "
                 "a pass is remembered, and has no gradient"
             )
+
+
+def check_not_recorded(caller: str) -> None:
+    """That no tracer of torch records this pass: it would hold today's state, also once that was moved or given away.
+
+    torch.compile and torch.export are told of the state; neither calls this.
+    """
+    recorder = (
+        "torch.jit.trace" if torch._C._get_tracing_state() else "make_fx" if get_proxy_mode() is not None else None
+    )
+    if recorder is not None:
+        raise NotImplementedError(
+            f"{caller}: {recorder} does not see the skip state, expected torch.compile, torch.export inside "
+            "lite_attention.exportable(model), or skipping off (enable_skip_optimization(False))"
+        )
 
 
 def check_kv_lens(caller: str, kv_lens: Tensor | None, query: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from lite_attention.ops import backward_pass
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.ops.own_state import OwnState, held_states, state_buffers
@@ -74,9 +75,11 @@ class CapturedStep(Generic[Result]):
         Raises:
             TypeError, ValueError: an argument is not as it was at the capture; the text names it.
             RuntimeError: a layer's state moved or changed its layout, another ``skip_branch`` is on than at the
-                capture, or another capture is open.
+                capture, another capture is open, or a backward pass runs the step again.
         """
         _refuse_open_capture("CapturedStep")
+        if backward_pass.running:
+            backward_pass.refuse("CapturedStep")
         for name, state, layout_version in self._layouts:
             if state.layout_version != layout_version:
                 raise RuntimeError(

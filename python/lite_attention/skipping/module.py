@@ -15,6 +15,7 @@ from lite_attention import ops
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
 from lite_attention.maps.ranges import tiles_inside, tiles_touched
+from lite_attention.ops import backward_pass
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import StateHolder, hold
@@ -24,6 +25,7 @@ from lite_attention.skipping.arguments import (
     Threshold,
     check_kv_lens,
     check_no_transform,
+    check_not_recorded,
     check_scalar,
     check_scale,
     checked_inputs,
@@ -134,8 +136,9 @@ class LiteAttention(StateHolder):
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
-            RuntimeError: the operator refuses an argument; the text names it.
-            NotImplementedError: with skipping enabled, inside a transform of torch.func.
+            RuntimeError: the operator refuses an argument; the text names it. With skipping enabled, inside a backward
+                pass, where torch.utils.checkpoint computes a segment again.
+            NotImplementedError: with skipping enabled, inside a transform of torch.func, torch.jit.trace or make_fx.
         """
         query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
         branch = resolved_branch(branch, self.caller)
@@ -191,6 +194,10 @@ class LiteAttention(StateHolder):
             )
         is_compiling = torch.compiler.is_compiling()
         is_remembered = is_compiling or not is_fake(query)
+        if is_remembered and backward_pass.running:
+            backward_pass.refuse(self.caller)
+        if is_remembered and not is_compiling:
+            check_not_recorded(self.caller)
         room = state.room_for(branch, *shape, is_compiling) if is_remembered else None
         is_here = is_remembered and state.device == query.device
         threshold = state.threshold if is_here else state.new_threshold(query.device)

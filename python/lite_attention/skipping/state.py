@@ -38,6 +38,7 @@ from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
 from lite_attention.skipping.map_table import MAP_SLOTS, NO_GENERATION, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
+from lite_attention.skipping.recalled_map import recalled_map
 from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
 from lite_attention.skipping.slots import Owner, PassShape, Room, stamp_of
 
@@ -150,7 +151,7 @@ class SkipState(MapTable):
             current = current & ~start_full
         elif self.counts_passes:
             current = current & (self.passes[branch] >= self.dense_steps)
-        return Recalled(torch.where(current, slot.words, -1), is_next, room, live)
+        return Recalled(recalled_map(current, slot.words), is_next, room, live)
 
     def remember(
         self,
