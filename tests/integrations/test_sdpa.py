@@ -388,37 +388,47 @@ def test_calls_left_to_torch_count_and_failed_ones_do_not(way: str) -> None:
 
 @pytest.mark.parametrize("at", ["the call", "the block", "the part"])
 def test_what_fails_and_is_run_again_is_the_same_call(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second turn of the first block finds no memory at first, and what catches the error tries once more."""
-    model, plain = looped(Inner), looped(Inner)
-    layers = rf".*{LAYERS}"
-    door, own = LiteSDPA(model, layers, threshold=-2.0), LiteSDPA(plain, layers, threshold=-2.0)
-    where: Any = {"the call": model.inner.blocks[0], "the block": model.inner.blocks[0], "the part": model.inner}[at]
-    attention = door.layers["inner.blocks.0"]
-    real, turns = attention.forward, iter(range(100))
+    """In the third step, the second call of the first block's second turn finds no memory at first."""
+    model: Any = looped(Inner)
+    model.inner.blocks[0].__class__ = Twice
+    door = LiteSDPA(model, rf".*{LAYERS}", threshold=-2.0)
+    attention: Any = door.layers["inner.blocks.0"]
+    places, calls = [], iter(range(100))
 
-    def failing(*args: Any, **given: Any) -> Any:
-        if next(turns) == 5:
-            raise torch.OutOfMemoryError("no memory")
-        return real(*args, **given)
-
-    with door, own:
-        for step in range(2):
-            attention.forward = failing  # type: ignore[method-assign]
-            assert torch.equal(model(*inputs(step)), plain(*inputs(step)))
-        inside = where.forward
-
-        def again(*args: Any) -> Tensor:
+    def again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def twice(*args: Any, **given: Any) -> Tensor:
             try:
-                return inside(*args)
+                return run(*args, **given)
             except torch.OutOfMemoryError:
-                return inside(*args)
+                return run(*args, **given)
 
-        where.forward = again
-        turns = iter(range(4, 100))
-        model(*inputs(2))
-        assert [len(layer.calls[0]) for layer in door._each()] == [4, 4]
-        assert "another number" not in door.summary()
-        where.forward = inside
+        return twice
+
+    def noted(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attend(*args: Any, branch: int, **given: Any) -> Tensor:
+            places.append(branch)
+            if next(calls) == 11:
+                raise torch.OutOfMemoryError("no memory")
+            return run(*args, branch=branch, **given)
+
+        return attend
+
+    attention.forward = noted(attention.forward)
+    with door:
+        if at == "the call":
+            monkeypatch.setattr(
+                sys.modules[__name__], "scaled_dot_product_attention", again(scaled_dot_product_attention)
+            )
+        else:
+            where = model.inner.blocks[0] if at == "the block" else model.inner
+            where.forward = again(where.forward)
+        for step in range(4):
+            model(*inputs(step))
+    step = places[:4]
+    assert len(set(step)) == 4
+    run_again = {"the call": step[3:], "the block": step[2:], "the part": step}[at]
+    assert places == 3 * step + run_again + step
+    assert "another number" not in door.summary()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 1), (0, 1), (0, 1, 0, 1, 0)])
