@@ -481,6 +481,24 @@ def _again(executor: Callable[..., Any], *args: Any) -> Any:
         return executor(*args)
 
 
+def test_an_evaluation_inside_of_another_is_no_step_of_its_own() -> None:
+    """As of guiders that call each other."""
+    override, sigmas = LiteAttentionOverride(fixed_order=True), schedule(2)
+
+    def call() -> None:
+        in_model_call(override, lambda: None, sample_sigmas=sigmas)
+
+    def evaluate() -> None:
+        call()
+        override.around_evaluation(call)
+        call()
+
+    for _ in range(2):
+        override.around_evaluation(evaluate)
+    assert [stream.call for stream in override.streams] == [0, 1, 2]
+    assert "dense" not in override.summary()
+
+
 @pytest.mark.parametrize("tells_of_samplings", [False, True])
 def test_guidance_that_replaces_blocks_has_a_map_of_its_own(tells_of_samplings: bool) -> None:
     """As skip-layer guidance does, which comes and goes with the steps."""
