@@ -357,7 +357,7 @@ def in_tiles(count: int) -> Callable[..., Tensor]:
 def test_tiles_have_maps_of_their_own(
     batched: bool, tells_of_samplings: bool, model: ModelPatcher, conds: list[list[Any]]
 ) -> None:
-    lite, override = patched(model)
+    lite, override = patched(model, fixed_order=True)
     options: dict[str, Any] = {"batched": lambda _: batched, "tells_of_samplings": tells_of_samplings}
     for _ in range(2):
         whole = sample(lite, conds, schedule(4), function=in_tiles(2), **options)
@@ -371,10 +371,159 @@ def test_tiles_have_maps_of_their_own(
 def test_tiles_in_another_batching_start_dense(model: ModelPatcher, conds: list[list[Any]]) -> None:
     ours, dense = (
         sample(each, conds, schedule(4), batched=lambda step: step == 1, function=in_tiles(2))
-        for each in (patched(model)[0], model)
+        for each in (patched(model, fixed_order=True)[0], model)
     )
     assert_same(ours[:2], dense[:2])
     assert differs(ours[2], dense[2])
+
+
+TILE_REASON = "several model calls of a step for the same conditions, as of tiles"
+
+
+@pytest.mark.parametrize("tells_of_samplings", [False, True])
+def test_calls_that_nothing_tells_apart_run_dense(
+    tells_of_samplings: bool, model: ModelPatcher, conds: list[list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    lite, override = patched(model)
+    options: dict[str, Any] = {"function": in_tiles(2), "tells_of_samplings": tells_of_samplings}
+    ours, dense = (sample(each, conds, schedule(4), **options) for each in (lite, model))
+    assert_same(ours, dense)
+    assert caplog.text.count("run dense from now on: " + TILE_REASON) == 2, "once for each condition"
+    assert f"left to ComfyUI: {4 * 14} x {TILE_REASON}" in override.summary(), (
+        "all but the first call for each condition"
+    )
+    assert "call 0 of a step for conditions [0]: runs dense" in override.summary()
+    again = sample(lite, conds, schedule(4))
+    assert differs(again[2], sample(model, conds, schedule(4))[2]), "another sampling is another matter"
+
+
+def tiles_of_steps(*tiles: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Calls the model in each step for those of two tiles; what is left out is 0."""
+    steps = iter(tiles)
+
+    def function(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
+        parts = list(torch.zeros_like(call["input"]).chunk(2, 1))
+        for tile in next(steps):
+            parts[tile] = apply(call["input"].chunk(2, 1)[tile], call["timestep"])
+        return torch.cat(parts, 1)
+
+    return function
+
+
+@pytest.mark.parametrize("left_out", [(1,), (0, 1, 0)])
+def test_another_number_of_calls_in_a_step_is_not_silent(
+    left_out: tuple[int, ...], model: ModelPatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    lite, override = patched(model, fixed_order=True)
+    ours, dense = (
+        sample(each, [prompts(1)], schedule(5), function=tiles_of_steps((0, 1), (0, 1), left_out, (0, 1), (0, 1)))
+        for each in (lite, model)
+    )
+    assert differs(ours[1], dense[1])
+    assert_same(ours[3:], dense[3:])
+    assert caplog.text.count("more or fewer model calls for the same conditions than in the steps before") == 1
+    assert "more or fewer model calls" in override.summary()
+
+
+def test_the_last_step_of_a_sampling_is_counted_too(model: ModelPatcher, caplog: pytest.LogCaptureFixture) -> None:
+    lite, _ = patched(model, fixed_order=True)
+    sample(lite, [prompts(1)], schedule(2), function=tiles_of_steps((0, 1), (1,)), tells_of_samplings=True)
+    assert "more or fewer model calls" in caplog.text
+
+
+@pytest.mark.parametrize("tells_of_samplings", [False, True])
+@pytest.mark.parametrize("retried", ["the call", "the evaluation"])
+def test_a_call_that_fails_and_comes_again_is_the_same_call(
+    retried: str, tells_of_samplings: bool, model: ModelPatcher
+) -> None:
+    """The second tile of the second step has no memory at first."""
+    conds = [prompts(1)]
+    runs = iter(range(100))
+
+    def failing(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
+        def attend(tile: Tensor) -> Tensor:
+            if next(runs) == 3:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(Block, "forward", lambda *_: 1 / 0)
+                    return apply(tile, call["timestep"])
+            return apply(tile, call["timestep"])
+
+        def again(action: Callable[[], Tensor], here: bool) -> Tensor:
+            try:
+                return action()
+            except ZeroDivisionError:
+                if not here:
+                    raise
+                return action()
+
+        tiles = call["input"].chunk(2, 1)
+        return torch.cat([again(lambda tile=tile: attend(tile), retried == "the call") for tile in tiles], 1)
+
+    expected = sample(patched(model, fixed_order=True)[0], conds, schedule(4), function=in_tiles(2))
+    lite, override = patched(model, fixed_order=True)
+    if retried == "the evaluation":
+        # Around ours, as by a node.
+        lite.add_wrapper_with_key("predict_noise", "retries", _again)
+    tells_of_samplings |= retried == "the evaluation"
+    ours = sample(lite, conds, schedule(4), function=failing, tells_of_samplings=tells_of_samplings)
+    assert len(override.streams) == 2
+    assert "more or fewer" not in override.summary()
+    # An evaluation that comes again does so on what it dropped itself: there the first tile skips more.
+    for one, other in zip(ours, expected, strict=True):
+        part = slice(0 if retried == "the call" else 256, 512)
+        assert_same([[one[0][:, part]]], [[other[0][:, part]]])
+
+
+def _again(executor: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return executor(*args)
+    except ZeroDivisionError:
+        return executor(*args)
+
+
+def test_an_evaluation_inside_of_another_is_no_step_of_its_own() -> None:
+    """As of guiders that call each other."""
+    override, sigmas = LiteAttentionOverride(fixed_order=True), schedule(2)
+
+    def call() -> None:
+        in_model_call(override, lambda: None, sample_sigmas=sigmas)
+
+    def evaluate() -> None:
+        call()
+        override.around_evaluation(call)
+        call()
+
+    for _ in range(2):
+        override.around_evaluation(evaluate)
+    assert [stream.call for stream in override.streams] == [0, 1, 2]
+    assert "dense" not in override.summary()
+
+
+@pytest.mark.parametrize("tells_of_samplings", [False, True])
+def test_guidance_that_replaces_blocks_has_a_map_of_its_own(tells_of_samplings: bool) -> None:
+    """As skip-layer guidance does, which comes and goes with the steps."""
+    model = ModelPatcher(LTXVModel())
+    conds = [prompts(1)]
+    lite, override = patched(model)
+    steps = iter(range(4))
+
+    def guided(executor: Callable[..., Tensor], *args: Any) -> Tensor:
+        out = executor(*args)
+        if next(steps) in (1, 2):
+            *others, options = args
+            replacements = {**options["patches_replace"]["dit"], ("double_block", 0): _skipped}
+            executor(*others, {**options, "patches_replace": {"dit": replacements}})
+        return out
+
+    expected = sample(patched(model)[0], conds, schedule(4))
+    lite.add_wrapper_with_key("apply_model", "guidance", guided)
+    assert_same(sample(lite, conds, schedule(4), tells_of_samplings=tells_of_samplings), expected)
+    assert len(override.streams) == 2
+    assert "several model calls" not in override.summary()
+
+
+def _skipped(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    return args
 
 
 def test_guidance_that_asks_for_a_condition_again_has_a_map_of_its_own(model: ModelPatcher) -> None:
@@ -382,7 +531,7 @@ def test_guidance_that_asks_for_a_condition_again_has_a_map_of_its_own(model: Mo
         return torch.cat([apply(call["input"], call["timestep"]), apply(call["input"].flip(1), call["timestep"])])
 
     conds = [prompts(1)]
-    both = sample(patched(model)[0], conds, schedule(4), function=function)
+    both = sample(patched(model, fixed_order=True)[0], conds, schedule(4), function=function)
     for index, flip in enumerate((False, True)):
 
         def once(apply: Callable[..., Tensor], call: dict[str, Tensor], flip: bool = flip) -> Tensor:
@@ -399,21 +548,28 @@ def test_samplers_that_call_a_sigma_twice_are_right(tiles: int, model: ModelPatc
         return [step, step + 1]
 
     sigmas = schedule(5)[:-1]
-    ours = sample(patched(model)[0], conds, sigmas, calls=heun, function=in_tiles(tiles))
+    lite, override = patched(model, fixed_order=True)
+    ours = sample(lite, conds, sigmas, calls=heun, function=in_tiles(tiles))
     dense = sample(model, conds, sigmas, calls=heun, function=in_tiles(tiles))
-    # The calls of each sigma that come first, and those that come second, are streams with a dense step of their own.
     is_dense = [not differs(one, other) for one, other in zip(ours, dense, strict=True)]
-    assert is_dense == [True, False, True, False, False, False, False, False]
-    second = sample(
-        patched(model)[0], conds, sigmas, calls=lambda step: [step] if step > 0 else [], function=in_tiles(tiles)
-    )
-    assert_same(ours[2::2], second)
+    assert is_dense == [True] + [False] * 7
+    assert len(override.streams) == 2 * tiles
+
+
+def test_samplers_that_call_a_sigma_twice_run_dense_where_evaluations_are_not_told(
+    model: ModelPatcher, conds: list[list[Any]]
+) -> None:
+    lite, override = patched(model)
+    options: dict[str, Any] = {"calls": lambda step: [step, step + 1], "tells_of_samplings": False}
+    ours, dense = (sample(each, conds, schedule(5)[:-1], **options) for each in (lite, model))
+    assert_same(ours[2:], dense[2:])
+    assert TILE_REASON in override.summary()
 
 
 def test_streams_without_room_run_dense_and_the_summary_says_so(
     model: ModelPatcher, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lite, override = patched(model)
+    lite, override = patched(model, fixed_order=True)
     conds = [prompts(1)]
 
     def ten_times(apply: Callable[..., Tensor], call: dict[str, Tensor]) -> Tensor:
@@ -495,7 +651,7 @@ def test_runs_of_one_step_are_dense_however_many(same_conditions: bool, model: M
         for _ in range(10):
             given = conds if same_conditions else [prompts(1)]
             assert_same(sample(lite, given, sigmas, tells_of_samplings=tells_of_samplings), dense)
-        assert (len(override.streams) == 1) is tells_of_samplings
+        assert (len(override.streams) == 1) is (tells_of_samplings or same_conditions)
 
 
 def test_a_run_that_begins_lower_than_the_last_ended_starts_dense(model: ModelPatcher, conds: list[list[Any]]) -> None:
@@ -541,6 +697,7 @@ def test_what_is_no_model_or_no_override_is_refused() -> None:
         ({"threshold": 1.0}, ValueError, "threshold is 1.0"),
         ({"dense_steps": -1}, ValueError, "dense_steps is -1"),
         ({"min_tokens": 0}, ValueError, "min_tokens is 0"),
+        ({"fixed_order": 1}, TypeError, "fixed_order has type int"),
         ({"min_tokens": 0.5}, TypeError, "min_tokens has type float"),
     ],
 )
@@ -554,10 +711,11 @@ def test_arguments_are_checked_when_the_model_is_patched(
 def test_the_node_follows_comfyui_s_conventions(model: ModelPatcher) -> None:
     assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in NODE_CLASS_MAPPINGS.values():
-        required = node.INPUT_TYPES()["required"]
+        inputs = node.INPUT_TYPES()
+        names = [*inputs["required"], *inputs["optional"]]
         method = getattr(node(), node.FUNCTION)
-        assert list(inspect.signature(method).parameters) == list(required)
-        defaults = {name: kind[1]["default"] for name, kind in required.items() if len(kind) > 1}
+        assert list(inspect.signature(method).parameters) == names
+        defaults = {name: kind[1]["default"] for name, kind in inputs["required"].items() if len(kind) > 1}
         outputs = method(model=model, **defaults)
         assert len(outputs) == len(node.RETURN_TYPES)
         override = outputs[0].model_options["transformer_options"]["optimized_attention_override"]

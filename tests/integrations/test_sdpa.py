@@ -357,6 +357,131 @@ def test_a_step_that_fails_is_no_part_of_the_next() -> None:
     assert (door.skip_fraction(1) > 0).all()
 
 
+class Asked(nn.Module):
+    """Two self-attention calls in one forward, of which ``ways`` says how they go."""
+
+    def forward(self, x: Tensor, ways: tuple[str, ...]) -> list[Tensor]:
+        return [self.call(x.roll(300 * index, 1), way) for index, way in enumerate(ways) if way != "left out"]
+
+    def call(self, x: Tensor, way: str) -> Tensor:
+        q = 4 * x.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
+        longer = torch.cat([q, q[:, :, :1]], 2) if way == "more keys" else q
+        mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool) if way == "a mask" else None
+        if way == "again":
+            with pytest.raises(TypeError):
+                scaled_dot_product_attention(q, q, q, scale=1.0, enable_gqa=object(), dropout_p="none")  # type: ignore[arg-type]
+        return scaled_dot_product_attention(q, longer, longer, mask)
+
+
+@pytest.mark.parametrize("way", ["a mask", "more keys", "again"])
+def test_calls_left_to_torch_count_and_failed_ones_do_not(way: str) -> None:
+    """The second call goes on with its own map whatever becomes of the first."""
+    model, plain = nn.Sequential(Asked()), nn.Sequential(Asked())
+    door, own = LiteSDPA(model, "0", threshold=-2.0), LiteSDPA(plain, "0", threshold=-2.0)
+    with door, own:
+        for step, first in enumerate(["taken", "taken", way, "taken"]):
+            ours = model[0](inputs(step)[0], (first, "taken"))
+            theirs = plain[0](inputs(step)[0], ("taken", "taken"))
+            assert torch.equal(ours[1], theirs[1])
+    assert (door.skip_fraction(1) > 0.1).all()
+
+
+@pytest.mark.parametrize("at", ["the call", "the block", "the part"])
+def test_what_fails_and_is_run_again_is_the_same_call(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third step, the second call of the first block's second turn finds no memory at first."""
+    model: Any = looped(Inner)
+    model.inner.blocks[0].__class__ = Twice
+    door = LiteSDPA(model, rf".*{LAYERS}", threshold=-2.0)
+    attention: Any = door.layers["inner.blocks.0"]
+    places, calls = [], iter(range(100))
+
+    def again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def twice(*args: Any, **given: Any) -> Tensor:
+            try:
+                return run(*args, **given)
+            except torch.OutOfMemoryError:
+                return run(*args, **given)
+
+        return twice
+
+    def noted(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attend(*args: Any, branch: int, **given: Any) -> Tensor:
+            places.append(branch)
+            if next(calls) == 11:
+                raise torch.OutOfMemoryError("no memory")
+            return run(*args, branch=branch, **given)
+
+        return attend
+
+    attention.forward = noted(attention.forward)
+    with door:
+        if at == "the call":
+            monkeypatch.setattr(
+                sys.modules[__name__], "scaled_dot_product_attention", again(scaled_dot_product_attention)
+            )
+        else:
+            where = model.inner.blocks[0] if at == "the block" else model.inner
+            where.forward = again(where.forward)
+        for step in range(4):
+            model(*inputs(step))
+    step = places[:4]
+    assert len(set(step)) == 4
+    run_again = {"the call": step[3:], "the block": step[2:], "the part": step}[at]
+    assert places == 3 * step + run_again + step
+    assert "another number" not in door.summary()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (0, 1), (0, 1, 0, 1, 0)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_number_of_calls_is_not_silent(
+    order: tuple[int, ...], compiled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model()
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="eager")
+    door = LiteSDPA(model, LAYERS, threshold=-2.0)
+    usual = (0, 1, 0, 1)
+    dense = Model()(*inputs(3), usual)
+    differ = [layer for layer in (0, 1) if order.count(layer) != 2]
+    with door:
+        for given in (usual, usual, order):
+            model(*inputs(3), given)
+        assert caplog.text.count("LiteSDPA: blocks.") == 1
+        name = f"blocks.{differ[0]}"
+        assert (
+            f"{name} made {2 * order.count(differ[0])} attention calls in a step of branch 0, and 4 in" in caplog.text
+        )
+        out = model(*inputs(3), usual)
+        assert torch.allclose(out, dense, atol=1e-4) is (len(differ) == 2)
+        assert "nothing taken over" in door.summary().splitlines()[differ[0]]
+        assert "a step had another number of calls than those before" in door.left_to_torch[name]
+        door.reset()
+        for _ in range(2):
+            model(*inputs(3), usual)
+    assert (door.skip_fraction(1) > 0).all()
+    assert caplog.text.count("LiteSDPA: blocks.") == 1
+
+
+def test_a_module_that_is_left_out_of_a_step_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+        for order in ((0, 1, 0), (1,), (0, 1, 0)):
+            model(*inputs(), order)
+    assert caplog.text == ""
+    assert (door.skip_fraction() > 0).all()
+
+
+def test_compiled_steps_that_make_another_number_of_calls_are_refused() -> None:
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+        compiled(*inputs(), (0, 1, 0, 1))
+        door.reset()
+        with pytest.raises(Exception, match="makes 2 attention calls in a compiled step of branch 0, expected 4"):
+            compiled(*inputs(), (0, 1))
+
+
 def test_threads_with_branches_of_their_own_count_their_own_calls() -> None:
     model, alone = looped(), looped()
     door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(alone, LAYERS, threshold=-2.0)
@@ -571,7 +696,7 @@ a number -> TypeError: LiteSDPA: layers has type int, expected a regular express
 a list of layers -> ValueError: LiteSDPA: layers is blocks, which matches blocks, a ModuleList that is never called, expected modules whose forward makes the call
 no model -> TypeError: LiteSDPA: model has type method, expected a torch.nn.Module
 no batch -> ValueError: LiteSDPA: max_batch_size is 0, expected at least 1
-too many calls -> RuntimeError: LiteSDPA: blocks.1 makes self-attention call 8 of one call of the model in branch 0, and all 8 maps that a layer has are taken, expected no more pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, give it the part that one step calls
+too many calls -> RuntimeError: LiteSDPA: blocks.1 makes attention call 16 of one call of the model in branch 0, and all 8 maps that a layer has are taken, expected no more pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, give it the part that one step calls
 left twice -> RuntimeError: LiteSDPA: left where it was not entered, expected it to be left as often as entered
 no such stream -> RuntimeError: LiteSDPA: no layer has made call 1 of a step in branch 0 yet
 no number of a stream -> ValueError: LiteSDPA: stream is -1, expected at least 0

@@ -1,7 +1,7 @@
 """As much of ComfyUI as an attention override meets: a patcher, a sampler, and a model that calls attention its way.
 
-Which options a model call is given, and when, follows comfy/samplers.py (inner_sample, calc_cond_batch); what happens
-to an attention call follows comfy/ldm/modules/attention.py (wrap_attn).
+Which options a model call is given, and when, follows comfy/samplers.py (inner_sample, predict_noise, calc_cond_batch);
+what happens to an attention call follows comfy/ldm/modules/attention.py (wrap_attn).
 """
 
 import copy
@@ -226,11 +226,11 @@ def sample(
         tokens: of the video; a slice for a part of one of 512.
         batched: whether a step's conditions share a batch.
         function: runs ``apply(x, timestep)`` in place of ComfyUI, as nodes that cut the latent into tiles do.
-        tells_of_samplings: older versions have no wrappers around a sampling.
+        tells_of_samplings: older versions have no wrappers around a sampling and an evaluation.
         calls: for each step the numbers of the sigmas at which the sampler calls the model.
         window: the context window of a step.
     """
-    run = functools.partial(_sample, model, conds, sigmas, tokens, batched, function, calls, window)
+    run = functools.partial(_sample, model, conds, sigmas, tokens, batched, function, calls, window, tells_of_samplings)
     return (model.wrapped("outer_sample", run) if tells_of_samplings else run)()
 
 
@@ -243,6 +243,7 @@ def _sample(
     function: Callable[..., Tensor] | None,
     calls: Callable[[int], list[int]],
     window: Callable[[int], object] | None,
+    tells_of_evaluations: bool,
 ) -> list[list[Tensor]]:
     options = _copy_dicts(model.model_options)
     options["transformer_options"]["sample_sigmas"] = sigmas
@@ -259,7 +260,8 @@ def _sample(
         for number, index in enumerate(calls(step)):
             x = video + 0.1 * (index + 0.1 * number) * noise
             sigma = sigmas[index] * torch.ones(1, device=x.device)
-            predictions.append(calc_cond_batch(model, conds, x, sigma, options, batched(step)))
+            evaluate = model.wrapped("predict_noise", calc_cond_batch) if tells_of_evaluations else calc_cond_batch
+            predictions.append(evaluate(model, conds, x, sigma, options, batched(step)))
     return predictions
 
 

@@ -3,7 +3,7 @@
 ComfyUI says in ``transformer_options`` which block an attention call is in (``block_type``, ``block_index``). Once per
 model call it says, besides, which conditions are in the batch (``cond_or_uncond``, ``uuids``) and where in the sampling
 it is (``sigmas``, ``sample_sigmas``), of which ``_comfyui_streams.py`` makes streams; and it calls wrappers around each
-run of a sampler.
+run of a sampler, and around each evaluation of the model in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from lite_attention.integrations._comfyui_streams import Stream, Streams, sigma_of
 from lite_attention.integrations._left_to_torch import runs_here
 from lite_attention.maps import tiles
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.dense_steps import GenerationClock
@@ -58,9 +58,12 @@ class LiteAttentionOverride:
     ComfyUI passes. Where ``img_slice`` says which tokens are the image's or video's, the others (text) are always kept.
 
     All parts must be installed, as :func:`patch_model` does: the object itself as the override,
-    :meth:`around_model_call` as a wrapper of each model call, and :meth:`around_sampling` as one of each sampling.
-    Model calls of one step that are for the same conditions, as of the tiles of a latent, have states of their own.
-    Streams of calls beyond those that there is room for (``MAX_BRANCHES``) run dense; :meth:`summary` tells.
+    :meth:`around_model_call` as a wrapper of each model call, :meth:`around_evaluation` of each evaluation, and
+    :meth:`around_sampling` as one of each sampling.
+    Several model calls of one step that ComfyUI says the same of, as of the tiles of a latent, run dense, and so do
+    those like them in the rest of the sampling; with ``fixed_order`` they have states of their own, for as long as each
+    step has as many of them. Streams of calls beyond those that there is room for (``MAX_BRANCHES``) run dense, too.
+    :meth:`summary` and the log tell.
 
     Args:
         threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.
@@ -69,6 +72,8 @@ class LiteAttentionOverride:
         min_tokens: self-attention over fewer tokens is not taken.
         previous: the override that calls not taken go to; None for the function that ComfyUI passes.
         policy: all that the layers are told about skipping, in place of ``threshold`` and ``dense_steps``.
+        fixed_order: whether several model calls of one step for the same conditions come in the same order in each
+            step.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -88,6 +93,7 @@ class LiteAttentionOverride:
         previous: AttentionOverride | None = None,
         *,
         policy: SkipPolicy | None = None,
+        fixed_order: bool = False,
     ) -> None:
         self.policy = SkipPolicy.resolve("LiteAttentionOverride", policy, threshold=threshold, dense_steps=dense_steps)
         self.min_tokens = checked_int("LiteAttentionOverride: min_tokens", min_tokens, lowest=1)
@@ -97,7 +103,8 @@ class LiteAttentionOverride:
         self.clock = GenerationClock(self.policy.dense_steps)
         self.layers = {}
         self.left_to_comfyui = Counter()
-        self._streams = Streams(MAX_BRANCHES)
+        checked_bool("LiteAttentionOverride: fixed_order", fixed_order)
+        self._streams = Streams(MAX_BRANCHES, fixed_order)
         self._turns = 0  # of the sigmas, at which a sampling starts full again
         self._branch: int | None = None
         self._why_dense: str | None = NO_MODEL_CALL
@@ -106,7 +113,22 @@ class LiteAttentionOverride:
     def around_sampling(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a sampling as a generation of its own. An ``outer_sample`` wrapper."""
         self.reset()
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        self._streams.end_step()
+        return result
+
+    def around_evaluation(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an evaluation of the model by the sampler, which is one step. A ``predict_noise`` wrapper."""
+        if self._streams.in_told_step:  # guiders call each other
+            return executor(*args, **kwargs)
+        self._streams.begin_step()
+        failed = True
+        try:
+            result = executor(*args, **kwargs)
+            failed = False
+            return result
+        finally:
+            self._streams.end_step(failed)
 
     def around_model_call(
         self,
@@ -125,11 +147,14 @@ class LiteAttentionOverride:
             ValueError: ComfyUI does not say the conditions or the step, or samples in a way that is not supported.
         """
         options = transformer_options or {}
-        self._branch = self._branch_of_call(options)
-        self._why_dense = TOO_MANY_STREAMS if self._branch is None else None
+        stream = self._stream_of_call(options)
         self._attended = set()
         try:
+            self._branch, self._why_dense = self._branch_of(stream, options["sigmas"])
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        except BaseException:
+            self._streams.take_back(stream)
+            raise
         finally:
             self._branch, self._why_dense = None, NO_MODEL_CALL
 
@@ -208,7 +233,7 @@ class LiteAttentionOverride:
         for layer in self.layers.values():
             layer.reset_skip_state()
 
-    def _branch_of_call(self, options: dict[str, Any]) -> int | None:
+    def _stream_of_call(self, options: dict[str, Any]) -> Stream:
         for name in ("cond_or_uncond", "sigmas", "sample_sigmas"):
             if options.get(name) is None:
                 raise ValueError(
@@ -224,14 +249,20 @@ class LiteAttentionOverride:
         if self._streams.is_new_run(sigma, options["sample_sigmas"]):
             self._start_full()
             self._turns += 1
-        stream = self._streams.of_call(sigma, options)
+        return self._streams.of_call(sigma, options)
+
+    def _branch_of(self, stream: Stream, sigmas: Tensor) -> tuple[int | None, str | None]:
+        """The branch whose state a model call goes on with, or why it runs dense."""
+        why_mixed = self._streams.why_mixed(stream)
+        if why_mixed is not None:
+            return None, why_mixed
         branch = self._streams.number(stream)
         if branch is None:
             if TOO_MANY_STREAMS not in self.left_to_comfyui:
                 _logger.warning("LiteAttention: %s runs dense: %s", stream, TOO_MANY_STREAMS)
-            return None
-        self.clock.tick(options["sigmas"], branch)
-        return branch
+            return None, TOO_MANY_STREAMS
+        self.clock.tick(sigmas, branch)
+        return branch, None
 
     def _why_left(
         self,
@@ -270,6 +301,9 @@ class LiteAttentionOverride:
         """For people: what each stream of the latest sampling skips, and how many calls were not taken. Waits."""
         lines = []
         for stream, branch in self._streams.numbers.items():
+            if self._streams.why_mixed(stream) is not None:
+                lines.append(f"{stream}: runs dense")
+                continue
             counts = (layer.skipped_tiles(branch).cpu() for layer in self.layers.values())
             skipped = sum(counts, torch.zeros(2, dtype=torch.float32))
             lines.append(f"{stream}: {float(skipped[0] / skipped[1].clamp(min=1)):.0%} skipped")

@@ -1,14 +1,19 @@
 """Which stream a model call of a ComfyUI sampling belongs to, told from what the call is for and from those before it.
 
 A stream is what one skip state may follow: calls that come once in each step, for the same conditions and the same part
-of the latent. ComfyUI says the conditions, and of context windows the frames; it says nothing of tiles, or of guidance
-that asks for the same again. So the calls of a step for the same conditions are counted: the first of each step is one
-stream, the second another. A step is what has one sigma. Samplers that call a sigma twice have two streams of the same
-video, each of them right.
+of the latent. ComfyUI says the conditions, of context windows the frames, and which blocks are replaced, as guidance
+that asks for the same conditions again does (skip-layer, perturbed attention). It says nothing of tiles. Where a step
+has a second call that nothing tells from the first, all calls like them are mixed, and run dense from there on. Where
+the user says that they come in one order, they are counted: the first of each step is one stream, the second another;
+a step with more or fewer of them than those before breaks that word, and mixes them as well.
+
+A step is one evaluation of the model by the sampler, so those that evaluate a sigma twice (Heun's) go on with one
+stream. Where a version of ComfyUI does not tell of evaluations, the calls at one sigma are a step.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Hashable
@@ -17,6 +22,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 __all__ = ["Stream", "Streams", "sigma_of"]
+
+# Why calls are mixed.
+REPEATED = (
+    "several model calls of a step for the same conditions, as of tiles, which only their order tells apart "
+    "(fixed_order says that it is always the same)"
+)
+CHANGED = "more or fewer model calls for the same conditions than in the steps before"
+
+_logger = logging.getLogger("lite_attention")
 
 
 class Stream(NamedTuple):
@@ -28,12 +42,15 @@ class Stream(NamedTuple):
     """Of the conditions: the side alone does not tell two prompts of it apart, as in regional prompting."""
     window: tuple[int, ...] | None
     """Frames, where the model sees one window of them."""
+    replaced: frozenset[Hashable]
+    """Blocks and attentions that run something else, with what they run."""
     call: int
     """The how-many-th call for these in each step, from 0."""
 
     def __str__(self) -> str:
         window = "" if self.window is None else f" on frames {self.window[0]} to {self.window[-1]}"
-        return f"call {self.call} of a step for conditions {list(self.conditions)}{window}"
+        replaced = f" with {len(self.replaced)} replacements" if self.replaced else ""
+        return f"call {self.call} of a step for conditions {list(self.conditions)}{window}{replaced}"
 
 
 class Streams:
@@ -41,18 +58,24 @@ class Streams:
 
     Args:
         room: so many have numbers.
+        fixed_order: calls of a step that nothing else tells apart come in the same order in each step.
     """
 
     numbers: dict[Stream, int]
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, fixed_order: bool = False) -> None:
         self.room = room
+        self.fixed_order = fixed_order
+        self.in_told_step = False
         self.start()
 
     def start(self) -> None:
         """A run begins: nothing of the last one counts."""
         self.numbers = {}
+        # All of these by the stream of the first call: of the step under way, of the steps before, and why not taken.
         self._calls: Counter[Stream] = Counter()
+        self._usual: dict[Stream, int] = {}
+        self._mixed: dict[Stream, str] = {}
         self._schedule: object = None
         self._sigma: float | None = None
         self._direction = 0.0
@@ -73,15 +96,46 @@ class Streams:
         Raises:
             TypeError, ValueError: an option is not what ComfyUI gives; the text names it.
         """
-        first = Stream(_listed("cond_or_uncond", options), _listed("uuids", options), _window(options), 0)
+        conditions, uuids = _listed("cond_or_uncond", options), _listed("uuids", options)
+        first = Stream(conditions, uuids, _window(options), _replaced(options), 0)
         if sigma != self._sigma:
-            self._calls.clear()
+            if not self.in_told_step:
+                self.end_step()
             if self._sigma is not None:
                 self._direction = sigma - self._sigma
         self._sigma, self._schedule = sigma, options["sample_sigmas"]
         stream = first._replace(call=self._calls[first])
         self._calls[first] += 1
+        if stream != first and not self.fixed_order:
+            self._mix(first, REPEATED)
         return stream
+
+    def take_back(self, stream: Stream) -> None:
+        """The call failed: the next one may be the same again."""
+        self._calls[stream._replace(call=0)] -= 1
+
+    def begin_step(self) -> None:
+        """ComfyUI says that a step begins, in place of the sigma; :meth:`end_step` ends it."""
+        self.end_step()
+        self.in_told_step = True
+
+    def end_step(self, failed: bool = False) -> None:
+        """A step is over, with as many calls of each kind as those before. One that failed does not count."""
+        for first, count in self._calls.items():
+            # A kind that did not come at all took nobody's state.
+            if not failed and count > 0 and self._usual.setdefault(first, count) != count:
+                self._mix(first, CHANGED)
+        self._calls.clear()
+        self.in_told_step = False
+
+    def why_mixed(self, stream: Stream) -> str | None:
+        """Why it cannot be told which state a call of the stream goes on with, None if it can."""
+        return self._mixed.get(stream._replace(call=0))
+
+    def _mix(self, first: Stream, reason: str) -> None:
+        if first not in self._mixed:
+            self._mixed[first] = reason
+            _logger.warning("LiteAttention: %s and those like it run dense from now on: %s", first, reason)
 
     def number(self, stream: Stream) -> int | None:
         """The stream's number, None where all have been given to others."""
@@ -117,6 +171,15 @@ def _listed(name: str, options: dict[str, Any]) -> tuple[Any, ...]:
             f"LiteAttention: {name} of transformer_options is {value!r}, expected a list, an entry for each condition"
         ) from None
     return listed
+
+
+def _replaced(options: dict[str, Any]) -> frozenset[Hashable]:
+    kinds: dict[str, dict[Hashable, object]] = options.get("patches_replace") or {}
+    return frozenset(
+        (kind, block, patch if isinstance(patch, Hashable) else id(patch))
+        for kind, blocks in kinds.items()
+        for block, patch in blocks.items()
+    )
 
 
 def _window(options: dict[str, Any]) -> tuple[int, ...] | None:

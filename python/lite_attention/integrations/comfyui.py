@@ -18,9 +18,10 @@ __all__ = [
     "patch_model",
 ]
 
-# The wrapper types that run around a whole model call and around a whole sampling, of
-# comfy.patcher_extension.WrappersMP.
+# The wrapper types that run around a whole model call, an evaluation of the model by the sampler and a whole sampling,
+# of comfy.patcher_extension.WrappersMP.
 APPLY_MODEL = "apply_model"
+PREDICT_NOISE = "predict_noise"
 OUTER_SAMPLE = "outer_sample"
 WRAPPER_KEY = "lite_attention"
 OVERRIDE_KEY = "optimized_attention_override"
@@ -54,6 +55,7 @@ def patch_model(
     min_tokens: int = MIN_TOKENS,
     *,
     policy: SkipPolicy | None = None,
+    fixed_order: bool = False,
 ) -> ModelPatcher:
     """A clone of ``model`` with LiteAttention in its video self-attention; ``model`` stays as it is.
 
@@ -61,7 +63,7 @@ def patch_model(
 
     Args:
         model: ComfyUI's patcher of a video model.
-        threshold, dense_steps, min_tokens, policy: as for :class:`LiteAttentionOverride`.
+        threshold, dense_steps, min_tokens, policy, fixed_order: as for :class:`LiteAttentionOverride`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be.
@@ -73,9 +75,16 @@ def patch_model(
     previous = options.get(OVERRIDE_KEY)
     if isinstance(previous, LiteAttentionOverride):
         previous = previous.previous
-    override = LiteAttentionOverride(threshold, dense_steps, min_tokens, previous, policy=policy)
+    override = LiteAttentionOverride(
+        threshold, dense_steps, min_tokens, previous, policy=policy, fixed_order=fixed_order
+    )
     options[OVERRIDE_KEY] = override
-    for wrapper_type, wrapper in ((APPLY_MODEL, override.around_model_call), (OUTER_SAMPLE, override.around_sampling)):
+    wrappers = {
+        APPLY_MODEL: override.around_model_call,
+        PREDICT_NOISE: override.around_evaluation,
+        OUTER_SAMPLE: override.around_sampling,
+    }
+    for wrapper_type, wrapper in wrappers.items():
         patched.remove_wrappers_with_key(wrapper_type, WRAPPER_KEY)
         patched.add_wrapper_with_key(wrapper_type, WRAPPER_KEY, wrapper)
     _name_blocks(patched)
@@ -116,12 +125,25 @@ class LiteAttentionNode:
                         "tooltip": "Steps at the start that compute everything. The first always does.",
                     },
                 ),
-            }
+            },
+            # Workflows saved before this input was there have none.
+            "optional": {
+                "fixed_order": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Say so only if the tiles of a latent come in the same order in each step. "
+                        "Otherwise a model that is called tile by tile computes everything.",
+                    },
+                ),
+            },
         }
 
-    def patch(self, model: ModelPatcher, threshold: float, dense_steps: int) -> tuple[ModelPatcher]:
+    def patch(
+        self, model: ModelPatcher, threshold: float, dense_steps: int, fixed_order: bool = False
+    ) -> tuple[ModelPatcher]:
         """What ComfyUI runs."""
-        return (patch_model(model, threshold, dense_steps),)
+        return (patch_model(model, threshold, dense_steps, fixed_order=fixed_order),)
 
 
 NODE_CLASS_MAPPINGS = {"LiteAttention": LiteAttentionNode}

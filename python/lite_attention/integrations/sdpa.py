@@ -1,15 +1,17 @@
 """LiteAttention in any model that calls ``torch.nn.functional.scaled_dot_product_attention``.
 
 For models without a door of their own. The skip state belongs to the module that makes the call, and to how many it has
-made before in the same call of the model; the order in which modules run says nothing.
+made before in the same call of the model, whoever computed them; the order in which modules run says nothing. Calls
+that failed do not count. Where a step makes another number of them than those before, it cannot be told which is
+which: the module runs dense from then on.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import threading
-from collections import Counter
 from types import TracebackType
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lite_attention.integrations._forwards import Forward, put, stand_in, take_away
 from lite_attention.integrations._left_to_torch import why_left_to_torch
 from lite_attention.integrations._routing import route_sdpa
+from lite_attention.integrations._sdpa_layers import MIXED, Layer, Streams
 from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -29,6 +32,8 @@ from lite_attention.skipping.state import share_room
 
 __all__ = ["LiteSDPA"]
 
+_logger = logging.getLogger("lite_attention")
+
 
 class LiteSDPA(nn.Module):
     """Context manager: self-attention calls of chosen modules skip what earlier passes found negligible.
@@ -37,8 +42,10 @@ class LiteSDPA(nn.Module):
     own :class:`lite_attention.LiteAttention`, if it is video self-attention that LiteAttention has kernels for. Every
     other call stays torch's, and :meth:`summary` tells why. A module that makes several such calls in one call of the
     model, in one forward or since it runs several times, has a map for each: the first, the second and so on of each
-    step. It may be entered and left as often as one likes, and inside others; the state stays. Guidance branches are
-    chosen with :class:`lite_attention.skip_branch`.
+    step, those counted that stay torch's. Once a step has made another number of calls than those before, all of the
+    module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. It may be entered and left as often
+    as one likes, and inside others; the state stays. Guidance branches are chosen with
+    :class:`lite_attention.skip_branch`.
 
     Args:
         model: what one step calls, and the modules belong to. It is changed only inside the context.
@@ -49,8 +56,8 @@ class LiteSDPA(nn.Module):
     Raises:
         TypeError: an argument is not what it should be.
         ValueError: no module has such a name, or none that is ever called.
-        RuntimeError: in a forward: a module makes more such calls than there are branches. When left: it was not
-            entered.
+        RuntimeError: in a forward: a module makes more such calls than there are branches, or another number of them
+            in one compiled step than in another. When left: it was not entered.
     """
 
     def __init__(
@@ -66,9 +73,9 @@ class LiteSDPA(nn.Module):
         policy = SkipPolicy.resolve("LiteSDPA", policy, threshold=threshold)
         checked_int("LiteSDPA: max_batch_size", max_batch_size, lowest=1)
         chosen, around = _find(model, layers)
-        streams = _Streams()
+        streams = Streams()
         self._layers = nn.ModuleList(
-            _Layer(name, LiteAttention(max_batch_size=max_batch_size, policy=policy), streams)
+            Layer(name, LiteAttention(max_batch_size=max_batch_size, policy=policy), streams)
             for name in chosen.values()
         )
         share_room(self)  # they are no parts of the model
@@ -87,13 +94,13 @@ class LiteSDPA(nn.Module):
         """The attention of each chosen module, by the module's name."""
         return {layer.name: layer.attention for layer in self._each()}
 
-    def _each(self) -> list[_Layer]:
-        return cast("list[_Layer]", list(self._layers))
+    def _each(self) -> list[Layer]:
+        return cast("list[Layer]", list(self._layers))
 
     def reset(self) -> None:
         """Forget what was dropped. Call it whenever a new video starts."""
         for layer in self._each():
-            layer.attention.reset_skip_state()
+            layer.start_over()
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold of every layer; see :meth:`lite_attention.LiteAttention.set_threshold`."""
@@ -103,7 +110,7 @@ class LiteSDPA(nn.Module):
     def skip_fraction(self, stream: int = 0) -> Tensor:
         """Share of tiles that each layer will skip in its next pass: fp32 ``[layers]``, without waiting.
 
-        ``stream``: of the how-many-th call, from 0, that a layer makes in one call of the model.
+        ``stream``: of the how-many-th call, from 0, that is taken over in one call of the model.
         """
         branch = self.branch_of(stream)
         return torch.stack([layer.attention.skip_fraction(branch) for layer in self._each()])
@@ -112,7 +119,7 @@ class LiteSDPA(nn.Module):
         """Under which branch a layer's :class:`lite_attention.LiteAttention` keeps the map of a stream.
 
         Args:
-            stream: the how-many-th call, from 0, of a layer in one call of the model.
+            stream: the how-many-th call, from 0, that layers of this door take over in one call of the model.
             branch: the guidance branch; None for the one of :class:`lite_attention.skip_branch`, or 0.
 
         Raises:
@@ -120,9 +127,10 @@ class LiteSDPA(nn.Module):
             RuntimeError: there was no such call.
         """
         stream, branch = checked_int("LiteSDPA: stream", stream, lowest=0), resolved_branch(branch, "LiteSDPA")
-        if stream > 0 and (stream, branch) not in self._streams.numbers:
+        numbers = self._streams.of_branch(branch)
+        if stream >= max(len(numbers), 1):
             raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
-        return self._streams.numbers.get((stream, branch), branch)
+        return numbers[stream] if numbers else branch
 
     @property
     def left_to_torch(self) -> dict[str, dict[str, int]]:
@@ -168,6 +176,23 @@ class LiteSDPA(nn.Module):
     def _mark_thread(self, runs: bool) -> None:
         if not torch.compiler.is_compiling():
             self._thread.runs = runs
+
+    def _end_step(self, branch: int) -> None:
+        if torch.compiler.is_compiling():
+            for layer in self._each():
+                layer.end_traced_step(len(layer.calls[branch]), branch)
+            return
+        mixed = [layer for layer in self._each() if layer.end_step(branch)]
+        if mixed:
+            _logger.warning(
+                "LiteSDPA: %s made %d attention calls in a step of branch %d, and %d in those before: it cannot be "
+                "told which is which, so all are torch's until reset()%s",
+                mixed[0].name or "the model itself",
+                len(mixed[0].calls[branch]),
+                branch,
+                mixed[0].usual[branch],
+                f"; and so for {len(mixed) - 1} other modules" if len(mixed) > 1 else "",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is pickled, is in no model yet."""
@@ -227,80 +252,15 @@ class _Thread(threading.local):
         return _Thread, ()
 
 
-# Numbers are given rarely: one lock will do, and none is copied with a door.
-_numbering = threading.Lock()
-
-
-class _Streams:
-    """Where the maps of the layers of one door lie: a number, which is a branch to a layer, for each (stream, branch).
-
-    One table for all layers, so that one compiled code fits them all. What it says of a pair never changes.
-    """
-
-    def __init__(self) -> None:
-        self.numbers: dict[tuple[int, int], int] = {}
-
-    def number(self, stream: int, branch: int) -> int | None:
-        """A branch's first stream has the branch's own number, if it is free; others the highest that is, or None."""
-        pair = (stream, branch)
-        with _numbering:
-            if pair not in self.numbers:
-                free = [number for number in range(MAX_BRANCHES) if number not in self.numbers.values()]
-                if not free:
-                    return None
-                self.numbers[pair] = branch if stream == 0 and branch in free else free[-1]
-            return self.numbers[pair]
-
-
-class _Layer(nn.Module):
-    """What belongs to one chosen module."""
-
-    def __init__(self, name: str, attention: LiteAttention, streams: _Streams) -> None:
-        super().__init__()
-        self.name = name
-        self.attention = attention
-        self.streams = streams
-        # For each branch, the calls made so far in a call of the model that runs in it: one None each, as torch.compile
-        # makes a symbol of an int that changes, and a constant of the length of a tuple.
-        self.calls: list[tuple[None, ...]] = [()] * MAX_BRANCHES
-        self.left_to_torch: Counter[str] = Counter()
-
-    @torch.compiler.assume_constant_result
-    def note(self, reason: str) -> None:
-        """Count a call that stays torch's. Where it is traced, the trace counts."""
-        self.left_to_torch[reason] += 1
-
-    @torch.compiler.assume_constant_result
-    def branch_of(self, stream: int, branch: int) -> int:
-        """Where the map of this call lies among the branches of the layer's attention."""
-        number = self.streams.number(stream, branch)
-        if number is None:
-            raise RuntimeError(
-                f"LiteSDPA: {self.name or 'the model itself'} makes self-attention call {stream} of one call of the "
-                f"model in branch {branch}, and all {MAX_BRANCHES} maps that a layer has are taken, expected no more "
-                "pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, "
-                "give it the part that one step calls"
-            )
-        return number
-
-    def summary(self) -> str:
-        maps = [
-            f"call {stream} of a step in branch {branch} skips {float(self.attention.skip_fraction(number)):.0%}"
-            for (stream, branch), number in sorted(self.streams.numbers.items())
-            if number in self.attention.used_branches()
-        ]
-        left = [f"{count} x {reason}" for reason, count in self.left_to_torch.items()]
-        taken = ", ".join(maps) or "nothing taken over"
-        return f"{taken}; left to torch: {', '.join(left)}" if left else taken
-
-
 def _forward_around(below: Forward, door: LiteSDPA, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module around chosen ones. The outermost call is a step: in it, calls are counted from 0."""
     # A trace knows no thread. Of calls of whole compiled models it is right all the same: they are never seen running.
     inside = True in door._running if torch.compiler.is_compiling() else door._thread.runs
-    if inside or not door.entered:
+    if not door.entered:
         return below(*args, **kwargs)
     branch = resolved_branch(None, "LiteSDPA")
+    if inside:
+        return _forward_inside(below, door, branch, *args, **kwargs)
     for layer in door._each():
         for index, others_run in enumerate(door._running):
             if index == branch or not others_run:
@@ -308,13 +268,28 @@ def _forward_around(below: Forward, door: LiteSDPA, *args: Any, **kwargs: Any) -
     door._running[branch] = True
     door._mark_thread(True)
     try:
-        return below(*args, **kwargs)
+        result = below(*args, **kwargs)
+        door._end_step(branch)
+        return result
     finally:
         door._running[branch] = False
         door._mark_thread(False)
 
 
-def _routed_forward(below: Forward, door: LiteSDPA, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
+def _forward_inside(below: Forward, door: LiteSDPA, branch: int, *args: Any, **kwargs: Any) -> Any:
+    """One that fails takes back what it counted: it may be called again. Of code that is traced, torch does that."""
+    if torch.compiler.is_compiling():
+        return below(*args, **kwargs)
+    before = [layer.calls[branch] for layer in door._each()]
+    try:
+        return below(*args, **kwargs)
+    except BaseException:
+        for layer, calls in zip(door._each(), before, strict=True):
+            layer.calls[branch] = calls
+        raise
+
+
+def _routed_forward(below: Forward, door: LiteSDPA, layer: Layer, *args: Any, **kwargs: Any) -> Any:
     """The forward of a chosen module."""
     if not door.entered:
         return below(*args, **kwargs)
@@ -323,7 +298,7 @@ def _routed_forward(below: Forward, door: LiteSDPA, layer: _Layer, *args: Any, *
 
 
 def _attend(
-    layer: _Layer,
+    layer: Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -335,17 +310,21 @@ def _attend(
 ) -> Tensor:
     """Handler of one call; tensors ``[B, H, S, D]``."""
     attention = layer.attention
+    branch = resolved_branch(None, "LiteSDPA")
+    calls = layer.calls[branch]
     reason = why_left_to_torch(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention.max_batch_size
     )
+    if reason is None and layer.mixed[branch]:
+        reason = MIXED
     if reason is not None:
         layer.note(reason)
-        return scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    branch = resolved_branch(None, "LiteSDPA")
-    calls = layer.calls[branch]
-    place = layer.branch_of(len(calls), branch)
-    layer.calls[branch] = (*calls, None)
-    out: Tensor = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, branch=place)
-    return out.transpose(1, 2)
+    else:
+        place = layer.branch_of(len(calls), branch)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = attention(q, k, v, scale, branch=place).transpose(1, 2)
+    layer.calls[branch] = (*calls, None)  # one that failed is not counted
+    return out

@@ -1,0 +1,131 @@
+"""What belongs to each module that LiteSDPA takes over: its attention, and which map a call of it goes on with."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import torch
+from torch import nn
+
+from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.skipping.module import LiteAttention
+
+__all__ = ["MIXED", "Layer", "Streams"]
+
+# Why a call that could be taken is not.
+MIXED = "a step had another number of calls than those before"
+
+# Numbers are given rarely: one lock will do, and none is copied with a door.
+_numbering = threading.Lock()
+
+
+class Streams:
+    """Where the maps of the layers of one door lie: a number, which is a branch to a layer, for each (call, branch).
+
+    Call is the how-many-th of a step, among all of a module's, and streams are the calls that have a map, in order. One
+    table for all layers, so that one compiled code fits them all. What it says of a pair never changes.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[int, int], int] = {}
+
+    def of_branch(self, branch: int) -> list[int]:
+        """The numbers of a branch's streams."""
+        return [number for (_, of), number in sorted(self.numbers.items()) if of == branch]
+
+    def number(self, call: int, branch: int) -> int | None:
+        """A branch's first stream has the branch's own number, if it is free; others the highest that is, or None."""
+        pair = (call, branch)
+        with _numbering:
+            if pair not in self.numbers:
+                free = [number for number in range(MAX_BRANCHES) if number not in self.numbers.values()]
+                if not free:
+                    return None
+                self.numbers[pair] = branch if branch in free and not self.of_branch(branch) else free[-1]
+            return self.numbers[pair]
+
+
+class Layer(nn.Module):
+    """What belongs to one chosen module."""
+
+    def __init__(self, name: str, attention: LiteAttention, streams: Streams) -> None:
+        super().__init__()
+        self.name = name
+        self.attention = attention
+        self.streams = streams
+        # For each branch, the calls made so far in a call of the model that runs in it: one None each, as torch.compile
+        # makes a symbol of an int that changes, and a constant of the length of a tuple.
+        self.calls: list[tuple[None, ...]] = [()] * MAX_BRANCHES
+        # Calls in the steps before, and in those that were traced, whose code outlives a reset.
+        self.usual: dict[int, int] = {}
+        self.traced: dict[int, int] = {}
+        # The branches in which calls cannot be told apart any more.
+        self.mixed = [False] * MAX_BRANCHES
+        self.left_to_torch: Counter[str] = Counter()
+
+    def start_over(self) -> None:
+        """Forget what was dropped, and how many calls a step made."""
+        self.usual.clear()
+        if True in self.mixed:
+            self.mixed[:] = [False] * MAX_BRANCHES
+            self.attention.outdate_captured_graphs()
+        self.attention.reset_skip_state()
+
+    def end_step(self, branch: int) -> bool:
+        """Whether this step was the first that made another number of calls than those before."""
+        count = len(self.calls[branch])
+        # A module that did not run took nobody's map.
+        if count == 0 or self.mixed[branch]:
+            return False
+        self.mixed[branch] = count != self.usual.setdefault(branch, self.traced.get(branch, count))
+        if self.mixed[branch]:
+            self.attention.outdate_captured_graphs()
+        return self.mixed[branch]
+
+    @torch.compiler.assume_constant_result
+    def end_traced_step(self, count: int, branch: int) -> None:
+        """As :meth:`end_step` where a step is traced, which nothing counts when it runs."""
+        if count == 0 or self.mixed[branch]:
+            return
+        usual = self.traced.get(branch, self.usual.get(branch, count))
+        if count != usual:
+            raise RuntimeError(
+                f"LiteSDPA: {self.name or 'the model itself'} makes {count} attention calls in a compiled step of "
+                f"branch {branch}, expected {usual} as in those before: it cannot be told which is which. Give each "
+                "way that the model runs a LiteSDPA of its own, or compile its blocks instead"
+            )
+        self.traced[branch] = count
+
+    @torch.compiler.assume_constant_result
+    def note(self, reason: str) -> None:
+        """Count a call that stays torch's. Where it is traced, the trace counts."""
+        self.left_to_torch[reason] += 1
+
+    @torch.compiler.assume_constant_result
+    def branch_of(self, call: int, branch: int) -> int:
+        """Where the map of this call lies among the branches of the layer's attention."""
+        number = self.streams.number(call, branch)
+        if number is None:
+            raise RuntimeError(
+                f"LiteSDPA: {self.name or 'the model itself'} makes attention call {call} of one call of the "
+                f"model in branch {branch}, and all {MAX_BRANCHES} maps that a layer has are taken, expected no more "
+                "pairs of call and branch than that. If the model given to LiteSDPA runs several steps in one call, "
+                "give it the part that one step calls"
+            )
+        return number
+
+    def summary(self) -> str:
+        """What the module's streams skip, and what of it stayed torch's. Waits."""
+        maps = [
+            f"call {stream} of a step in branch {branch} skips {float(self.attention.skip_fraction(number)):.0%}"
+            for stream, branch, number in sorted(
+                (stream, branch, number)
+                for branch in range(MAX_BRANCHES)
+                for stream, number in enumerate(self.streams.of_branch(branch))
+            )
+            if number in self.attention.used_branches() and not self.mixed[branch]
+        ]
+        left = [f"{count} x {reason}" for reason, count in self.left_to_torch.items()]
+        taken = ", ".join(maps) or "nothing taken over"
+        return f"{taken}; left to torch: {', '.join(left)}" if left else taken
