@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +32,7 @@ from lite_attention.skipping.arguments import (
 from lite_attention.skipping.branches import resolved_branch
 from lite_attention.skipping.computed_pass import ComputedPass, remember
 from lite_attention.skipping.must_words import must_words
-from lite_attention.skipping.policy import SkipPolicy, environment_flag
+from lite_attention.skipping.policy import SkipPolicy, environment_flag, verbose_by_environment
 from lite_attention.skipping.slots import PassShape
 from lite_attention.skipping.state import SkipState
 
@@ -85,10 +84,7 @@ class LiteAttention(StateHolder):
         self._policy = policy
         self._enabled = policy.enabled
         self.allows_positive_threshold = environment_flag("LITE_ATTENTION_DEBUG")
-        verbose = environment_flag("LITE_ATTENTION_VERBOSE")
-        if verbose:
-            _show_log()
-        hold(self, "state", SkipState(policy, verbose))
+        hold(self, "state", SkipState(policy, verbose=verbose_by_environment()))
 
     def forward(
         self,
@@ -388,12 +384,3 @@ class LiteAttention(StateHolder):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(policy={self.policy}, max_batch_size={self.max_batch_size})"
-
-
-def _show_log() -> None:
-    """Let info messages reach the terminal if the application has not set up logging for them."""
-    logger = logging.getLogger("lite_attention")
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
