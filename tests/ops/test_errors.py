@@ -455,7 +455,7 @@ generation of float -> TypeError: LiteAttention: generation has dtype torch.floa
 generation of rank 1 -> ValueError: LiteAttention: generation has shape [1], expected []
 generation elsewhere -> ValueError: LiteAttention: generation is on meta, expected cpu, query's device
 skip_fraction_out of int -> TypeError: LiteAttention: skip_fraction_out has dtype torch.int64, expected torch.float32
-a map of int -> TypeError: pack_keep_map: keep has dtype torch.int32, expected torch.bool
+a map of int -> TypeError: set_keep_map: keep_map has dtype torch.int32, expected torch.bool
 a map of rank 3 -> ValueError: set_keep_map: keep_map has shape [4, 2, 19], expected [2, 4, 2, 19] or sizes of 1
 a map of another size -> ValueError: set_keep_map: keep_map has shape [2, 4, 2, 2], expected [2, 4, 2, 19] or sizes of 1
 a map before a pass -> RuntimeError: set_keep_map: branch 0 has no keep map yet, expected a skipping pass before""",

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import time
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from lite_attention import (
     SkipPolicy,
     attention,
     full_keep_map,
+    ops,
     pack_keep_map,
     reference,
     unpack_keep_map,
@@ -28,6 +32,7 @@ from lite_attention import (
 from lite_attention.parallel.collectives import all_gather
 from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
+from lite_attention.skipping.state import SkipState
 from support.inputs import Case, check_attention, correlated_passes, report, score_rounding
 from support.ranks import mesh_of, run_on_ranks
 
@@ -473,6 +478,8 @@ def _errors() -> str:
     balanced.balance_heads()
     calls |= {
         "balance unequal heads": lambda: unequal.balance_heads(),
+        "map of text": lambda: balanced.set_keep_map("map"),  # type: ignore[arg-type]
+        "map of int": lambda: balanced.set_keep_map(torch.ones(1, 1, 1, 1, dtype=torch.int32)),
         "map of other heads": lambda: balanced.set_keep_map(torch.ones(1, 7, 4, 2, dtype=torch.bool)),
         "threshold after balancing": lambda: balanced.set_threshold([-1.0] * 6),
         "heads after balancing": lambda: balanced(q, kv, kv),
@@ -516,6 +523,8 @@ threshold of other heads -> ValueError: DistributedLiteAttention: threshold has 
 split -> ValueError: DistributedLiteAttention: split_idx is 1, expected 0 to 0
 gather -> ValueError: gather_sequence: seq_len is 13, expected 0 to 12, the tokens of all shards
 balance unequal heads -> ValueError: DistributedLiteAttention: balance_heads with 5 heads, expected a multiple of 2, so that every rank keeps as many
+map of text -> TypeError: set_keep_map: keep_map has type str, expected a tensor
+map of int -> TypeError: set_keep_map: keep_map has dtype torch.int32, expected torch.bool
 map of other heads -> ValueError: set_keep_map: keep_map has shape [1, 7, 4, 2], expected [batch, 2, query_tiles, kv_tiles] or sizes of 1
 threshold after balancing -> ValueError: DistributedLiteAttention: threshold has 6 values, expected 4, one per head as when balance_heads() was called
 heads after balancing -> ValueError: DistributedLiteAttention: heads of query, and of those for each key head that is sent, are (4, 2), expected (4, 1) as when balance_heads() was called""",
@@ -532,6 +541,74 @@ def test_ranks_are_told_the_whole_policy_with_the_thresholds_of_their_heads() ->
     for rank, policies in enumerate(run_on_ranks(2, "cpu", _policies, policy)):
         own = policy.threshold[2 * rank : 2 * rank + 2]  # type: ignore[index]
         assert policies == [policy, dataclasses.replace(policy, threshold=own)]
+
+
+def _fails_at(owner: Any, name: str, call: int) -> Any:
+    """Let the function raise for want of memory at its so-manieth call; a context."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def function(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args, **options)
+
+    return mock.patch.object(owner, name, function)
+
+
+def _half_a_pass() -> None:
+    mesh, told = mesh_of("cpu", 1, 2), torch.tensor(5)
+    ranks = sequence_mesh(mesh, "test")
+    layer = DistributedLiteAttention(mesh, threshold=-2.0, head_chunks=2)
+    states = [split.state for split in layer.states.splits]
+    first, second = (_shards(inputs, ranks) for inputs in _passes(CASE, "cpu", 2))
+    for failure in (_fails_at(ops, "skip_attention", 2), _fails_at(SkipState, "_room_made_for", 1)):
+        with failure, pytest.raises(torch.OutOfMemoryError):
+            layer(*first)
+        assert not any(state.owners() for state in states)
+    with _fails_at(SkipState, "_room_made_for", 2), pytest.raises(torch.OutOfMemoryError):
+        layer(*first)
+    assert layer.skip_fraction() == 0
+    assert not any(state.used_branches() for state in states)
+    layer(*first, generation=told)
+    before = layer.keep_map()
+    assert not before.all()
+    with torch.inference_mode():
+        cannot_be_written = torch.zeros(())
+    with pytest.raises(ValueError, match="DistributedLiteAttention: skip_fraction_out was made in"):
+        layer(*second, skip_fraction_out=cannot_be_written)
+    for enabled in (True, False):
+        layer.enable_skip_optimization(enabled)
+        name = "skip_attention" if enabled else "attention"
+        with _fails_at(ops, name, 2), pytest.raises(torch.OutOfMemoryError):
+            layer(*second, generation=told + 1)
+        assert torch.equal(layer.keep_map(), before)
+    layer.enable_skip_optimization()
+    expected = copy.deepcopy(layer)(*second, generation=told)
+    assert torch.equal(layer(*second, generation=told), expected)
+
+
+def test_a_pass_that_fails_between_the_turns_is_remembered_in_none() -> None:
+    run_on_ranks(2, "cpu", _half_a_pass)
+
+
+def _chosen_map_after_a_reset() -> None:
+    mesh, fraction = mesh_of("cpu", 1, 2), torch.zeros(())
+    layer, told = DistributedLiteAttention(mesh, threshold=-math.inf, head_chunks=2), torch.tensor(5)
+    inputs = _shards(_passes(CASE, "cpu", 1)[0], sequence_mesh(mesh, "test"))
+    layer(*inputs, generation=told)
+    layer.reset_skip_state()
+    chosen = torch.rand(layer.keep_map().shape) < 0.5
+    chosen[..., 0] = True
+    layer.set_keep_map(chosen)
+    announced = layer.skip_fraction()
+    layer(*inputs, generation=told, skip_fraction_out=fraction)
+    assert fraction == pytest.approx(float(announced)) == pytest.approx(1 - float(chosen.float().mean()))
+    layer(*inputs, generation=told + 1, skip_fraction_out=fraction)
+    assert fraction == 0
+
+
+def test_a_chosen_map_is_of_the_generation_that_comes_next() -> None:
+    run_on_ranks(2, "cpu", _chosen_map_after_a_reset)
 
 
 def _one_rank_fails(rank_of_failure: int, seconds: float) -> tuple[str, float]:

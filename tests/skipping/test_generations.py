@@ -1,6 +1,7 @@
 """Every video starts from the full map, whatever each layer did while it began: dense, left out, or with no clock."""
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lite_attention import LiteAttention, attention
+from lite_attention import LiteAttention, SkipPolicy, attention
 from lite_attention.skipping.dense_steps import GenerationClock
 from support.passes import video
 
@@ -94,6 +95,77 @@ def test_passes_without_a_number_that_begin_a_video_belong_to_no_numbered_one(nu
     layer(other, other, other)  # to warm up, say
     assert layer.skip_fraction() > 0.3
     assert torch.equal(layer(x, x, x, generation=told), alone(x, x, x))
+
+
+def chosen_map(layer: LiteAttention) -> Tensor:
+    """One that no pass makes by itself: the first KV tile and every other one."""
+    chosen = torch.zeros_like(layer.keep_map())
+    chosen[..., ::2] = True
+    return chosen
+
+
+@pytest.mark.parametrize("dense_steps", [1, 3])
+@pytest.mark.parametrize("before", [None, 5, 7])
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_chosen_map_is_of_the_generation_that_comes_next(
+    dense_steps: int, before: int | None, is_reset: bool
+) -> None:
+    layer = LiteAttention(policy=SkipPolicy(threshold=-math.inf, dense_steps=dense_steps))
+    x, told, fraction = video(1), torch.tensor(5), torch.zeros(())
+    layer(x, x, x, generation=None if before is None else torch.tensor(before))
+    if is_reset:
+        layer.reset_skip_state()
+    layer.set_keep_map(chosen_map(layer))
+    announced = layer.skip_fraction()
+    assert announced > 0.3
+    for _ in range(2):
+        layer(x, x, x, generation=told, skip_fraction_out=fraction)
+        assert fraction == announced
+    layer(x, x, x, generation=told + 1, skip_fraction_out=fraction)
+    assert fraction == 0, "it is no other generation's"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_chosen_map_is_no_other_generations_after_a_pass(enabled: bool) -> None:
+    layer, fraction = LiteAttention(threshold=-math.inf), torch.ones(())
+    x, told = video(1), torch.tensor(5)
+    layer(x, x, x, generation=told)
+    for number in (told, *([None] if enabled else [])):
+        layer.set_keep_map(chosen_map(layer))
+        layer.enable_skip_optimization(enabled)
+        layer(x, x, x, generation=number)
+        layer.enable_skip_optimization()
+        if number is not None:
+            layer(x, x, x, generation=number, skip_fraction_out=fraction)
+            assert fraction > 0.3
+        layer(x, x, x, generation=told + 1, skip_fraction_out=fraction)
+        assert fraction == 0
+
+
+def test_start_full_goes_before_a_chosen_map() -> None:
+    layer, fraction = LiteAttention(threshold=-math.inf), torch.ones(())
+    x, told = video(1), torch.tensor(5)
+    layer(x, x, x, generation=told)
+    layer.set_keep_map(chosen_map(layer))
+    layer(x, x, x, start_full=torch.tensor(True), generation=told, skip_fraction_out=fraction)
+    assert fraction == 0
+    assert layer.keep_map().all()
+
+
+def test_a_chosen_map_counts_in_compiled_code() -> None:
+    layer, fraction = LiteAttention(threshold=-math.inf), torch.ones(())
+    x, told = video(1), torch.tensor(5)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    compiled(x, x, x, generation=told, skip_fraction_out=fraction)
+    layer.reset_skip_state()
+    layer.set_keep_map(chosen_map(layer))
+    announced = layer.skip_fraction()
+    compiled(x, x, x, generation=told + 1, skip_fraction_out=fraction)
+    assert fraction == announced > 0.3
+    compiled(x, x, x, generation=told, skip_fraction_out=fraction)
+    assert fraction == 0
+    assert counter.frame_count == 1
 
 
 def test_copies_of_a_clock_go_on_with_its_video_and_number_the_next_ones_anew() -> None:

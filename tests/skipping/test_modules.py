@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -431,6 +432,46 @@ def test_a_map_can_be_set_and_broadcast() -> None:
     assert layer.keep_map().all()
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_fraction_that_cannot_be_written_is_refused_before_the_pass(enabled: bool) -> None:
+    inputs, layer = passes(count=2), LiteAttention(threshold=THRESHOLD)
+    layer(*inputs[0])
+    layer.enable_skip_optimization(enabled)
+    before = layer.keep_map()
+    with torch.inference_mode():
+        made_in_inference = torch.zeros(())
+        layer.forward(*inputs[1], branch=1, skip_fraction_out=made_in_inference)  # inside it can be written
+    for fraction in (made_in_inference, torch.zeros((), requires_grad=True)):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match="LiteAttention: skip_fraction_out"):
+                layer(*inputs[1], skip_fraction_out=fraction, start_full=torch.tensor(True))
+    assert torch.equal(layer.keep_map(), before)
+
+
+def test_a_pass_that_fails_to_write_its_fraction_is_not_remembered() -> None:
+    inputs, layer = passes(count=2), LiteAttention(threshold=THRESHOLD)
+    layer(*inputs[0])
+    before = layer.keep_map()
+    with FakeTensorMode():
+        fake = torch.zeros(())
+    with pytest.raises(Exception, match="FakeTensor"):
+        layer(*inputs[1], skip_fraction_out=fake)
+    assert torch.equal(layer.keep_map(), before)
+    new = LiteAttention(threshold=THRESHOLD)
+    with pytest.raises(Exception, match="FakeTensor"):
+        new(*inputs[1], skip_fraction_out=fake)
+    assert new.used_branches() == []
+    assert new.state.owners() == []
+
+
+def test_a_shallow_copy_shares_the_state_and_a_deep_one_has_its_own() -> None:
+    layer = LiteAttention(threshold=THRESHOLD)
+    shallow, deep = copy.copy(layer), copy.deepcopy(layer)
+    layer(*passes(count=1)[0])
+    assert shallow.used_branches() == [0]
+    assert deep.used_branches() == []
+
+
 def test_the_layout_version_tells_when_a_captured_graph_is_out_of_date() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
 
@@ -692,11 +733,11 @@ def test_layers_without_dense_steps_pay_nothing_for_their_count() -> None:
             layer(*inputs, **arguments)
         return " ".join(name.split(".")[1] for name, _ in recorder.calls)
 
-    plain = "select eq eq bitwise_and scalar_tensor where skip_attention copy_ fill_ fill_"
+    plain = "select eq eq bitwise_and scalar_tensor where skip_attention copy_ fill_ fill_ select clamp_"
     assert kernels(0) == kernels(1) == plain
     assert kernels(2) == (
         "select eq eq bitwise_and select ge bitwise_and scalar_tensor where skip_attention "
-        "select add scalar_tensor where copy_ copy_ fill_ fill_"
+        "select add scalar_tensor where copy_ copy_ fill_ fill_ select clamp_"
     )
     by_a_clock = kernels(0, start_full=torch.tensor(False))
     assert kernels(2, start_full=torch.tensor(False)) == by_a_clock.replace("copy_", "select zero_ copy_")

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.maps.keep_map import tile_counts
 from lite_attention.ops import backward_pass
+from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.own_state import StateHolder, hold
 from lite_attention.parallel.collectives import all_gather, all_reduce
@@ -32,7 +33,14 @@ from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
-from lite_attention.skipping.arguments import Ranges, Threshold, check_scalar, checked_inputs, checked_threshold
+from lite_attention.skipping.arguments import (
+    Ranges,
+    Threshold,
+    check_skip_fraction_out,
+    checked_inputs,
+    checked_threshold,
+)
+from lite_attention.skipping.computed_pass import ComputedPass, remember
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
@@ -132,7 +140,7 @@ class DistributedLiteAttention(StateHolder):
         if key.shape[1] != query.shape[1]:
             raise ValueError(f"{_NAME}: key has {key.shape[1]} tokens, expected {query.shape[1]} like query")
         checked_bool(f"{_NAME}: return_softmax_lse", return_softmax_lse)
-        check_scalar(_NAME, "skip_fraction_out", skip_fraction_out, torch.float32, query)
+        check_skip_fraction_out(_NAME, skip_fraction_out, query)
         sequence = SequenceArguments.checked(
             _NAME,
             query,
@@ -151,13 +159,17 @@ class DistributedLiteAttention(StateHolder):
             backward_pass.refuse(_NAME)  # before ranks wait for each other
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else _SkippedShare()
+        passes: list[ComputedPass] = []
         for turn in range(self.head_chunks):
             q, k, v = ulysses.arrived(turn)
-            out, lse = self._attend(turn, q, k, v, sequence, skipped)
+            parts = self._attend(turn, q, k, v, sequence, skipped)
+            passes += parts
+            out, lse = merged_parts([(part.out, part.lse) for part in parts], q)
             ulysses.send_home(out, *([lse.transpose(1, 2).unsqueeze(-1)] if return_softmax_lse else []))
         if skipped is not None and skip_fraction_out is not None:
             skipped.write_to(skip_fraction_out)
         out, *lses = (self.head_order.to_model(x) for x in ulysses.returned())
+        remember(*passes)  # last, so that no turn is ahead of another where one of them fails
         return (out, lses[0].squeeze(-1).transpose(1, 2)) if return_softmax_lse else out
 
     def _for_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,8 +193,8 @@ class DistributedLiteAttention(StateHolder):
         value: Tensor,
         sequence: SequenceArguments,
         skipped: _SkippedShare | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of this rank's block of queries to all blocks of keys, which come round one after the other."""
+    ) -> list[ComputedPass]:
+        """Attention of this rank's block of queries to each block of keys; these come round one after the other."""
         rank, tokens = self.ranks.ring.rank, query.shape[1]
         rows = block_of(rank, tokens, sequence.seq_len)
         own = query[:, : rows.length]
@@ -190,17 +202,15 @@ class DistributedLiteAttention(StateHolder):
         for split, block_key, block_value in blocks_of_ring(key, value, self.ranks.ring):
             keys = block_of(split, tokens, sequence.seq_len)
             if rows.length > 0 and keys.length > 0:
-                part = self.states(
+                part = self._state(split, turn).computed_pass(
                     own,
                     block_key[:, : keys.length],
                     block_value[:, : keys.length],
-                    split * self.head_chunks + turn,
-                    return_softmax_lse=True,
                     skip_fraction_out=None if skipped is None else skipped.of_call(own, keys.length),
                     **sequence.of_split(rows, keys),
                 )
                 parts.append(part)
-        return merged_parts(parts, query)
+        return parts
 
     def _check_heads(self, what: str, heads: int) -> None:
         if heads < self._turns.shares:
@@ -276,12 +286,14 @@ class DistributedLiteAttention(StateHolder):
     def set_keep_map(self, keep_map: Tensor, split_idx: int = 0, branch: int | None = None) -> None:
         """Choose the map of the branch's next pass, of this rank's heads and one split; the inverse of keep_map.
 
-        Ends the branch's dense steps, as :meth:`lite_attention.LiteAttention.set_keep_map` does.
+        Ends the branch's dense steps and fits any ``generation`` as that of :class:`lite_attention.LiteAttention` does.
 
         Raises:
             RuntimeError: the branch has not run yet.
-            TypeError, ValueError: there is no such split, or ``keep_map`` is not bool or does not broadcast to its map.
+            TypeError, ValueError: there is no such split, or ``keep_map`` is no tensor of bool or does not broadcast to
+                its map.
         """
+        check_tensors("set_keep_map", keep_map=keep_map)
         states = self._states_of(split_idx)
         counts = [state.keep_map(branch).shape[1] for state in states]
         if keep_map.dim() != 4 or keep_map.shape[1] not in (1, sum(counts)):

@@ -26,6 +26,7 @@ __all__ = [
     "check_not_recorded",
     "check_scalar",
     "check_scale",
+    "check_skip_fraction_out",
     "checked_inputs",
     "checked_ranges",
     "checked_threshold",
@@ -146,6 +147,19 @@ def check_scalar(caller: str, name: str, tensor: Tensor | None, dtype: torch.dty
         raise ValueError(f"{caller}: {name} has shape {list(tensor.shape)}, expected []")
     if tensor.device != query.device:
         raise ValueError(f"{caller}: {name} is on {tensor.device}, expected {query.device}, query's device")
+
+
+def check_skip_fraction_out(caller: str, tensor: Tensor | None, query: Tensor) -> None:
+    """That an optional tensor can receive the fraction, before a pass is remembered that would fail to write it."""
+    check_scalar(caller, "skip_fraction_out", tensor, torch.float32, query)
+    if tensor is None:
+        return
+    if tensor.requires_grad:
+        raise ValueError(f"{caller}: skip_fraction_out requires a gradient, expected a tensor that can be written")
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{caller}: skip_fraction_out was made in torch.inference_mode, expected an ordinary tensor outside of it"
+        )
 
 
 def check_scale(caller: str, scale: float | None) -> None:

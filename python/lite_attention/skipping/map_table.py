@@ -10,19 +10,22 @@ from torch import Tensor, nn
 
 from lite_attention.maps import tiles
 from lite_attention.maps.keep_map import density, pack_keep_map, unpack_keep_map
+from lite_attention.ops.call import check_tensors
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.slots import MapSlot, Owner, PassShape, Room
 
-__all__ = ["MAP_SLOTS", "NO_GENERATION", "MapTable", "follows"]
+__all__ = ["ANY_GENERATION", "MAP_SLOTS", "NO_GENERATION", "MapTable", "follows"]
 
 # A layer remembers the maps of this many (branch, shape) pairs; the oldest makes room for one more. As many as the
 # graphs that torch.compile keeps of one function by default.
 MAP_SLOTS = 8
 
-# Where no pass was told one yet: a number that nobody counts to, as callers may begin with 0.
-NO_GENERATION = torch.iinfo(torch.int64).min
+# Two numbers that nobody counts to, as callers may begin with 0. ANY_GENERATION, the lower: of a map that was chosen,
+# and that the next pass may use whatever it is told. NO_GENERATION: no pass was told one yet.
+ANY_GENERATION = torch.iinfo(torch.int64).min + 1  # compilers spell the lowest of all as the negative of no int64
+NO_GENERATION = ANY_GENERATION + 1
 
 
 class MapTable(OwnState):
@@ -41,7 +44,10 @@ class MapTable(OwnState):
     """Passes of each branch since its last reset: int64 ``[MAX_BRANCHES]``; 0 after a pass with ``start_full``."""
 
     generations: Tensor
-    """Number that each branch's latest pass was told, NO_GENERATION after a reset: int64 ``[MAX_BRANCHES]``."""
+    """Number that each branch's latest pass was told: int64 ``[MAX_BRANCHES]``.
+
+    NO_GENERATION after a reset, ANY_GENERATION where a map was chosen since.
+    """
 
     def __init__(self, dense_steps: int) -> None:
         super().__init__()
@@ -118,10 +124,15 @@ class MapTable(OwnState):
     def set_keep_map(self, keep_map: Tensor, branch: int, caller: str) -> None:
         """Choose the map of the branch's next pass; bool, of the map's sizes or 1 in their place.
 
+        It is used in whatever generation that pass is, and belongs to it from then on.
+
         Raises:
             RuntimeError: the branch has not run yet, so its shape is unknown.
             TypeError, ValueError: ``keep_map`` is not bool or does not broadcast to the branch's map.
         """
+        check_tensors(caller, keep_map=keep_map)
+        if keep_map.dtype != torch.bool:
+            raise TypeError(f"{caller}: keep_map has dtype {keep_map.dtype}, expected torch.bool")
         slot, shape, stamp = self._last_map(branch, caller)
         expected = (*shape.map_shape()[:-1], shape.kv_tiles())
         sizes = list(keep_map.shape)
@@ -131,6 +142,7 @@ class MapTable(OwnState):
         slot.stamp.fill_(stamp)
         self.live[branch].fill_(stamp)
         self.passes[branch].fill_(self.dense_steps)  # a map that was chosen is used
+        self.generations[branch].fill_(ANY_GENERATION)
 
     def map_words(self, branch: int, caller: str) -> Tensor:
         """The packed map that the branch's latest pass left, in place, whether or not it counts.

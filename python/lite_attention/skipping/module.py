@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -12,9 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention import ops
-from lite_attention.maps import tiles
-from lite_attention.maps.keep_map import density, pack_keep_map, tile_counts
-from lite_attention.maps.ranges import tiles_inside, tiles_touched
+from lite_attention.maps.keep_map import density, tile_counts
 from lite_attention.ops import backward_pass
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
@@ -28,12 +26,15 @@ from lite_attention.skipping.arguments import (
     check_not_recorded,
     check_scalar,
     check_scale,
+    check_skip_fraction_out,
     checked_inputs,
     checked_ranges,
     checked_threshold,
 )
 from lite_attention.skipping.branches import resolved_branch
-from lite_attention.skipping.policy import SkipPolicy, environment_flag
+from lite_attention.skipping.computed_pass import ComputedPass, remember
+from lite_attention.skipping.must_words import must_words
+from lite_attention.skipping.policy import SkipPolicy, environment_flag, verbose_by_environment
 from lite_attention.skipping.slots import PassShape
 from lite_attention.skipping.state import SkipState
 
@@ -47,6 +48,9 @@ class LiteAttention(StateHolder):
     pass computes everything; each pass drops from the layer's keep map the tiles whose scores stayed more than
     ``threshold`` under the row's best so far, and the next pass does not compute them.
     Meant for the video-to-video self-attention of diffusion transformers. No gradients.
+
+    ``copy.copy`` shares the state with the original, as torch's modules share buffers: passes of one advance the maps
+    of the other. ``copy.deepcopy`` and pickle make a layer with a state of its own.
 
     Args:
         enable_skipping: True if None; False runs the dense operator and keeps no state.
@@ -82,10 +86,7 @@ class LiteAttention(StateHolder):
         self._policy = policy
         self._enabled = policy.enabled
         self.allows_positive_threshold = environment_flag("LITE_ATTENTION_DEBUG")
-        verbose = environment_flag("LITE_ATTENTION_VERBOSE")
-        if verbose:
-            _show_log()
-        hold(self, "state", SkipState(policy, verbose))
+        hold(self, "state", SkipState(policy, verbose=verbose_by_environment()))
 
     def forward(
         self,
@@ -140,31 +141,67 @@ class LiteAttention(StateHolder):
                 pass, where torch.utils.checkpoint computes a segment again.
             NotImplementedError: with skipping enabled, inside a transform of torch.func, torch.jit.trace or make_fx.
         """
+        checked_bool(f"{self.caller}: return_softmax_lse", return_softmax_lse)
+        computed = self.computed_pass(
+            query,
+            key,
+            value,
+            scale,
+            must_do_list,
+            must_skip_list,
+            kv_lens,
+            branch,
+            must_do_queries,
+            start_full,
+            generation,
+            skip_fraction_out,
+        )
+        remember(computed)
+        return (computed.out, computed.lse) if return_softmax_lse else computed.out
+
+    def computed_pass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        must_do_list: Ranges | None,
+        must_skip_list: Ranges | None,
+        kv_lens: Tensor | None,
+        branch: int | None,
+        must_do_queries: Ranges | None,
+        start_full: Tensor | None,
+        generation: Tensor | None,
+        skip_fraction_out: Tensor | None,
+    ) -> ComputedPass:
+        """A pass as :meth:`forward` makes it, for who remembers several together or none.
+
+        Everything has been checked and computed then, and ``skip_fraction_out`` is written.
+        """
         query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
         branch = resolved_branch(branch, self.caller)
         check_scale(self.caller, scale)
-        checked_bool(f"{self.caller}: return_softmax_lse", return_softmax_lse)
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
         must_rows = checked_ranges(self.caller, "must_do_queries", must_do_queries, query, query.shape[1], "queries")
         check_kv_lens(self.caller, kv_lens, query)
         check_scalar(self.caller, "start_full", start_full, torch.bool, query)
         check_scalar(self.caller, "generation", generation, torch.int64, query)
-        check_scalar(self.caller, "skip_fraction_out", skip_fraction_out, torch.float32, query)
+        check_skip_fraction_out(self.caller, skip_fraction_out, query)
         if not self._enabled:
             out, lse = ops.attention(query, key, value, kv_lens=kv_lens, scale=scale)
-            if torch.compiler.is_compiling() or not is_fake(query):
-                self.state.note_dense_pass(branch, query.device, start_full, generation)
             if skip_fraction_out is not None:
                 skip_fraction_out.zero_()
-        else:
-            out, lse, visited = self._skipping_pass(
-                query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation
-            )
-            if skip_fraction_out is not None:
-                _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
-                skip_fraction_out.copy_(1.0 - density(visited, kv_tiles))
-        return (out, lse) if return_softmax_lse else out
+            note = partial(self.state.note_dense_pass, branch, query.device, start_full, generation)
+            is_remembered = torch.compiler.is_compiling() or not is_fake(query)
+            return ComputedPass(out, lse, None, note if is_remembered else None)
+        computed, visited = self._skipping_pass(
+            query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation
+        )
+        if skip_fraction_out is not None:
+            _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+            skip_fraction_out.copy_(1.0 - density(visited, kv_tiles))
+        return computed
 
     def _skipping_pass(
         self,
@@ -179,8 +216,8 @@ class LiteAttention(StateHolder):
         branch: int,
         start_full: Tensor | None,
         generation: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Out, lse, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
+    ) -> tuple[ComputedPass, Tensor]:
+        """The pass, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         check_no_transform(self.caller, query=query, key=key, value=value)
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
@@ -203,15 +240,9 @@ class LiteAttention(StateHolder):
         threshold = state.threshold if is_here else state.new_threshold(query.device)
         recalled = state.first_pass(shape) if room is None else state.recall(room, branch, start_full, generation)
         keep = recalled.keep
-        # Rows of words for every batch and head, which the operators broadcast.
-        must_do = _row_of_words(must_do_ranges, tiles_touched, query, key)
-        must_skip = _row_of_words(must_skip_ranges, tiles_inside, query, key)
-        if must_do_rows is not None:
-            tile_m, _ = tiles.tile_shape(head_dim, query.dtype)
-            rows = tiles_touched(must_do_rows, query_len, tile_m, query.device)
-            others = torch.zeros((), dtype=torch.int32, device=query.device) if must_do is None else must_do
-            must_do = torch.where(rows[:, None], -1, others).expand(1, 1, -1, keep.shape[-1])
-
+        must_do, must_skip = must_words(
+            must_do_ranges, must_skip_ranges, must_do_rows, query, key, words=keep.shape[-1]
+        )
         visible = keep
         if must_skip is not None:
             visible = keep & ~must_skip  # must-do tiles among them are computed all the same: must_keep wins
@@ -220,9 +251,10 @@ class LiteAttention(StateHolder):
         )
         if must_skip is not None:
             next_keep = next_keep | (keep & must_skip)
-        if is_remembered:
-            state.remember(recalled, (branch, shape), next_keep, start_full, generation)
-        return out, lse, visible if must_do is None else visible | must_do
+        owner = branch, shape
+        make_room = partial(state.make_room, owner) if is_remembered else None
+        write = partial(state.remember, recalled, owner, next_keep, start_full, generation) if is_remembered else None
+        return ComputedPass(out, lse, make_room, write), visible if must_do is None else visible | must_do
 
     @property
     def policy(self) -> SkipPolicy:
@@ -323,7 +355,8 @@ class LiteAttention(StateHolder):
         """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
 
         Later passes drop more of it, unless the threshold is -inf, which drops nothing. Dense steps that the layer
-        counts itself end with it, until the next reset.
+        counts itself end with it, until the next reset. The next pass uses it whatever ``generation`` it is told, and
+        the map is of that one from then on; a ``start_full`` that is True still starts from the full map.
 
         Args:
             keep_map: bool ``[batch, heads, query_tiles, kv_tiles]``, True for a tile to compute; sizes of 1 broadcast.
@@ -331,7 +364,7 @@ class LiteAttention(StateHolder):
 
         Raises:
             RuntimeError: the branch has not run yet, so its shape is unknown.
-            TypeError, ValueError: ``keep_map`` is not bool or does not broadcast to the branch's map.
+            TypeError, ValueError: ``keep_map`` is no tensor of bool or does not broadcast to the branch's map.
         """
         self.state.set_keep_map(keep_map, resolved_branch(branch, "set_keep_map"), "set_keep_map")
 
@@ -358,22 +391,3 @@ class LiteAttention(StateHolder):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(policy={self.policy}, max_batch_size={self.max_batch_size})"
-
-
-def _show_log() -> None:
-    """Let info messages reach the terminal if the application has not set up logging for them."""
-    logger = logging.getLogger("lite_attention")
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
-
-
-def _row_of_words(
-    ranges: CheckedRanges | None, cover: Callable[..., Tensor], query: Tensor, key: Tensor
-) -> Tensor | None:
-    """The ranges as a packed map ``[1, 1, 1, words]``, by way of ``cover``: ranges -> bool per KV tile."""
-    if ranges is None:
-        return None
-    _, tile_n = tiles.tile_shape(query.shape[-1], query.dtype)
-    return pack_keep_map(cover(ranges, key.shape[1], tile_n, query.device)).view(1, 1, 1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.skipping.arguments import Threshold, checked_threshold
 
-__all__ = ["SkipPolicy", "environment_flag"]
+__all__ = ["SkipPolicy", "environment_flag", "verbose_by_environment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,18 @@ _FIELDS = {"enable_skipping": "enabled"}
 def environment_flag(name: str) -> bool:
     """Whether an environment variable is on: neither unset nor empty nor ``FALSE``."""
     return os.environ.get(name, "FALSE") not in ("", "FALSE")
+
+
+def verbose_by_environment() -> bool:
+    """Whether LITE_ATTENTION_VERBOSE is on; then info messages reach the terminal if the application shows none."""
+    if not environment_flag("LITE_ATTENTION_VERBOSE"):
+        return False
+    logger = logging.getLogger("lite_attention")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    return True
 
 
 def _checked_threshold(what: str, value: Threshold) -> float | tuple[float, ...]:

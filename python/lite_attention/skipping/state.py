@@ -13,7 +13,8 @@ How a map is found, and why it is never stale:
   map. So a pass with another shape, a slot given to someone else and a reset (negative stamps) need no new compilation:
   code that was compiled with a slot its pair has lost goes on writing there, and counts on it only after itself.
 * A pass that is told the number of its generation uses no map of another one, whatever became of the passes between:
-  the layer may have been dense, or left out, when the generation began.
+  the layer may have been dense, or left out, when the generation began. A map that was chosen by hand is of the
+  generation of the pass that comes next.
 
 Who makes room: a pass that finds none for its pair, once the operator has computed it, so that a call that is refused
 gives nobody's slot away. Under torch.compile room is there before: it is made by the trace. Where blocks are compiled
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
-from lite_attention.skipping.map_table import MAP_SLOTS, NO_GENERATION, MapTable, follows
+from lite_attention.skipping.map_table import ANY_GENERATION, MAP_SLOTS, NO_GENERATION, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.recalled_map import recalled_map
 from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
@@ -140,13 +141,13 @@ class SkipState(MapTable):
         Args:
             room: of this pass, from :meth:`room_for`.
             start_full: bool, 0-d; where True, the full map. None where the state itself counts its dense passes.
-            generation: number of the pass's generation, int64, 0-d; the full map where the pass before had another.
-                None where nobody counts them.
+            generation: number of the pass's generation, int64, 0-d; the full map where the pass before had another,
+                unless the map was chosen since. None where nobody counts them.
         """
         slot, live = self.slot(room[0]), self.live[branch]
         current = is_next = follows(slot, live, room[1])
         if generation is not None:
-            current = is_next = is_next & (self.generations[branch] == generation)
+            current = is_next = is_next & ~self._is_of_another(branch, generation)
         if start_full is not None:
             current = current & ~start_full
         elif self.counts_passes:
@@ -188,7 +189,9 @@ class SkipState(MapTable):
         slot.words.copy_(next_keep)
         slot.stamp.fill_(stamp)
         live.fill_(stamp)
-        if generation is not None:
+        if generation is None:
+            self.generations[branch].clamp_(min=NO_GENERATION)  # what follows a chosen map is of no numbered one
+        else:
             self.generations[branch].copy_(generation)
 
     def note_dense_pass(
@@ -205,12 +208,17 @@ class SkipState(MapTable):
         self.place(device, "LiteAttention", torch.compiler.is_compiling())
         begins = start_full
         if generation is not None:
-            is_other = self.generations[branch] != generation
+            is_other = self._is_of_another(branch, generation)
             begins = is_other if begins is None else begins | is_other
         live = self.live[branch]
         live.copy_(torch.where(begins, -live.abs(), live))  # type: ignore[arg-type]
         if generation is not None:
             self.generations[branch].copy_(generation)
+
+    def _is_of_another(self, branch: int, generation: Tensor) -> Tensor:
+        """Whether the branch's map is of another generation: bool, 0-d."""
+        number = self.generations[branch]
+        return (number != generation) & (number != ANY_GENERATION)
 
     # Room
 
@@ -237,6 +245,11 @@ class SkipState(MapTable):
             if state._rooms.get(owner) == room:
                 state._traced_rooms[room] = owner
         return room
+
+    def make_room(self, owner: Owner) -> None:
+        """All that :meth:`remember` would have to allocate for a pass of this owner, before it writes."""
+        if owner not in self._rooms:
+            self._room_made_for(owner)
 
     @torch.compiler.disable
     def _room_made_for(self, owner: Owner) -> Room:
