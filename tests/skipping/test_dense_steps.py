@@ -296,7 +296,7 @@ watched by text -> TypeError: GenerationClock: watched has type str, expected a 
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
 a stream's name -> TypeError: GenerationClock: stream is str, expected a tensor of torch.int64, 0-d, or None
 a stream of floats -> TypeError: GenerationClock: stream is torch.float32, 1-d, expected a tensor of torch.int64, 0-d, or None
-schedule step -1 -> ValueError: GenerationClock: step is -1, expected at least 0
+schedule step -1 -> ValueError: GenerationClock: step is -1, expected 0 to 65534
 branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
     )
 

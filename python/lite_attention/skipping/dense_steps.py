@@ -26,6 +26,7 @@ __all__ = ["ClockState", "GenerationClock"]
 TICKS_PER_UNIT = 2**20
 NO_STEP = -1
 NO_SCHEDULE_STEP = -1
+MAX_SCHEDULE_STEPS = 2**16
 NO_DIRECTION = 0
 NO_GENERATION = 0
 
@@ -55,7 +56,8 @@ class ClockState(OwnState):
     generations: Tensor
     timesteps: Tensor
     directions: Tensor
-    schedule_steps: Tensor
+    moments: Tensor
+    """Timestep and step of the scheduler, of which two calls of one stream never have both."""
     streams: Tensor
     watched: Tensor
     mixed: Tensor
@@ -87,7 +89,7 @@ class ClockState(OwnState):
             "generations": of_branches(first),
             "timesteps": of_branches(0),
             "directions": of_branches(NO_DIRECTION),
-            "schedule_steps": of_branches(NO_SCHEDULE_STEP),
+            "moments": of_branches(0),
             "streams": of_branches(0),
             "watched": of_branches(0),
             "mixed": of_branches(0),
@@ -185,7 +187,9 @@ class GenerationClock(StateHolder):
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
-        known_stream, schedule_step = state.streams[branch], state.schedule_steps[branch]
+        known_stream, moment = state.streams[branch], state.moments[branch]
+        # One number of both: AOTInductor cannot copy a 0-d buffer as it is where nothing writes it.
+        now_moment = now * MAX_SCHEDULE_STEPS + state.schedule_step
         change = torch.sign(now - state.timesteps[branch])
         turned = change * torch.where(direction == NO_DIRECTION, state.heading, direction) < 0
         is_late = generation != state.newest_generation  # another branch, or a reset, began a generation since
@@ -195,7 +199,7 @@ class GenerationClock(StateHolder):
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
-        repeats = (change == 0) & (schedule_step == state.schedule_step) & ((state.watched[branch] != 0) | watched)
+        repeats = (moment == now_moment) & ((state.watched[branch] != 0) | watched)
         changes_stream = (known_stream != now_stream) & (state.watched[branch] != 0) & watched
         meets = ~is_new & (repeats | changes_stream)
         # Streams that met before another branch began a generation may go on meeting in it.
@@ -214,7 +218,7 @@ class GenerationClock(StateHolder):
         step.copy_(new_step)
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
-        schedule_step.copy_(state.schedule_step)
+        moment.copy_(now_moment)
         known_stream.copy_(now_stream)
         state.mixed[branch].copy_(mixed)
         state.calls[branch].add_(1)
@@ -228,12 +232,14 @@ class GenerationClock(StateHolder):
         from one that two streams share. Call it from plain Python: compiled and captured calls read what was said last.
 
         Args:
-            step: its number, at least 0; None where it is not known.
+            step: its number, from 0 and below ``MAX_SCHEDULE_STEPS - 1``; None where it is not known.
 
         Raises:
             TypeError, ValueError: ``step`` is not such a number.
         """
-        number = NO_SCHEDULE_STEP if step is None else checked_int("GenerationClock: step", step, lowest=0)
+        number = NO_SCHEDULE_STEP
+        if step is not None:
+            number = checked_int("GenerationClock: step", step, 0, MAX_SCHEDULE_STEPS - 2)
         with real_tensors():
             self.state.schedule_step.fill_(number)
 

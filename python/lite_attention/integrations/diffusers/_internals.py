@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lite_attention.skipping.dense_steps import MAX_SCHEDULE_STEPS
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -149,7 +151,7 @@ def forward_slot(module: nn.Module) -> str:
 def schedule_step(scheduler: object | None) -> int | None:
     """How many steps the scheduler has gone, or None: before its first one, and where it does not count them."""
     index = getattr(scheduler, "step_index", None)
-    return index if isinstance(index, int) and index >= 0 else None
+    return index if isinstance(index, int) and 0 <= index < MAX_SCHEDULE_STEPS - 1 else None
 
 
 # torch.compile
