@@ -77,12 +77,16 @@ class ClockState(OwnState):
         def single(value: int) -> Tensor:
             return torch.full((), value, dtype=torch.int64, device=device)
 
+        def kept(value: int) -> Tensor:
+            # Not 0-d: AOTInductor does not see in the next call what was copied to a 0-d buffer.
+            return torch.full((1,), value, dtype=torch.int64, device=device)
+
         return {
             "start_full": torch.ones((), dtype=torch.bool, device=device),
             "generation": single(first),
-            "newest_generation": single(NO_GENERATION),
+            "newest_generation": kept(NO_GENERATION),
             "next_generation": single(first + 1),
-            "heading": single(NO_DIRECTION),
+            "heading": kept(NO_DIRECTION),
             "schedule_step": single(NO_SCHEDULE_STEP),
             "starts": of_branches(1),
             "steps": of_branches(NO_STEP),
@@ -187,14 +191,15 @@ class GenerationClock(StateHolder):
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
+        newest, heading = state.newest_generation[0], state.heading[0]
         known_stream, moment = state.streams[branch], state.moments[branch]
         # One number of both: AOTInductor cannot copy a 0-d buffer as it is where nothing writes it.
         now_moment = now * MAX_SCHEDULE_STEPS + state.schedule_step
         change = torch.sign(now - state.timesteps[branch])
-        turned = change * torch.where(direction == NO_DIRECTION, state.heading, direction) < 0
-        is_late = generation != state.newest_generation  # another branch, or a reset, began a generation since
+        turned = change * torch.where(direction == NO_DIRECTION, heading, direction) < 0
+        is_late = generation != newest  # another branch, or a reset, began a generation since
         is_new = is_late | turned
-        begins = (state.newest_generation == NO_GENERATION) | (turned & ~is_late)
+        begins = (newest == NO_GENERATION) | (turned & ~is_late)
         ends_watch = turned | (step == NO_STEP)
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
@@ -205,14 +210,14 @@ class GenerationClock(StateHolder):
         # Streams that met before another branch began a generation may go on meeting in it.
         mixed = torch.where(ends_watch, 0, state.mixed[branch] + meets)
         start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
-        newest = torch.where(begins, state.next_generation, state.newest_generation)
-        heading = torch.where(is_late | (new_direction == NO_DIRECTION), state.heading, new_direction)
+        new_generation = torch.where(begins, state.next_generation, newest)
+        new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
         # Everything is computed before anything is written.
-        state.heading.copy_(torch.where(begins, NO_DIRECTION, heading))
-        state.newest_generation.copy_(newest)
+        heading.copy_(torch.where(begins, NO_DIRECTION, new_heading))
+        newest.copy_(new_generation)
         state.next_generation.add_(begins)
-        generation.copy_(newest)
-        state.generation.copy_(newest)
+        generation.copy_(new_generation)
+        state.generation.copy_(new_generation)
         state.start_full.copy_(start_full)
         state.starts[branch].copy_(start_full)
         step.copy_(new_step)
