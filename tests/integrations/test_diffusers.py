@@ -459,7 +459,7 @@ context parallelism later -> RuntimeError: blocks.1.attn1: context parallelism w
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
 a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
 a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
-a number as timestep -> TypeError: GenerationClock: timestep has type float, expected a tensor
+a number as timestep -> TypeError: WanTransformer3DModel: timestep has type float, expected a tensor
 layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
 no layers -> ValueError: enable_lite_attention: layers is empty, expected at least one layer, or None for all

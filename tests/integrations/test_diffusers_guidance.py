@@ -1,12 +1,19 @@
 """How the diffusers door keeps streams of calls apart: by their names, by the caller's word, and where neither is told."""
 
+import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    WanPipeline,
+    WanVideoToVideoPipeline,
+)
 from diffusers.modular_pipelines import WanModularPipeline
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
@@ -109,6 +116,131 @@ def test_a_stream_with_a_name_and_one_without_are_two(names: tuple[str | None, .
     assert handle.mixed_calls() > 0
 
 
+def with_text(latents: Tensor, timestep: float, text: Tensor) -> dict[str, Any]:
+    return WAN.inputs(latents, timestep) | {"encoder_hidden_states": text}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("joins", [1, 2])
+def test_guidance_without_names_that_begins_late_and_first_never_sees_the_other_map(joins: int, compiled: bool) -> None:
+    """It comes at a lower timestep than the stream before it, as that one's next call would."""
+    transformer, dense, alone = (make_transformer(WAN) for _ in range(3))
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    enable_lite_attention(alone, threshold=THRESHOLD)
+    called: Any = torch.compile(transformer, fullgraph=True, backend="eager") if compiled else transformer
+    texts = prompt(0)
+    for _ in range(2):
+        for step, timestep in enumerate(TIMESTEPS):
+            for name in ("negative_prompt_embeds", "prompt_embeds")[step < joins :]:
+                arguments = with_text(make_latents(WAN, step, seed=len(name)), timestep, texts[name])
+                reference: Any = alone if step < joins else dense
+                torch.testing.assert_close(called(**arguments)[0], reference(**arguments)[0], atol=1e-4, rtol=1e-4)
+    assert handle.mixed_calls() == 2 * 2 * (len(TIMESTEPS) - joins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_text_that_is_made_anew_in_each_step_is_the_same(dtype: torch.dtype) -> None:
+    transformer = make_transformer(WAN).to(dtype)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    text = prompt(0)["prompt_embeds"].to(dtype)
+    for step, timestep in enumerate(TIMESTEPS):
+        transformer(**with_text(make_latents(WAN, step).to(dtype), timestep, text.clone()))
+    assert skips(handle) == [False, True, True, True]
+    assert handle.mixed_calls() == 0
+
+
+@pytest.mark.parametrize("change", ["entry", "length", "length with zeros"])
+def test_another_text_is_another_stream(change: str) -> None:
+    transformer, dense = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    text = prompt(0)["prompt_embeds"]
+    other = text.clone() if change == "entry" else torch.cat([text, 0 * text[:, :1] if "zeros" in change else text], 1)
+    other[0, 0, 0] += change == "entry"
+    for step, timestep in enumerate(TIMESTEPS):
+        latents = make_latents(WAN, step)
+        if step < 2:
+            transformer(**with_text(latents, timestep, text))
+            continue
+        for model in (transformer, dense):
+            model.out = model(**with_text(latents, timestep, other))[0]
+        torch.testing.assert_close(transformer.out, dense.out, atol=1e-4, rtol=1e-4)
+    assert skips(handle) == [False, True, False, False]
+    assert handle.mixed_calls() == 1
+
+
+def test_a_text_that_changes_within_one_stream_skips_where_the_caller_says_so() -> None:
+    for guidance, names in (("batched", False), ("named", True)):
+        transformer = make_transformer(WAN)
+        handle = enable_lite_attention(transformer, threshold=THRESHOLD, guidance=guidance)  # type: ignore[arg-type]
+        for step, timestep in enumerate(TIMESTEPS):
+            with transformer.cache_context("cond") if names else contextlib.nullcontext():
+                transformer(**with_text(make_latents(WAN, step), timestep, prompt(step)["prompt_embeds"]))
+        assert skips(handle) == [False, True, True, True]
+        assert handle.mixed_calls() == 0
+
+
+# Streams that share a name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_tiles_of_one_name_never_see_each_others_map(compiled: bool) -> None:
+    transformer, dense = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    expected = streams(dense, ("cond", "cond"))
+    if compiled:
+        transformer.forward = torch.compile(transformer.forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(streams(transformer, ("cond", "cond")), expected, atol=1e-4, rtol=1e-4)
+    assert skips(handle, "cond") == [False] * 4
+    assert handle.mixed_calls() == 4
+
+
+@pytest.mark.parametrize("begins", [0, 1, 2])
+@pytest.mark.parametrize("names", [("cond", 0), (0, "cond"), (None, 0), (0, None), (None, "cond"), ("cond", None)])
+def test_branches_of_one_number_that_are_chosen_in_two_ways_are_two_streams(
+    names: tuple[str | int | None, str | int | None], begins: int
+) -> None:
+    """The later one comes first in each step."""
+    transformer, dense, alone = (make_transformer(WAN) for _ in range(3))
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    enable_lite_attention(alone, threshold=THRESHOLD)
+    for step, timestep in enumerate(TIMESTEPS):
+        for stream in (1, 0)[step < begins :]:
+            name, latents = names[stream], make_latents(WAN, step, seed=stream)
+            with contextlib.ExitStack() as block:
+                if isinstance(name, str):
+                    block.enter_context(transformer.cache_context(name))
+                elif name is not None:
+                    block.enter_context(skip_branch(name))
+                out = run(transformer, WAN, latents, timestep)
+            expected = run(alone if step < begins else dense, WAN, latents, timestep)
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert handle.mixed_calls() > 0
+
+
+def test_two_calls_of_one_name_at_a_timestep_skip_where_the_caller_says_so() -> None:
+    for guidance, expected in ((None, [False, False, False]), ("named", [False, True, True])):
+        transformer = make_transformer(WAN)
+        handle = enable_lite_attention(transformer, threshold=THRESHOLD, guidance=guidance)  # type: ignore[arg-type]
+        for step, timestep in enumerate((900.0, 700.0, 700.0, 500.0, 500.0)):
+            with transformer.cache_context("cond"):
+                run(transformer, WAN, make_latents(WAN, step), timestep)
+        assert skips(handle, "cond") == expected
+        assert (handle.mixed_calls() > 0) == (guidance is None)
+
+
+def test_a_branch_that_joins_the_next_video_late_starts_over() -> None:
+    transformer, dense = make_transformer(WAN), make_transformer(WAN)
+    enable_lite_attention(transformer, threshold=THRESHOLD)
+    streams(transformer, ("cond", "uncond"))
+    for step, timestep in enumerate((950.0, 650.0, 250.0)):
+        with transformer.cache_context("cond"):
+            run(transformer, WAN, make_latents(WAN, step, seed=5), timestep)
+    with transformer.cache_context("uncond"):
+        out = run(transformer, WAN, make_latents(WAN, 2, seed=6), 250.0)
+    expected = run(dense, WAN, make_latents(WAN, 2, seed=6), 250.0)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_names_and_branches_keep_streams_apart() -> None:
     transformer = make_transformer(WAN)
     handle = enable_lite_attention(transformer, threshold=THRESHOLD)
@@ -169,7 +301,7 @@ def test_the_log_says_once_that_streams_met(ask: str, caplog: pytest.LogCaptureF
                 getattr(handle, ask)()
     assert_expected_inline(
         "\n".join(record.getMessage() for record in caplog.records if record.name == "lite_attention"),
-        """4 model calls had the timestep of the call before and no name, so that nothing tells whether they follow each other or belong to two guidance branches (or tiles of a latent): from there on all tiles of that video were computed, nothing was skipped. If each step calls the model once for each branch, call it in transformer.cache_context(name). If all calls are one stream (all branches in one batch, and a scheduler that calls twice at one timestep), say enable_lite_attention(..., guidance='batched')""",
+        """4 model calls had another text than the call before in their branch, or its timestep in the same step of the scheduler, so that nothing tells whether they follow each other or belong to two guidance branches (or tiles of a latent): from there on all tiles of that video were computed, nothing was skipped. If each step calls the model for several streams, call each in transformer.cache_context(name), with a name of its own. If the calls of each name are one stream, say enable_lite_attention(..., guidance='named'); if all calls are (all branches in one batch, and a scheduler that calls twice at one timestep, or a text that changes), guidance='batched'""",
     )
 
 
@@ -189,6 +321,31 @@ class UnnamedPipeline(WanPipeline):
     def __call__(self) -> list[Tensor]:  # type: ignore[override]
         self.scheduler.set_timesteps(4)
         return streams(self.transformer, (None, None))
+
+
+class TiledPipeline(WanPipeline):
+    """One that denoises a latent in two tiles, both in diffusers' name for the branch."""
+
+    def __call__(self) -> list[Tensor]:  # type: ignore[override]
+        self.scheduler.set_timesteps(len(TIMESTEPS))
+        outs = []
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            for tile in (0, 1):
+                with self.transformer.cache_context("cond"):
+                    outs.append(run(self.transformer, WAN, make_latents(WAN, step, seed=tile), float(timestep)))
+            self.scheduler.step(outs[-1], timestep, outs[-1])
+        return outs
+
+
+class RoundedPipeline(WanPipeline):
+    """One that rounds timesteps to the weights' dtype, as HunyuanVideo's does, so that some are the same."""
+
+    def __call__(self) -> None:  # type: ignore[override]
+        self.scheduler.set_timesteps(len(TIMESTEPS), mu=0.0)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            with self.transformer.cache_context("cond"):
+                out = run(self.transformer, WAN, make_latents(WAN, step), 900.0 if step > 0 else 950.0)
+            self.scheduler.step(out, timestep, out)
 
 
 class Loop:
@@ -252,7 +409,7 @@ def test_a_pipeline_of_diffusers_that_names_no_branch(scale: float) -> None:
     if scale > 1.0:
         torch.testing.assert_close(latents, dense, atol=1e-4, rtol=1e-4)
         assert skips(handle) == [False] * 4
-        assert handle.mixed_calls() == 4
+        assert handle.mixed_calls() == 7, "all but the first have another text than the one before"
     else:
         assert 0 < float((latents - dense).norm() / dense.norm()) < 0.05
         assert skips(handle) == [False, True, True, True]
@@ -264,6 +421,27 @@ def test_a_scheduler_that_calls_twice_skips_in_a_pipeline_that_names_its_branche
     handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
     generate(pipeline)
     assert skips(handle, "cond") == [False, True, True, True]
+    assert handle.mixed_calls() == 0
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_tiles_in_a_pipeline_that_names_its_branches_compute_everything(scheduler: Any) -> None:
+    pipeline, dense = wan_of(TiledPipeline, scheduler=scheduler()), wan_of(TiledPipeline, scheduler=scheduler())
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    for _ in range(2):
+        torch.testing.assert_close(pipeline(), dense(), atol=1e-4, rtol=1e-4)
+    assert handle.mixed_calls() > 0
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["enabled", "copied"])
+def test_timesteps_that_a_pipeline_rounds_to_the_same_are_one_stream(copied: bool) -> None:
+    pipeline = wan_of(RoundedPipeline)
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    if copied:
+        pipeline, handle = copy.deepcopy((pipeline, handle))
+    for _ in range(2):
+        pipeline()
+        assert skips(handle, "cond") == [False, True]
     assert handle.mixed_calls() == 0
 
 
@@ -283,7 +461,11 @@ def test_a_modular_pipeline_is_taken() -> None:
 def test_errors() -> None:
     transformer = make_transformer(WAN)
     nameless = Loop(nn.Linear(2, 2))
+    told = make_transformer(WAN)
+    enable_lite_attention(told)
     calls: dict[str, Callable[[], object]] = {
+        "a timestep that is no tensor": lambda: told(**WAN.inputs(make_latents(WAN), 9.0) | {"timestep": 9.0}),
+        "no timestep": lambda: told(hidden_states=make_latents(WAN)),
         "an unknown word": lambda: enable_lite_attention(transformer, guidance="none"),  # type: ignore[arg-type]
         "a word that is no text": lambda: enable_lite_attention(transformer, guidance=["named"]),  # type: ignore[arg-type]
         "nowhere to name them": lambda: enable_lite_attention(nameless, guidance="named"),
@@ -291,6 +473,8 @@ def test_errors() -> None:
     assert_expected_inline(
         report(calls),
         """\
+a timestep that is no tensor -> TypeError: WanTransformer3DModel: timestep has type float, expected a tensor
+no timestep -> TypeError: WanTransformer3DModel: timestep has type NoneType, expected a tensor
 an unknown word -> ValueError: enable_lite_attention: guidance is 'none', expected 'named', 'batched' or None
 a word that is no text -> ValueError: enable_lite_attention: guidance is ['named'], expected 'named', 'batched' or None
 nowhere to name them -> ValueError: enable_lite_attention: guidance is 'named', expected 'batched' or None: Linear has no cache_context in which branches could be named""",

@@ -1,7 +1,7 @@
 """The clock: steps and generations told from timesteps alone."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -88,13 +88,80 @@ def test_each_generation_of_each_clock_has_a_number_of_its_own() -> None:
     assert len(numbers) == 6
 
 
-def test_branches_count_their_own_generations() -> None:
-    clock, numbers = GenerationClock(), []
-    for timestep, branch in ((9.0, 0), (9.0, 1), (7.0, 0), (7.0, 1), (9.0, 0), (5.0, 1)):
+def of_branches(clock: GenerationClock, calls: Sequence[tuple[float, int]]) -> tuple[list[int], list[bool]]:
+    """Of each call the generation, from 0 for the first one's, and whether it starts from the full map."""
+    numbers, starts = [], []
+    for timestep, branch in calls:
         clock.tick(torch.tensor(timestep), branch)
         numbers.append(int(clock.generation))
-    first = numbers[0]
-    assert [number - first for number in numbers] == [0, 0, 0, 0, 1, 0]
+        starts.append(bool(clock.start_full))
+        assert (bool(clock.told(branch)[0]), int(clock.told(branch)[1])) == (starts[-1], numbers[-1])
+    return [number - numbers[0] for number in numbers], starts
+
+
+def test_all_branches_are_of_one_generation() -> None:
+    calls = [(timestep, branch) for timestep in (9.0, 7.0) for branch in (0, 1)]
+    assert of_branches(GenerationClock(), calls * 3) == ([0] * 4 + [1] * 4 + [2] * 4, [True, True, False, False] * 3)
+
+
+@pytest.mark.parametrize("late", [2.0, 3.0, 8.0], ids=["below its last", "at its last", "above it"])
+def test_a_branch_that_joins_a_generation_late_starts_over(late: float) -> None:
+    one = [(9.0, 0), (9.0, 1), (3.0, 0), (3.0, 1)]
+    another = [(9.5, 0), (8.5, 0), (late, 0), (late, 1), (1.0, 0), (1.0, 1)]
+    numbers, starts = of_branches(GenerationClock(), one + another)
+    assert numbers == [0] * 4 + [1] * 6
+    assert starts == [True, True, False, False] + [True, False, False, True, False, False]
+
+
+def test_a_branch_that_was_left_out_of_a_generation_starts_over() -> None:
+    clock = GenerationClock()
+    of_branches(clock, [(9.0, 0), (9.0, 1), (7.0, 0), (7.0, 1)])
+    of_branches(clock, [(9.0, 0), (7.0, 0)])
+    clock.reset()
+    assert of_branches(clock, [(7.0, 0), (6.0, 0), (6.0, 1), (5.0, 1)]) == ([0] * 4, [True, False, True, False])
+
+
+def test_a_branch_that_ran_once_in_a_generation_notices_the_next() -> None:
+    for order in ((0, 1), (1, 0)):
+        calls = [(9.0, 0), (7.0, 0), (5.0, 0), (5.0, 1)]
+        numbers, starts = of_branches(GenerationClock(), [*calls, *((9.0, branch) for branch in order), (7.0, 0)])
+        assert numbers == [0] * 4 + [1] * 3
+        assert starts == [True, False, False, True, True, True, False]
+
+
+def test_streams_that_met_are_watched_on_where_another_branch_begins_a_generation() -> None:
+    clock = GenerationClock()
+    assert ticks(clock, [9.0, 9.0, 8.0, 8.0, 7.0], watched=True) == [True] * 5
+    ticks(clock, [5.0, 4.0, 9.0], watched=False, branch=1)
+    assert ticks(clock, [7.0, 6.0, 6.0], watched=True) == [True, True, True]
+    assert ticks(clock, [9.0, 8.0], watched=True) == [True, False], "its own turn ends it"
+
+
+def test_a_timestep_that_comes_again_in_another_step_of_the_scheduler_is_of_one_stream() -> None:
+    clock, starts = GenerationClock(), []
+    for step, timestep in ((None, 9.0), (1, 7.0), (2, 7.0), (3, 5.0), (3, 5.0), (4, 5.0)):
+        clock.at_schedule_step(step)
+        starts += ticks(clock, [timestep], watched=True)
+    assert starts == [True, False, False, False, True, True]
+    assert int(clock.mixed_calls) == 1
+
+
+@pytest.mark.parametrize("change", [-1.0, 0.0])
+def test_watched_calls_of_another_stream_start_full(change: float) -> None:
+    clock, starts = GenerationClock(), []
+    for timestep, stream in ((9.0, 3), (7.0, 3), (5.0, 4), (5.0 + change, 3), (3.0, 3), (9.0, 5), (8.0, 5)):
+        clock.tick(torch.tensor(timestep), watched=True, stream=torch.tensor(stream))
+        starts.append(bool(clock.start_full))
+    assert starts == [True, False, True, True, True, True, False]
+    assert int(clock.mixed_calls) == 2
+
+
+def test_the_stream_of_calls_that_are_not_watched_is_not_read() -> None:
+    clock, starts = GenerationClock(), []
+    for timestep, stream in ((9.0, 3), (7.0, 4), (5.0, 5)):
+        clock.tick(torch.tensor(timestep), stream=torch.tensor(stream))
+        starts.append(bool(clock.start_full))
+    assert starts == [True, False, False]
 
 
 def ticks(clock: GenerationClock, timesteps: list[float], watched: bool, branch: int = 0) -> list[bool]:
@@ -213,6 +280,9 @@ def test_errors() -> None:
         "complex timesteps": lambda: GenerationClock().tick(torch.tensor(1j)),
         "watched by text": lambda: GenerationClock().tick(torch.tensor(1.0), watched="no"),  # type: ignore[arg-type]
         "no timesteps": lambda: clock.tick(torch.zeros(0)),
+        "a stream's name": lambda: clock.tick(torch.tensor(1.0), stream="one"),  # type: ignore[arg-type]
+        "a stream of floats": lambda: clock.tick(torch.tensor(1.0), stream=torch.zeros(2)),
+        "schedule step -1": lambda: clock.at_schedule_step(-1),
         "branch 8": lambda: clock.step(8),
     }
     assert_expected_inline(
@@ -224,6 +294,9 @@ a number -> TypeError: GenerationClock: timestep has type float, expected a tens
 complex timesteps -> TypeError: GenerationClock: timestep has dtype torch.complex64, expected real numbers
 watched by text -> TypeError: GenerationClock: watched has type str, expected a bool
 no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at least one entry
+a stream's name -> TypeError: GenerationClock: stream is str, expected a tensor of torch.int64, 0-d, or None
+a stream of floats -> TypeError: GenerationClock: stream is torch.float32, 1-d, expected a tensor of torch.int64, 0-d, or None
+schedule step -1 -> ValueError: GenerationClock: step is -1, expected 0 to 65534
 branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
     )
 

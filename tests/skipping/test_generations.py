@@ -183,7 +183,7 @@ def test_copies_of_a_clock_go_on_with_its_video_and_number_the_next_ones_anew() 
 
 def test_the_clock_of_another_process_tells_other_numbers() -> None:
     numbers = (
-        "print(GenerationClock().generation.item(), copy.deepcopy(GenerationClock()).state.next_generations[0].item())"
+        "print(GenerationClock().generation.item(), copy.deepcopy(GenerationClock()).state.next_generation.item())"
     )
     code = f"import copy; from lite_attention.skipping.dense_steps import GenerationClock; {numbers}"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]

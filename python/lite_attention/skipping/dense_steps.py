@@ -1,8 +1,9 @@
 """Which steps of a generation are dense: where in it a model call is, told from its timestep and on the device alone.
 
-A generation denoises one video: its timesteps go one way, down or up. A turn therefore starts the next generation,
-which must not use the skip state of the last. Nothing here waits for the device or changes a Python value, so that the
-same code runs eagerly, compiled, and in a CUDA graph, which sees a new generation in the values it is replayed on.
+A generation denoises one video: its timesteps go one way, down or up. A turn in one branch therefore starts the next
+generation, for all of them, which must not use the skip state of the last. Nothing here waits for the device or changes
+a Python value, so that the same code runs eagerly, compiled, and in a CUDA graph, which sees a new generation in the
+values it is replayed on.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ __all__ = ["ClockState", "GenerationClock"]
 # Timesteps are compared as integers of this resolution: they come as sigmas from 0 to 1 or as numbers up to a thousand.
 TICKS_PER_UNIT = 2**20
 NO_STEP = -1
+NO_SCHEDULE_STEP = -1
+MAX_SCHEDULE_STEPS = 2**16
+NO_DIRECTION = 0
+NO_GENERATION = 0
 
 # Each clock numbers its generations from a random one on, so that two clocks never tell a layer the same: also not
-# where the layer, or the clock, was copied or comes from another process. 0 stands for none.
+# where the layer, or the clock, was copied or comes from another process.
 GENERATIONS_PER_CLOCK = 2**20
 
 
@@ -40,12 +45,20 @@ class ClockState(OwnState):
 
     start_full: Tensor
     generation: Tensor
+    newest_generation: Tensor
+    """That a branch began last, which the others join at their next call; NO_GENERATION for the next call to begin."""
+    next_generation: Tensor
+    heading: Tensor
+    """Direction of the newest generation, as the latest call that has one has it."""
+    schedule_step: Tensor
     starts: Tensor
     steps: Tensor
     generations: Tensor
-    next_generations: Tensor
     timesteps: Tensor
     directions: Tensor
+    moments: Tensor
+    """Timestep and step of the scheduler, of which two calls of one stream never have both."""
+    streams: Tensor
     watched: Tensor
     mixed: Tensor
     calls: Tensor
@@ -61,26 +74,38 @@ class ClockState(OwnState):
         def of_branches(value: int) -> Tensor:
             return torch.full((MAX_BRANCHES,), value, dtype=torch.int64, device=device)
 
+        def single(value: int) -> Tensor:
+            return torch.full((), value, dtype=torch.int64, device=device)
+
+        def kept(value: int) -> Tensor:
+            # Not 0-d: AOTInductor does not see in the next call what was copied to a 0-d buffer.
+            return torch.full((1,), value, dtype=torch.int64, device=device)
+
         return {
             "start_full": torch.ones((), dtype=torch.bool, device=device),
-            "generation": torch.full((), first, dtype=torch.int64, device=device),
+            "generation": single(first),
+            "newest_generation": kept(NO_GENERATION),
+            "next_generation": single(first + 1),
+            "heading": kept(NO_DIRECTION),
+            "schedule_step": single(NO_SCHEDULE_STEP),
             "starts": of_branches(1),
             "steps": of_branches(NO_STEP),
             "generations": of_branches(first),
-            "next_generations": of_branches(first + 1),
             "timesteps": of_branches(0),
-            "directions": of_branches(0),
+            "directions": of_branches(NO_DIRECTION),
+            "moments": of_branches(0),
+            "streams": of_branches(0),
             "watched": of_branches(0),
             "mixed": of_branches(0),
             "calls": of_branches(0),
-            "mixed_calls": torch.zeros((), dtype=torch.int64, device=device),
+            "mixed_calls": single(0),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy goes on with the generations under way; those that it begins are its own."""
         super().__setstate__(state)
         with real_tensors():
-            self.next_generations.fill_(_first_generation())
+            self.next_generation.fill_(_first_generation())
 
     @property
     def device(self) -> torch.device:
@@ -91,14 +116,17 @@ class GenerationClock(StateHolder):
     """Counts the denoising steps of each guidance branch and notices when a new generation starts.
 
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
-    (schedulers of higher order). A timestep against the direction of those before starts a new generation. Where the
-    timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
-    :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
+    (schedulers of higher order). A timestep against the direction of those before in its branch starts a new
+    generation. All branches denoise one video: each of the others starts over at its next call, whatever its timestep.
+    Where the timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts
+    lower), call :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new
+    generation.
 
-    A caller that cannot know whether calls with one timestep follow each other (a scheduler of higher order) or belong
-    to two streams that would share a map (guidance branches that nobody names) says that they are ``watched``. From the
-    first repeated timestep to the end of the generation every call then starts from the full map, which is right for
-    both.
+    A caller that cannot know whether the calls of a branch follow each other or belong to two streams that would share
+    a map (guidance branches that nobody names, tiles of a latent) says that they are ``watched``. A call that repeats
+    the timestep of the one before, in the same step of the scheduler (:meth:`at_schedule_step`), or that has another
+    ``stream``, may then be of another one: from there to the end of the generation every call of the branch starts from
+    the full map, which is right for both.
 
     Args:
         dense_steps: in so many steps at the start of a generation every layer computes all tiles. The first step
@@ -127,10 +155,12 @@ class GenerationClock(StateHolder):
 
     @property
     def mixed_calls(self) -> Tensor:
-        """Watched calls so far that repeated the timestep of the call before: int64, 0-d."""
+        """Watched calls so far that may be of another stream than the call before: int64, 0-d."""
         return self.state.mixed_calls
 
-    def tick(self, timestep: Tensor, branch: int | None = None, watched: bool = False) -> None:
+    def tick(
+        self, timestep: Tensor, branch: int | None = None, watched: bool = False, stream: Tensor | None = None
+    ) -> None:
         """Note that a model call begins. One of FakeTensors is not noted.
 
         Args:
@@ -138,6 +168,8 @@ class GenerationClock(StateHolder):
                 the largest counts. May be a sigma.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
             watched: whether the call may be of another stream than the branch's call before.
+            stream: a number that the calls of one stream share: int64, 0-d. Read where the call is watched; None
+                stands for 0.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
@@ -148,6 +180,9 @@ class GenerationClock(StateHolder):
         if timestep.is_complex():
             raise TypeError(f"GenerationClock: timestep has dtype {timestep.dtype}, expected real numbers")
         checked_bool("GenerationClock: watched", watched)
+        if stream is not None and (not isinstance(stream, Tensor) or stream.dtype != torch.int64 or stream.dim() != 0):
+            found = f"{stream.dtype}, {stream.dim()}-d" if isinstance(stream, Tensor) else type(stream).__name__
+            raise TypeError(f"GenerationClock: stream is {found}, expected a tensor of torch.int64, 0-d, or None")
         if timestep.numel() == 0:
             raise ValueError(f"GenerationClock: timestep has shape {list(timestep.shape)}, expected at least one entry")
         if not torch.compiler.is_compiling() and is_fake(timestep):
@@ -156,26 +191,62 @@ class GenerationClock(StateHolder):
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
+        newest, heading = state.newest_generation[0], state.heading[0]
+        known_stream, moment = state.streams[branch], state.moments[branch]
+        # One number of both: AOTInductor cannot copy a 0-d buffer as it is where nothing writes it.
+        now_moment = now * MAX_SCHEDULE_STEPS + state.schedule_step
         change = torch.sign(now - state.timesteps[branch])
-        is_new = (step == NO_STEP) | (change * direction < 0)
+        turned = change * torch.where(direction == NO_DIRECTION, heading, direction) < 0
+        is_late = generation != newest  # another branch, or a reset, began a generation since
+        is_new = is_late | turned
+        begins = (newest == NO_GENERATION) | (turned & ~is_late)
+        ends_watch = turned | (step == NO_STEP)
+        now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
-        new_direction = torch.where(is_new, 0, torch.where(change == 0, direction, change))
-        repeats = ~is_new & (change == 0) & ((state.watched[branch] != 0) | watched)
-        mixed = torch.where(is_new, 0, state.mixed[branch] + repeats)
+        new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
+        repeats = (moment == now_moment) & ((state.watched[branch] != 0) | watched)
+        changes_stream = (known_stream != now_stream) & (state.watched[branch] != 0) & watched
+        meets = ~is_new & (repeats | changes_stream)
+        # Streams that met before another branch began a generation may go on meeting in it.
+        mixed = torch.where(ends_watch, 0, state.mixed[branch] + meets)
         start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
+        new_generation = torch.where(begins, state.next_generation, newest)
+        new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
         # Everything is computed before anything is written.
-        generation.copy_(torch.where(is_new, state.next_generations[branch], generation))
-        state.next_generations[branch].add_(is_new)
-        state.generation.copy_(generation)
+        heading.copy_(torch.where(begins, NO_DIRECTION, new_heading))
+        newest.copy_(new_generation)
+        state.next_generation.add_(begins)
+        generation.copy_(new_generation)
+        state.generation.copy_(new_generation)
         state.start_full.copy_(start_full)
         state.starts[branch].copy_(start_full)
         step.copy_(new_step)
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
+        moment.copy_(now_moment)
+        known_stream.copy_(now_stream)
         state.mixed[branch].copy_(mixed)
         state.calls[branch].add_(1)
-        state.mixed_calls.add_(repeats)
+        state.mixed_calls.add_(meets)
         state.watched[branch].fill_(watched)
+
+    def at_schedule_step(self, step: int | None) -> None:
+        """Say which step of the scheduler the coming calls are for.
+
+        So a timestep that comes again in the next step (schedulers of higher order, timesteps that are rounded) is told
+        from one that two streams share. Call it from plain Python: compiled and captured calls read what was said last.
+
+        Args:
+            step: its number, from 0 and below ``MAX_SCHEDULE_STEPS - 1``; None where it is not known.
+
+        Raises:
+            TypeError, ValueError: ``step`` is not such a number.
+        """
+        number = NO_SCHEDULE_STEP
+        if step is not None:
+            number = checked_int("GenerationClock: step", step, 0, MAX_SCHEDULE_STEPS - 2)
+        with real_tensors():
+            self.state.schedule_step.fill_(number)
 
     def told(self, branch: int | None = None) -> tuple[Tensor, Tensor]:
         """``start_full`` and ``generation`` of the branch's latest call, whichever branches other threads run since.
@@ -198,5 +269,7 @@ class GenerationClock(StateHolder):
         return self.state.steps[resolved_branch(branch, "GenerationClock")]
 
     def reset(self) -> None:
-        """Let the next call of every branch start a new generation."""
+        """Let the next call of every branch start a new generation, the same for all."""
+        self.state.newest_generation.fill_(NO_GENERATION)
+        self.state.heading.fill_(NO_DIRECTION)
         self.state.steps.fill_(NO_STEP)

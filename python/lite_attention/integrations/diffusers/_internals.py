@@ -26,7 +26,7 @@ _dynamo.trace_rules.is_callable_allowed        torch 2.10 - 2.13      is_opaque_
 =============================================  =====================  ===========================================
 
 What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
-``cache_context`` of transformers, ``set_timesteps`` of schedulers.
+``cache_context`` of transformers, ``set_timesteps`` and ``step_index`` of schedulers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from lite_attention.skipping.dense_steps import MAX_SCHEDULE_STEPS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -141,6 +143,15 @@ def forward_slot(module: nn.Module) -> str:
     accelerate's hooks put theirs in the place of ``forward``, call what they keep aside, and put it back when they go.
     """
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+# Schedulers
+
+
+def schedule_step(scheduler: object | None) -> int | None:
+    """How many steps the scheduler has gone, or None: before its first one, and where it does not count them."""
+    index = getattr(scheduler, "step_index", None)
+    return index if isinstance(index, int) and 0 <= index < MAX_SCHEDULE_STEPS - 1 else None
 
 
 # torch.compile

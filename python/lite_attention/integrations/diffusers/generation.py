@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lite_attention.integrations.diffusers.guidance import stream_number
 from lite_attention.maps.ranges import parse_ranges
 from lite_attention.ops.own_state import OwnState, StateHolder, hold
-from lite_attention.skipping.branches import branch_is_chosen
 from lite_attention.skipping.dense_steps import GenerationClock
 
 __all__ = ["MAX_MUST_DO_RANGES", "Generation", "checked_pairs"]
@@ -61,7 +61,7 @@ class Generation(StateHolder):
 
     Args:
         dense_steps: as for GenerationClock.
-        watched: whether calls that name no branch are suspected to be of several streams where they repeat a timestep.
+        watched: whether calls of one branch may be of several streams: see :meth:`tick`.
     """
 
     must_do: MustDo
@@ -74,11 +74,27 @@ class Generation(StateHolder):
         self._told = False
         hold(self, "must_do", MustDo())
 
-    def tick(self, timestep: Tensor) -> None:
-        """Note that a call of the transformer begins, with its timestep."""
-        if isinstance(timestep, Tensor):
-            self.must_do.place(timestep.device, "LiteAttention", torch.compiler.is_compiling())
-        self.clock.tick(timestep, watched=self._watched and not branch_is_chosen())
+    def tick(self, timestep: Tensor, conditioning: Tensor | None, caller: str) -> None:
+        """Note that a call of the transformer begins.
+
+        Args:
+            timestep: of the call.
+            conditioning: the text that it attends to, or None. Watched calls of a branch with another one than the
+                call before, or with the same timestep, may be of another stream.
+            caller: whose forward it is, for errors.
+
+        Raises:
+            TypeError: the timestep is no tensor.
+        """
+        if not isinstance(timestep, Tensor):
+            raise TypeError(f"{caller}: timestep has type {type(timestep).__name__}, expected a tensor")
+        stream = None
+        if self._watched:
+            stream = stream_number(conditioning, timestep.device)
+            if timestep.device.type == "cpu":
+                timestep = timestep.to(stream.device)  # the other way would wait for the device
+        self.must_do.place(timestep.device, "LiteAttention", torch.compiler.is_compiling())
+        self.clock.tick(timestep, watched=self._watched, stream=stream)
 
     def start(self) -> None:
         """Let the next call of every branch begin a new generation."""
@@ -96,11 +112,13 @@ class Generation(StateHolder):
         if mixed > 0 and not self._told:
             self._told = True
             _logger.warning(
-                "%d model calls had the timestep of the call before and no name, so that nothing tells whether they "
-                "follow each other or belong to two guidance branches (or tiles of a latent): from there on all tiles "
-                "of that video were computed, nothing was skipped. If each step calls the model once for each branch, "
-                "call it in transformer.cache_context(name). If all calls are one stream (all branches in one batch, "
-                "and a scheduler that calls twice at one timestep), say enable_lite_attention(..., guidance='batched')",
+                "%d model calls had another text than the call before in their branch, or its timestep in the same "
+                "step of the scheduler, so that nothing tells whether they follow each other or belong to two guidance "
+                "branches (or tiles of a latent): from there on all tiles of that video were computed, nothing was "
+                "skipped. If each step calls the model for several streams, call each in "
+                "transformer.cache_context(name), with a name of its own. If the calls of each name are one stream, "
+                "say enable_lite_attention(..., guidance='named'); if all calls are (all branches in one batch, and a "
+                "scheduler that calls twice at one timestep, or a text that changes), guidance='batched'",
                 mixed,
             )
         return mixed

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import TracebackType
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lite_attention.skipping.branches import MAX_BRANCHES
+from lite_attention.ops.context import Scoped
+from lite_attention.skipping.branches import MAX_BRANCHES, branch_is_chosen, resolved_branch, skip_branch
 
-__all__ = ["BranchNames", "Guidance", "check_guidance"]
+__all__ = ["BranchNames", "Guidance", "check_guidance", "named_branch", "stream_number"]
 
 Guidance = Literal["named", "batched"]
+
+# Of the name that surrounds a call, beside skip_branch, which others enter as well.
+_named: Scoped[int] = Scoped("lite_attention.named_branch")
+
+# Integers of the size of a tensor's entries, as which its bits are summed: exact, whatever the order.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Ways to choose a branch, and sizes of a shape, count in steps of these among the sums.
+_PER_CHOICE, _PER_SIZE = 1_000_003, 1009
 
 
 def check_guidance(transformers: Collection[nn.Module], guidance: Guidance | None) -> None:
@@ -54,3 +65,38 @@ class BranchNames:
             known = ", ".join(map(repr, self._numbers)) or "none so far"
             raise ValueError(f"branch is {name!r}, expected a name that cache_context was given: {known}")
         return self._numbers[name]
+
+
+class named_branch(skip_branch):  # noqa: N801 - as skip_branch
+    """A :class:`skip_branch` that a name stands for."""
+
+    def __enter__(self) -> skip_branch:
+        _named.enter(self.branch)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        _named.leave(self.branch)
+
+
+def stream_number(conditioning: Tensor | None, device: torch.device) -> Tensor:
+    """A number that differs for calls that cannot be of one stream of a branch: int64, 0-d. Waits for nothing.
+
+    Calls of one stream have equal conditioning, in one tensor or a new one each, and choose their branch in one way: by
+    name, by :class:`lite_attention.skip_branch`, or not at all.
+
+    Args:
+        conditioning: what the model is told beside the video and the time, or None. Its bits and its shape count.
+        device: where the number is made if there is no conditioning that has one.
+    """
+    is_named = _named.current is not None and _named.current == resolved_branch(None, "LiteAttention")
+    choice = 2 if is_named else int(branch_is_chosen())
+    if conditioning is None or conditioning.element_size() not in _INTEGERS:
+        return torch.full((), choice * _PER_CHOICE, dtype=torch.int64, device=device)
+    shape = choice
+    for size in conditioning.shape:
+        shape = shape * _PER_SIZE + size
+    bits = conditioning.detach().view(_INTEGERS[conditioning.element_size()])
+    return bits.sum(dtype=torch.int64) + shape * _PER_CHOICE

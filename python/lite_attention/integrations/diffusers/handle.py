@@ -60,10 +60,10 @@ def enable_lite_attention(
             where not used. Diffusers' context parallelism over it is enabled, until
             :meth:`LiteAttentionHandle.disable`, or was before. None takes the mesh of the context parallelism that was
             enabled before, if any.
-        guidance: how guidance branches are run. "named": each inside the transformer's ``cache_context``; "batched":
-            all in one call, or there is one branch only. None finds out: calls that name no branch and come twice at
-            one timestep may be of several branches, and from the first of them on nothing is skipped in this
-            generation; see :meth:`LiteAttentionHandle.mixed_calls`.
+        guidance: how guidance branches are run. "named": each inside the transformer's ``cache_context``, where nothing
+            else is run; "batched": all in one call, or there is one branch only. None finds out: calls of one name, or
+            of none, that come twice in one step or with another text may be of several streams, and from the first of
+            them on nothing is skipped in this generation; see :meth:`LiteAttentionHandle.mixed_calls`.
         policy: all that the layers are told about skipping, in place of ``threshold`` and ``dense_steps``.
 
     Returns:
@@ -130,7 +130,7 @@ class LiteAttentionHandle:
                 # The first steps of a generation are the first transformer's, where there are two for its two phases.
                 generation = Generation(policy.dense_steps if not self._patched else 0, watched)
                 patched = PatchedTransformer(
-                    transformer, self._branches, policy, make_attention, generation, layers, mesh
+                    transformer, self._branches, policy, make_attention, generation, layers, mesh, scheduler
                 )
                 self._patched.append(patched)
                 for name, processor in patched.processors.items():
@@ -159,11 +159,12 @@ class LiteAttentionHandle:
             patched.generation.start()
 
     def mixed_calls(self) -> int:
-        """Model calls so far that repeated the timestep of the call before without naming a branch.
+        """Model calls so far that may be of another stream than the call before in their branch.
 
-        They may belong to several guidance branches, or tiles of a latent, whose maps must not mix: from such a call to
-        the end of its generation every tile is computed. With ``guidance`` given nothing is suspected, and this is 0.
-        Where it is not 0, the log says once what to do. Waits for the device.
+        They have its timestep, in the same step of the pipeline's scheduler, or another text, or choose the branch in
+        another way. Streams (guidance branches, tiles of a latent) must not mix their maps: from such a call to the end
+        of its generation every tile of the branch is computed. With ``guidance`` given nothing is suspected, and this
+        is 0. Where it is not 0, the log says once what to do. Waits for the device.
         """
         return sum(patched.generation.mixed_calls() for patched in self._patched)
 

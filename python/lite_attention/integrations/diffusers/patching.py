@@ -48,6 +48,7 @@ class PatchedTransformer:
         generation: what the layers share.
         layers: numbers of the layers that skip, or None for all.
         mesh: the ranks that make one video together, or None.
+        scheduler: of the pipeline that the transformer is in, or None.
     """
 
     ticking: TickingForward
@@ -62,6 +63,7 @@ class PatchedTransformer:
         generation: Generation,
         layers: Sequence[int] | None,
         mesh: DeviceMesh | None,
+        scheduler: object | None = None,
     ) -> None:
         model = video_model(transformer)
         if hasattr(transformer, GENERATION):
@@ -71,7 +73,8 @@ class PatchedTransformer:
             )
         chosen = chosen_layers(transformer, model, layers)
         check_threshold_count("enable_lite_attention", policy.threshold, chosen)
-        self.timestep_position = _position_of_timestep(transformer)
+        self.timestep_position, self.text_position = _positions(transformer)
+        self.scheduler = scheduler
         is_split = parallel_mesh(transformer) is not None
         if splits_tokens(mesh):
             check_splittable(transformer, model, is_split)
@@ -168,7 +171,8 @@ class PatchedTransformer:
         return self.transformer.get_submodule(name)
 
 
-def _position_of_timestep(transformer: nn.Module) -> int:
+def _positions(transformer: nn.Module) -> tuple[int, int | None]:
+    """Where the timestep and the text stand among the arguments of forward; None where there is no text."""
     # The class's own: hooks of older versions of diffusers hide the signature of what they wrap.
     _, *parameters = inspect.signature(type(transformer).forward).parameters
     if "timestep" not in parameters:
@@ -176,4 +180,5 @@ def _position_of_timestep(transformer: nn.Module) -> int:
             f"enable_lite_attention: {type(transformer).__name__}.forward has the parameters {', '.join(parameters)}, "
             "expected timestep among them"
         )
-    return parameters.index("timestep")
+    text = "encoder_hidden_states"
+    return parameters.index("timestep"), parameters.index(text) if text in parameters else None

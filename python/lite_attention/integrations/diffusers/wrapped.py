@@ -12,12 +12,11 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
-from lite_attention.integrations.diffusers.guidance import BranchNames
-from lite_attention.skipping.branches import skip_branch
+from lite_attention.integrations.diffusers.guidance import BranchNames, named_branch
 
 __all__ = ["NamedContext", "Replaced", "StartingSteps", "TickingForward"]
 
@@ -98,8 +97,12 @@ class Timed(Protocol):
 
     transformer: nn.Module
     generation: Generation
+    scheduler: object | None
+    """Of its pipeline."""
     timestep_position: int
     """Of the timestep among the arguments of its forward."""
+    text_position: int | None
+    """Of the text that its layers attend to, None where it takes none."""
     ticking: TickingForward
     """Of the forwards that it was given, the one that ticks."""
 
@@ -126,9 +129,10 @@ class TickingForward(_Wrapped):
         patched = self.patched
         if patched.ticking is not self:
             return self.inner(*args, **kwargs)
-        position = patched.timestep_position
         generation = patched.generation
-        generation.tick(args[position] if len(args) > position else kwargs["timestep"])
+        timestep = _argument(args, kwargs, patched.timestep_position, "timestep")
+        text = _argument(args, kwargs, patched.text_position, "encoder_hidden_states")
+        generation.tick(timestep, text if isinstance(text, Tensor) else None, type(self._owner).__name__)
         generation.call.is_running = True
         # Dynamo does not break graphs inside of try. Without one, an error after such a break leaves the note standing
         # until the next call: a forward that is put in this one's place in between would not be refused.
@@ -142,8 +146,16 @@ class TickingForward(_Wrapped):
             generation.call.is_running = False
 
 
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int | None, name: str) -> Any:
+    """What a forward was given at this position or by this name, or None."""
+    return args[position] if position is not None and len(args) > position else kwargs.get(name)
+
+
 class NamedContext(_Wrapped):
-    """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too."""
+    """A transformer's cache_context, in which pipelines call each guidance branch: it chooses the skip state too.
+
+    It also tells the time by the steps of the pipeline's scheduler, which may take two at one timestep.
+    """
 
     def __init__(self, patched: Timed, branches: BranchNames) -> None:
         super().__init__(patched.transformer, "cache_context")
@@ -154,8 +166,11 @@ class NamedContext(_Wrapped):
 
     @contextmanager
     def _entered(self, name: str, **kwargs: object) -> Iterator[None]:
-        self._patched.keep_ticking()
-        with skip_branch(self._branches.number(name)), self.inner(name, **kwargs):
+        patched = self._patched
+        patched.keep_ticking()
+        if not torch.compiler.is_compiling():  # each number would be a graph of its own
+            patched.generation.clock.at_schedule_step(_internals.schedule_step(patched.scheduler))
+        with named_branch(self._branches.number(name)), self.inner(name, **kwargs):
             yield
 
 
