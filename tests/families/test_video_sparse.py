@@ -248,7 +248,13 @@ def test_a_gradient_is_refused() -> None:
         out.sum().backward()
 
 
-# block_sparse_attention
+@pytest.mark.parametrize("mapped", ["q", "k", "v", "gate"])
+def test_each_input_may_be_mapped_over_alone(mapped: str) -> None:
+    inputs = dict(zip(("q", "k", "v", "gate"), make_inputs(Video(), torch.float32), strict=True))
+    both = torch.stack([inputs[mapped], inputs[mapped].flip(1)])
+    results = torch.func.vmap(lambda x: run(Video(), **inputs | {mapped: x}))(both)
+    for result, x in zip(results, both, strict=True):
+        torch.testing.assert_close(result, run(Video(), **inputs | {mapped: x}))
 
 
 # Compiling

@@ -6,6 +6,7 @@ Only a map is made here (:mod:`lite_attention.maps.blocks`); the attention itsel
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lite_attention import ops
@@ -99,10 +100,13 @@ def attention(
     tile_lens = tile_lens_of_checked(sizes, volume)
     out, lse = ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
 
-    # One pass over out, in place: neither the repeated coarse result nor its product with the gate is written out.
-    blocks = out.unflatten(1, (-1, volume))
+    # One pass over out: neither the repeated coarse result nor its product with the gate is written out. In place, but
+    # in transforms of torch.func, where the gate alone may have been given more dimensions.
+    blocks, repeated = out.unflatten(1, (-1, volume)), coarse.unsqueeze(2)
+    in_place = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     if gate is None:
-        blocks += coarse.unsqueeze(2)
+        blocks = blocks.add_(repeated)
     else:
-        blocks.addcmul_(gate.unflatten(1, (-1, volume)), coarse.unsqueeze(2))
-    return out, lse
+        gates = gate.unflatten(1, (-1, volume))
+        blocks = blocks.addcmul_(gates, repeated) if in_place else blocks.addcmul(gates, repeated)
+    return blocks.flatten(1, 2), lse
