@@ -50,6 +50,8 @@ class ClockState(OwnState):
     next_generation: Tensor
     heading: Tensor
     """Direction of the newest generation, as the latest call that has one has it."""
+    latest_timestep: Tensor
+    """Of the latest call, whatever its branch."""
     schedule_step: Tensor
     starts: Tensor
     steps: Tensor
@@ -87,6 +89,7 @@ class ClockState(OwnState):
             "newest_generation": kept(NO_GENERATION),
             "next_generation": single(first + 1),
             "heading": kept(NO_DIRECTION),
+            "latest_timestep": kept(0),
             "schedule_step": single(NO_SCHEDULE_STEP),
             "starts": of_branches(1),
             "steps": of_branches(NO_STEP),
@@ -117,10 +120,10 @@ class GenerationClock(StateHolder):
 
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
     (schedulers of higher order). A timestep against the direction of those before in its branch starts a new
-    generation. All branches denoise one video: each of the others starts over at its next call, whatever its timestep.
-    Where the timesteps cannot tell (generations of a single step, or one broken off and followed by one that starts
-    lower), call :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new
-    generation.
+    generation; so does one against the latest call's in a branch that this generation has not called yet. All branches
+    denoise one video: each of the others starts over at its next call, whatever its timestep. Where the timesteps
+    cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
+    :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
 
     A caller that cannot know whether the calls of a branch follow each other or belong to two streams that would share
     a map (guidance branches that nobody names, tiles of a latent) says that they are ``watched``. A call that repeats
@@ -191,7 +194,7 @@ class GenerationClock(StateHolder):
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
-        newest, heading = state.newest_generation[0], state.heading[0]
+        newest, heading, latest = state.newest_generation[0], state.heading[0], state.latest_timestep[0]
         known_stream, moment = state.streams[branch], state.moments[branch]
         # One number of both: AOTInductor cannot copy a 0-d buffer as it is where nothing writes it.
         now_moment = now * MAX_SCHEDULE_STEPS + state.schedule_step
@@ -199,8 +202,9 @@ class GenerationClock(StateHolder):
         turned = change * torch.where(direction == NO_DIRECTION, heading, direction) < 0
         is_late = generation != newest  # another branch, or a reset, began a generation since
         is_new = is_late | turned
-        begins = (newest == NO_GENERATION) | (turned & ~is_late)
-        ends_watch = turned | (step == NO_STEP)
+        # A branch that is behind joins the others, unless its timestep goes against theirs: then it is the first.
+        begins = (newest == NO_GENERATION) | torch.where(is_late, torch.sign(now - latest) * heading < 0, turned)
+        ends_watch = turned | begins | (step == NO_STEP)
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
@@ -215,6 +219,7 @@ class GenerationClock(StateHolder):
         # Everything is computed before anything is written.
         heading.copy_(torch.where(begins, NO_DIRECTION, new_heading))
         newest.copy_(new_generation)
+        latest.copy_(now)
         state.next_generation.add_(begins)
         generation.copy_(new_generation)
         state.generation.copy_(new_generation)
