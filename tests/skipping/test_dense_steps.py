@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lite_attention import SkipPolicy, skip_branch
@@ -325,6 +326,24 @@ def test_made_in_inference_mode_it_can_be_used_outside() -> None:
         clock = GenerationClock()
         clock.tick(torch.tensor(9.0))
     assert steps_of(clock, [8.0, 7.0]) == [1, 2]
+
+
+@pytest.mark.parametrize("argument", ["timestep", "stream"])
+def test_a_call_inside_a_transform_is_refused_and_not_noted(argument: str) -> None:
+    clock = GenerationClock()
+    ticks(clock, [9.0, 7.0], watched=True)
+    before = {name: buffer.clone() for name, buffer in clock.state.named_buffers()}
+    both = {"timestep": torch.tensor([5.0, 4.0]), "stream": torch.tensor([1, 2])}[argument]
+
+    def tick(x: Tensor) -> Tensor:
+        clock.tick(**{"timestep": torch.tensor(5.0), "watched": True} | {argument: x})
+        return x
+
+    with pytest.raises(
+        NotImplementedError, match=rf"^GenerationClock: {argument} is inside a transform of torch\.func"
+    ):
+        torch.vmap(tick)(both)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in clock.state.named_buffers())
 
 
 def test_errors() -> None:

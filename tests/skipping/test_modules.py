@@ -96,6 +96,31 @@ def test_a_pass_inside_a_transform_is_refused_and_leaves_the_state_alone(policy:
         assert torch.equal(layer.state.passes, other.state.passes)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("kv_lens", torch.tensor([[90], [99]], dtype=torch.int32)),
+        ("start_full", torch.tensor([False, True])),
+        ("generation", torch.tensor([1, 2])),
+        *(
+            (name, torch.tensor([[[0, 8]], [[8, 16]]]))
+            for name in ("must_do_list", "must_skip_list", "must_do_queries")
+        ),
+    ],
+)
+def test_any_argument_inside_a_transform_is_refused_and_leaves_the_state_alone(name: str, values: Tensor) -> None:
+    layer = LiteAttention(policy=SkipPolicy(threshold=THRESHOLD, dense_steps=4))
+    q, k, v = (x[:1] for x in passes(count=1)[0])
+    for branch in range(MAX_BRANCHES):  # all room is taken
+        layer(q, k, v, branch=branch)
+    before = {key: buffer.clone() for key, buffer in layer.state.named_buffers()}
+    owners = layer.state.owners()
+    with pytest.raises(NotImplementedError, match=rf"^LiteAttention: {name} is inside a transform of torch\.func"):
+        torch.vmap(lambda x: layer(q[:, :40], k, v, **{name: x}))(values)
+    assert layer.state.owners() == owners
+    assert all(torch.equal(buffer, before[key]) for key, buffer in layer.state.named_buffers())
+
+
 def test_disabled_is_the_dense_operator_and_leaves_the_state_alone() -> None:
     layer = LiteAttention(threshold=THRESHOLD)
     inputs = passes(count=3)

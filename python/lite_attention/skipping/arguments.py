@@ -168,12 +168,12 @@ def check_scale(caller: str, scale: float | None) -> None:
         checked_number(f"{caller}: scale", scale, "a float or None")
 
 
-def check_no_transform(caller: str, **tensors: Tensor) -> None:
-    """That no tensor belongs to a transform of torch.func: what is made of it cannot be remembered beyond it."""
+def check_no_transform(caller: str, **arguments: object) -> None:
+    """That none is a tensor of a transform of torch.func: what is made of it cannot be remembered beyond it."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
-    for name, tensor in tensors.items():
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    for name, argument in arguments.items():
+        if isinstance(argument, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(argument):
             raise NotImplementedError(
                 f"{caller}: {name} is inside a transform of torch.func (vmap, grad, jvp), expected a tensor outside: "
                 "a pass is remembered, and has no gradient"

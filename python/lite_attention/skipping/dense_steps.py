@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState, StateHolder, hold
+from lite_attention.skipping.arguments import check_no_transform
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
 
 __all__ = ["ClockState", "GenerationClock"]
@@ -176,6 +177,7 @@ class GenerationClock(StateHolder):
 
         Raises:
             TypeError, ValueError: an argument does not fit; the text names it.
+            NotImplementedError: inside a transform of torch.func.
         """
         branch = resolved_branch(branch, "GenerationClock")
         if not isinstance(timestep, Tensor):
@@ -186,6 +188,7 @@ class GenerationClock(StateHolder):
         if stream is not None and (not isinstance(stream, Tensor) or stream.dtype != torch.int64 or stream.dim() != 0):
             found = f"{stream.dtype}, {stream.dim()}-d" if isinstance(stream, Tensor) else type(stream).__name__
             raise TypeError(f"GenerationClock: stream is {found}, expected a tensor of torch.int64, 0-d, or None")
+        check_no_transform("GenerationClock", timestep=timestep, stream=stream)
         if timestep.numel() == 0:
             raise ValueError(f"GenerationClock: timestep has shape {list(timestep.shape)}, expected at least one entry")
         if not torch.compiler.is_compiling() and is_fake(timestep):

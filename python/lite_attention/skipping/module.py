@@ -218,7 +218,9 @@ class LiteAttention(StateHolder):
         generation: Tensor | None,
     ) -> tuple[ComputedPass, Tensor]:
         """The pass, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
-        check_no_transform(self.caller, query=query, key=key, value=value)
+        ranges = {"must_do_list": must_do_ranges, "must_skip_list": must_skip_ranges, "must_do_queries": must_do_rows}
+        check_no_transform(self.caller, query=query, key=key, value=value, kv_lens=kv_lens)
+        check_no_transform(self.caller, start_full=start_full, generation=generation, **ranges)
         # operator.index makes plain ints of sizes that torch.compile holds as symbols: the state belongs to one shape.
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
         kv_len, kv_heads = operator.index(key.shape[1]), operator.index(key.shape[2])
