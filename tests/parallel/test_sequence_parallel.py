@@ -543,6 +543,23 @@ def test_ranks_are_told_the_whole_policy_with_the_thresholds_of_their_heads() ->
         assert policies == [policy, dataclasses.replace(policy, threshold=own)]
 
 
+def _thresholds_of_copies(head_chunks: int) -> list[Any]:
+    layer = DistributedLiteAttention(mesh_of("cpu", 1, 2), threshold=-4.0, head_chunks=head_chunks)
+    copies = layer, copy.copy(layer), copy.deepcopy(layer)
+    copies[1].set_threshold([-1.0, -2.0, -3.0, -4.0])
+    return [one.threshold for one in copies] + [state.threshold for state in layer.states.splits]
+
+
+@pytest.mark.parametrize("head_chunks", [1, 2])
+def test_a_shallow_copy_shares_its_thresholds(head_chunks: int) -> None:
+    for rank, (original, shallow, deep, *of_turns) in enumerate(
+        run_on_ranks(2, "cpu", _thresholds_of_copies, head_chunks)
+    ):
+        assert original == shallow == (-1.0, -2.0, -3.0, -4.0)
+        assert deep == -4.0
+        assert len({value for of_turn in of_turns for value in of_turn}) == 2, rank
+
+
 def _fails_at(owner: Any, name: str, call: int) -> Any:
     """Let the function raise for want of memory at its so-manieth call; a context."""
     real, calls = getattr(owner, name), itertools.count(1)

@@ -157,6 +157,47 @@ def test_branches_entered_in_a_graph_are_left_in_it() -> None:
     assert counter.frame_count == 2, "one for each branch around it"
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_block_that_breaks_the_graph_is_of_its_thread_alone() -> None:
+    seen = []
+    add = torch.compile(lambda x: x + current(), backend="aot_eager")
+
+    @torch._dynamo.disable
+    def meanwhile() -> None:
+        seen.append(current())
+        in_threads(lambda: seen.append(current()), lambda: seen.append(int(add(torch.tensor(0)))))
+
+    @torch.compile(backend="aot_eager")
+    def broken(x: Tensor, raises: bool) -> Tensor:
+        with skip_branch(1), skip_branch(2):
+            x = x + current()
+            meanwhile()
+            if raises:
+                raise KeyError
+            return x + current()
+
+    assert int(broken(torch.tensor(0), False)) == 4
+    assert (seen, current()) == ([2, 0, 0], 0)
+    with pytest.raises(KeyError):
+        broken(torch.tensor(0), True)
+    assert (seen[3:], current()) == ([2, 0, 0], 0)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_block_that_a_graph_enters_and_does_not_leave_is_refused() -> None:
+    @torch.compile(backend="aot_eager")
+    def entered(x: Tensor) -> Tensor:
+        skip_branch(5).__enter__()
+        return x + current()
+
+    assert int(entered(torch.tensor(0))) == 5
+    assert_expected_inline(
+        report({"current": current}),
+        """current -> RuntimeError: lite_attention.skip_branch: compiled code entered the block of 5 and did not leave it in the same graph, expected `with` around the body, or the block outside of the compiled function""",
+    )
+    assert current() == 0
+
+
 def test_a_scope_holds_what_it_was_given() -> None:
     scope: Scoped[str] = Scoped("test")
     assert scope.current is None
@@ -175,6 +216,20 @@ def test_every_branch_can_be_current() -> None:
             assert current() == branch
 
 
+def test_generators_that_yield_in_their_blocks_leave_none_behind() -> None:
+    def stream(branch: int) -> Iterator[int]:
+        with skip_branch(branch):
+            while True:
+                yield current()
+
+    first, second = stream(1), stream(2)
+    assert [next(first), next(second), next(first)] == [1, 2, 2], "a generator has no context of its own"
+    with pytest.raises(RuntimeError, match="left the block of 1 where the innermost is that of 2"):
+        first.close()  # type: ignore[attr-defined]
+    second.close()  # type: ignore[attr-defined]
+    assert current() == 0
+
+
 def test_blocks_left_out_of_order_are_refused() -> None:
     outer, inner = skip_branch(1), skip_branch(2)
 
@@ -182,9 +237,11 @@ def test_blocks_left_out_of_order_are_refused() -> None:
         outer.__exit__(None, None, None)
 
     first = report({"in no block": leave_outer})
-    with outer, inner:
+    outer.__enter__()
+    with inner:
         second = report({"in another": leave_outer})
         assert current() == 2
+    assert current() == 0, "a block that was left does not come back"
     assert_expected_inline(
         f"{first}\n{second}",
         """\

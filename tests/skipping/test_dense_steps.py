@@ -54,7 +54,11 @@ def test_the_largest_timestep_counts() -> None:
         assert int(clock.step()) == step
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.uint16, torch.uint64, torch.float32, torch.bfloat16, torch.float64],
+    ids=str,
+)
 def test_timesteps_of_any_dtype(dtype: torch.dtype) -> None:
     clock = GenerationClock()
     for step, timestep in enumerate((992, 800, 600)):
@@ -261,6 +265,34 @@ def test_branches_are_watched_for_themselves() -> None:
     ticks(clock, [900.0, 700.0, 700.0], True, branch=1)
     assert ticks(clock, [900.0, 700.0], True, branch=2) == [True, False]
     assert ticks(clock, [500.0], True, branch=1) == [True]
+
+
+@pytest.mark.parametrize("known", [[900.0, 800.0], [0.1, 0.2]], ids=["falling", "rising"])
+@pytest.mark.parametrize("timestep", [float("nan"), float("inf"), -float("inf"), 9e12], ids=str)
+def test_a_timestep_that_says_nothing_is_dense(known: list[float], timestep: float) -> None:
+    clock = GenerationClock()
+    steps_of(clock, known)
+    for _ in range(3):
+        steps_of(clock, [timestep])
+        assert clock.start_full
+    steps_of(clock, known)
+    assert not clock.start_full
+
+
+def test_what_the_clock_answered_stays_as_it_was() -> None:
+    clock = GenerationClock()
+    answers = []
+    for timestep in (900.0, 800.0, 700.0):
+        clock.tick(torch.tensor(timestep))
+        answers.append((clock.step(), clock.calls(), *clock.told()))
+    assert [(int(step), int(calls), bool(full)) for step, calls, full, _ in answers] == [
+        (0, 1, True),
+        (1, 2, False),
+        (2, 3, False),
+    ]
+    clock.reset()
+    clock.tick(torch.tensor(600.0))
+    assert int(clock.told()[1]) != int(answers[-1][3])
 
 
 def test_branches_have_their_own_time() -> None:

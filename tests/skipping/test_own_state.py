@@ -496,6 +496,14 @@ def test_a_copy_made_inside_exportable_has_its_state_out_of_reach(copy_of: Calla
         assert any(isinstance(part, OwnState) for part in copied.modules())
 
 
+def test_a_shallow_copy_made_inside_exportable_is_refused() -> None:
+    model = Timed()
+    with exportable(model), pytest.raises(RuntimeError, match=r"^LiteAttention: copy\.copy inside lite_attention\.exp"):
+        copy.copy(model.attn)
+    shallow = copy.copy(model.attn)
+    assert shallow.state is model.attn.state
+
+
 def test_exportable_takes_modules() -> None:
     def enter(model: object) -> None:
         with exportable(model):  # type: ignore[arg-type]

@@ -132,7 +132,12 @@ class StateHolder(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for attribute, part in list(self._modules.items()):
-            if isinstance(part, OwnState) and not part.is_exportable:
+            if isinstance(part, OwnState):
+                if part.is_exportable:  # not copied with its holder, and about to leave the tree that both share
+                    raise RuntimeError(
+                        f"{type(self).__name__}: copy.copy inside lite_attention.exportable, expected deepcopy, or "
+                        "copy.copy outside of it"
+                    )
                 del self._modules[attribute]
                 hold(self, attribute, part)
 

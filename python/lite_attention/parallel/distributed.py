@@ -49,11 +49,22 @@ __all__ = ["DistributedLiteAttention"]
 _NAME = "DistributedLiteAttention"
 
 
+@dataclasses.dataclass
+class _ToldThreshold:
+    """What a layer and its ``copy.copy`` were told for all heads; each state has the values of its own heads."""
+
+    threshold: float | tuple[float, ...]
+    per_head: int | None = None
+    """How many values, if one for each head: all that compiled code depends on."""
+
+
 class DistributedLiteAttention(StateHolder):
     """:class:`lite_attention.LiteAttention` whose tokens lie on several ranks.
 
     Every rank calls it with its shard of the tokens, at the same time and with the same other arguments, and gets the
     shard's result. Shards are equally long (:func:`lite_attention.parallel.shards.shard_sequence`).
+
+    ``copy.copy`` shares the states, thresholds and order of heads with the original; ``copy.deepcopy`` has its own.
 
     Args:
         mesh: the ranks that share a sequence; its dimensions are named "ring" and "ulysses", or one of the two. The
@@ -95,6 +106,7 @@ class DistributedLiteAttention(StateHolder):
         self._policy = policy
         hold(self, "head_order", HeadOrder())
         self._turns = HeadTurns(self.ranks.ulysses, head_chunks)
+        self._told = _ToldThreshold(policy.threshold)
         self.set_threshold(policy.threshold)
 
     def forward(
@@ -176,9 +188,9 @@ class DistributedLiteAttention(StateHolder):
         """Heads as they are sent: a share of the key heads for each rank and turn, all in the order of the ranks."""
         heads, kv_heads = query.shape[2], key.shape[2]
         self._check_heads("query", heads)
-        if self._thresholds is not None and self._thresholds != heads:
+        if self._told.per_head is not None and self._told.per_head != heads:
             raise ValueError(
-                f"{_NAME}: threshold has {self._thresholds} values, expected {heads}, one per head of query"
+                f"{_NAME}: threshold has {self._told.per_head} values, expected {heads}, one per head of query"
             )
         if kv_heads % self._turns.shares != 0:
             key, value = (x.repeat_interleave(heads // kv_heads, 2) for x in (key, value))
@@ -226,12 +238,13 @@ class DistributedLiteAttention(StateHolder):
         As :meth:`lite_attention.LiteAttention.set_threshold`.
         """
         values = checked_threshold(f"{_NAME}: threshold", threshold, self._state(0, 0).allows_positive_threshold)
-        if isinstance(values, tuple):
-            self._check_heads("threshold", len(values))
+        per_head = len(values) if isinstance(values, tuple) else None
+        if per_head is not None:
+            self._check_heads("threshold", per_head)
             ordered = self.head_order.meant_for
-            if ordered is not None and len(values) != ordered[0]:
+            if ordered is not None and per_head != ordered[0]:
                 raise ValueError(
-                    f"{_NAME}: threshold has {len(values)} values, expected {ordered[0]}, one per head as when "
+                    f"{_NAME}: threshold has {per_head} values, expected {ordered[0]}, one per head as when "
                     "balance_heads() was called"
                 )
         for turn in range(self.head_chunks):
@@ -241,19 +254,17 @@ class DistributedLiteAttention(StateHolder):
                 of_turn = tuple(values[head] for head in self.head_order.heads(len(values))[start:end])
             for split in range(self.ranks.ring.size):
                 self._state(split, turn).set_threshold(of_turn)
-        self._threshold = values
-        # A count alone, so that compiled code does not depend on the values.
-        self._thresholds = len(values) if isinstance(values, tuple) else None
+        self._told.threshold, self._told.per_head = values, per_head
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
         """The threshold in powers of two: one number, or one for each query head of the whole model."""
-        return self._threshold
+        return self._told.threshold
 
     @property
     def policy(self) -> SkipPolicy:
         """What the layer is told about skipping, as it is now."""
-        return self._policy.with_checked(threshold=self._threshold, enabled=self._state(0, 0).skipping)
+        return self._policy.with_checked(threshold=self._told.threshold, enabled=self._state(0, 0).skipping)
 
     def reset_skip_state(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""
@@ -347,7 +358,7 @@ class DistributedLiteAttention(StateHolder):
             moved = all_gather(torch.cat(words, 1), ulysses, 1)[:, mine]
             for of_turn, new in zip(words, moved.split([old.shape[1] for old in words], 1), strict=True):
                 of_turn.copy_(new)
-        self.set_threshold(self._threshold)
+        self.set_threshold(self._told.threshold)
         return balance
 
     def _agreed_local_heads(self, maps: dict[tuple[int, int], Tensor]) -> int:

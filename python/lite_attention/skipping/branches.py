@@ -19,7 +19,9 @@ class skip_branch:  # noqa: N801 - read as a function, like torch.no_grad
 
     A branch is one independent stream of passes through a layer, for instance the conditional and the unconditional
     pass of sequential guidance. Without it, passes use branch 0. It holds for what this thread or asyncio task calls:
-    others that run at the same time have their own, and a thread that is started inside starts with branch 0.
+    others that run at the same time have their own, and a thread that is started inside starts with branch 0. A
+    generator that yields inside leaves its consumer in the branch, as it does with ``torch.no_grad``: give the layer's
+    ``branch`` there instead. Compiled code may enter branches, by ``with``.
 
     Args:
         branch: 0 to ``MAX_BRANCHES - 1``.

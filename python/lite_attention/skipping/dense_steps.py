@@ -25,6 +25,7 @@ __all__ = ["ClockState", "GenerationClock"]
 
 # Timesteps are compared as integers of this resolution: they come as sigmas from 0 to 1 or as numbers up to a thousand.
 TICKS_PER_UNIT = 2**20
+TIMESTEP_LIMIT = 2**42
 NO_STEP = -1
 NO_SCHEDULE_STEP = -1
 MAX_SCHEDULE_STEPS = 2**16
@@ -159,7 +160,7 @@ class GenerationClock(StateHolder):
 
     @property
     def mixed_calls(self) -> Tensor:
-        """Watched calls so far that may be of another stream than the call before: int64, 0-d."""
+        """Watched calls so far that may be of another stream than the call before: int64, 0-d, written by `tick`."""
         return self.state.mixed_calls
 
     def tick(
@@ -169,7 +170,7 @@ class GenerationClock(StateHolder):
 
         Args:
             timestep: of this call, any shape and numeric dtype. Of several (one for each batch entry, frame or token)
-                the largest counts. May be a sigma.
+                the largest counts. May be a sigma. One that is no number below 2**42 says nothing: the call is dense.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
             watched: whether the call may be of another stream than the branch's call before.
             stream: a number that the calls of one stream share: int64, 0-d. Read where the call is watched; None
@@ -195,7 +196,8 @@ class GenerationClock(StateHolder):
             return
         state = self.state
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
-        now = (timestep.detach().amax().to(torch.float64) * TICKS_PER_UNIT).round().to(torch.int64)
+        units = timestep.detach().to(torch.float64).amax()
+        now = (units * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
         newest, heading, latest = state.newest_generation[0], state.heading[0], state.latest_timestep[0]
         known_stream, moment = state.streams[branch], state.moments[branch]
@@ -216,7 +218,9 @@ class GenerationClock(StateHolder):
         meets = ~is_new & (repeats | changes_stream)
         # Streams that met before another branch began a generation may go on meeting in it.
         mixed = torch.where(ends_watch, 0, state.mixed[branch] + meets)
-        start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0)
+        # Past the limit all timesteps are one integer, and NaN is none: nothing is told from them.
+        is_time = units.abs() < TIMESTEP_LIMIT
+        start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0) | ~is_time
         new_generation = torch.where(begins, state.next_generation, newest)
         new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
         # Everything is computed before anything is written.
@@ -257,7 +261,7 @@ class GenerationClock(StateHolder):
             self.state.schedule_step.fill_(number)
 
     def told(self, branch: int | None = None) -> tuple[Tensor, Tensor]:
-        """``start_full`` and ``generation`` of the branch's latest call, whichever branches other threads run since.
+        """``start_full`` and ``generation`` of the branch's latest call, whichever calls other threads make since.
 
         Args:
             branch: as :meth:`tick` had it.
@@ -266,15 +270,15 @@ class GenerationClock(StateHolder):
             bool and int64, 0-d.
         """
         branch = resolved_branch(branch, "GenerationClock")
-        return self.state.starts[branch] != 0, self.state.generations[branch]
+        return self.state.starts[branch] != 0, self.state.generations[branch].clone()
 
     def calls(self, branch: int | None = None) -> Tensor:
         """How many calls of the branch were noted: int64, 0-d."""
-        return self.state.calls[resolved_branch(branch, "GenerationClock")]
+        return self.state.calls[resolved_branch(branch, "GenerationClock")].clone()
 
     def step(self, branch: int | None = None) -> Tensor:
         """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
-        return self.state.steps[resolved_branch(branch, "GenerationClock")]
+        return self.state.steps[resolved_branch(branch, "GenerationClock")].clone()
 
     def reset(self) -> None:
         """Let the next call of every branch start a new generation, the same for all."""
