@@ -1,10 +1,15 @@
 """Exchanges between ranks, against the same data on one."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 
-from lite_attention.parallel.collectives import all_gather, start_shift
+from lite_attention.parallel.collectives import all_gather, all_reduce, start_shift
 from lite_attention.parallel.exchange import HeadExchange, even_spans, gather_heads, scatter_heads
 from lite_attention.parallel.mesh import sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
@@ -102,6 +107,61 @@ def _gradients(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_travel_back(device: str) -> None:
     run_on_ranks(2, device, _gradients, device)
+
+
+def _transformed() -> list[str]:
+    group = sequence_mesh(mesh_of("cpu", 1, 2), "test").ulysses
+    x, func = torch.randn(2, 3, 4, 8), torch.func
+    there = functools.partial(scatter_heads, group=group)
+    compiled = torch.compile(there, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), there(x))
+
+    def dual(send: Callable[[Tensor], Tensor]) -> None:
+        with forward_ad.dual_level():
+            send(forward_ad.make_dual(x, x))
+
+    leaf = x.clone().requires_grad_()
+    arrived = there(leaf)
+    texts = []
+    for attempt in (
+        lambda: func.jvp(there, (x,), (x,)),
+        lambda: func.grad(lambda x: there(x).sum())(x),
+        lambda: func.vmap(there)(torch.stack([x, x])),
+        lambda: func.jvp(func.vmap(there), (torch.stack([x, x]),), (torch.stack([x, x]),)),
+        lambda: func.vmap(func.grad(lambda x: there(x).sum()))(torch.stack([x, x])),
+        lambda: dual(there),
+        lambda: func.jvp(lambda x: all_gather(x, group, 1), (x,), (x,)),
+        lambda: func.jvp(lambda x: all_reduce(x, group), (x,), (x,)),
+        lambda: torch.autograd.grad(arrived, leaf, torch.stack([arrived, arrived]), is_grads_batched=True),
+        lambda: dual(compiled),
+        lambda: torch.compile(func.vmap(there), backend="eager")(torch.stack([x, x])),
+    ):
+        with pytest.raises(Exception, match="expected none: it would be lost") as raised:
+            attempt()
+        assert "NotImplementedError" in f"{type(raised.value).__name__}: {raised.value}"
+        texts.append(str(raised.value).removeprefix("NotImplementedError: ").partition(", expected")[0])
+    assert torch.equal(compiled(x), there(x))
+    constant = func.jvp(lambda y: there(x) + there(y.detach()) + y.sum(), (x,), (x,))[0]
+    assert torch.equal(constant, 2 * there(x) + x.sum())  # what needs no derivative travels
+    return texts
+
+
+def test_what_an_exchange_would_lose_is_refused_on_every_rank() -> None:
+    tangent, compiled = "has a tangent (torch.func.jvp, torch.autograd.forward_ad)", "compiled code is called, or calls it"
+    texts = [
+        f"HeadExchange: tensor 0 {tangent}",
+        "HeadExchange: tensor 0 has a gradient of a transform of torch.func",
+        "HeadExchange: tensor 0 has samples of torch.func.vmap",
+        "HeadExchange: tensor 0 has samples of torch.func.vmap",
+        "HeadExchange: tensor 0 has a gradient of a transform of torch.func",
+        f"HeadExchange: tensor 0 {tangent}",
+        f"all_gather: x {tangent}",
+        f"all_reduce: x {tangent}",
+        "backward of an exchange between ranks: gradients are batched (is_grads_batched, vectorize)",
+        f"HeadExchange: {compiled}, inside a transform of torch.func or a dual level",
+        f"HeadExchange: {compiled}, inside a transform of torch.func or a dual level",
+    ]
+    assert run_on_ranks(2, "cpu", _transformed) == [texts] * 2
 
 
 def _unlike_each_other(device: str) -> None:

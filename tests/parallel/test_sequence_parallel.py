@@ -15,6 +15,7 @@ import torch.distributed as dist
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
@@ -196,6 +197,61 @@ def _ranges_across_splits(device: str, as_tensors: bool) -> list[float]:
 def test_ranges_and_lengths_count_in_tokens_of_the_whole_sequence(device: str, as_tensors: bool) -> None:
     for fraction, expected in run_on_ranks(2, device, _ranges_across_splits, device, as_tensors):
         assert fraction == pytest.approx(expected)
+
+
+def _far_positions() -> None:
+    mesh = mesh_of("cpu", 2, 1)
+    q, k, v = _passes(CASE, "cpu", 1)[0]
+    layer = DistributedLiteAttention(mesh, threshold=-torch.inf)
+    local = _shards((q, k, v), sequence_mesh(mesh, "test"))
+    for dtype in (torch.int32, torch.int64):
+        farthest = torch.iinfo(dtype)
+        for skipped, seen in (([farthest.min, 256], slice(256, None)), ([256, farthest.max], slice(256))):
+            out, lse = layer(
+                *local, return_softmax_lse=True, must_skip_list=torch.tensor([skipped], dtype=dtype).flip(1)
+            )
+            ranks = sequence_mesh(mesh, "test")
+            expected = attention(q, k[:, seen], v[:, seen])
+            actual = gather_sequence(out, ranks), gather_sequence(lse, ranks, dim=2)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_positions_are_clipped_however_far_they_are() -> None:
+    run_on_ranks(2, "cpu", _far_positions)
+
+
+def _in_a_transform(ring: int, ulysses: int) -> list[str]:
+    mesh = mesh_of("cpu", ring, ulysses)
+    inputs = _shards(_passes(CASE, "cpu", 1)[0], sequence_mesh(mesh, "test"))
+    texts = []
+    for enabled, place in itertools.product([True, False], range(3)):
+        layer = DistributedLiteAttention(mesh, enabled, threshold=THRESHOLD)
+
+        def attend(x: Tensor, layer: DistributedLiteAttention = layer, place: int = place) -> Any:
+            return layer(*inputs[:place], x, *inputs[place + 1 :])
+
+        x = inputs[place]
+
+        def dual(attend: Any = attend, x: Tensor = x) -> None:
+            with forward_ad.dual_level():
+                attend(forward_ad.make_dual(x, x))
+
+        for attempt in (
+            dual,
+            lambda attend=attend, x=x: torch.func.jvp(attend, (x,), (x,)),
+            lambda attend=attend, x=x: torch.func.vmap(attend)(torch.stack([x, x])),
+        ):
+            with pytest.raises(NotImplementedError, match=r".") as raised:
+                attempt()
+            texts.append(str(raised.value).partition(" has ")[0])
+            assert not any(split.used_branches() for split in layer.states.splits)  # type: ignore[operator]
+    return texts
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1)])
+def test_transforms_are_refused_by_name_before_a_pass_counts(ring: int, ulysses: int) -> None:
+    named = [f"DistributedLiteAttention: {name}" for name in ("query", "key", "value") for _ in range(3)]
+    assert run_on_ranks(2, "cpu", _in_a_transform, ring, ulysses) == [named * 2] * 2
 
 
 def _a_rank_without_tokens() -> None:

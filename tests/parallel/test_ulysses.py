@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 
 from lite_attention import attention
 from lite_attention.parallel.mesh import RankGroup, sequence_mesh
 from lite_attention.parallel.ring import blocks_of_ring
 from lite_attention.parallel.shards import Block, block_of, gather_sequence, shard_sequence
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
+from support.inputs import report
 from support.ranks import mesh_of, run_on_ranks
 
 
@@ -42,6 +44,54 @@ def _there_and_home(turns: int, kv_heads: int) -> None:
 @pytest.mark.parametrize(("turns", "kv_heads"), [(1, 8), (2, 4), (4, 8)])
 def test_any_attention_on_two_ranks_is_that_of_one(turns: int, kv_heads: int) -> None:
     run_on_ranks(2, "cpu", _there_and_home, turns, kv_heads)
+
+
+def _misuse() -> str:
+    group = sequence_mesh(mesh_of("cpu", 1, 2), "test").ulysses
+    q, kv = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 8)
+
+    def sent_home(turns: int, calls: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        ulysses = UlyssesPass(HeadTurns(group, turns), q, kv, kv)
+        for turn in range(calls):
+            ulysses.send_home(*(torch.zeros(shape) for shape in shapes[: 1 + turn]))
+        return ulysses.returned()
+
+    def there(x: torch.Tensor, *others: torch.Tensor) -> UlyssesPass:
+        return UlyssesPass(HeadTurns(group), x, *others)
+
+    of_turn = (1, 6, 2, 8)
+    return report(
+        {
+            "key heads that ranks do not divide": lambda: there(torch.zeros(1, 3, 12, 8), *[torch.zeros(1, 3, 3, 8)] * 2),
+            "as many shares as key heads": lambda: UlyssesPass(HeadTurns(group, 4), q, kv, kv),
+            "key heads that are no divisor": lambda: there(q, torch.zeros(1, 3, 6, 8)),
+            "another dtype": lambda: there(q, kv.half()),
+            "another length": lambda: there(q, kv[:, :2]),
+            "dimensions": lambda: there(q[0]),
+            "home too seldom": lambda: sent_home(2, 1, of_turn),
+            "home too often": lambda: sent_home(1, 2, (1, 6, 4, 8), (1, 6, 4, 8)),
+            "other results": lambda: sent_home(2, 2, of_turn, of_turn),
+            "other heads": lambda: sent_home(1, 1, (1, 6, 8, 8)),
+            "without padding": lambda: sent_home(1, 1, (1, 5, 4, 8)),
+        }
+    )
+
+
+def test_misuse_is_named_on_every_rank() -> None:
+    text, same = run_on_ranks(2, "cpu", _misuse)
+    assert text == same
+    assert_expected_inline(text, """\
+key heads that ranks do not divide -> ValueError: HeadTurns: tensor 1 has 3 heads, expected the query's 12, or a divisor of them that the 2 shares of heads divide (2 ranks in 1 turns): repeat the heads of keys and values until they are (repeat_interleave)
+as many shares as key heads -> ValueError: HeadTurns: tensor 1 has 4 heads, expected the query's 8, or a divisor of them that the 8 shares of heads divide (2 ranks in 4 turns): repeat the heads of keys and values until they are (repeat_interleave)
+key heads that are no divisor -> ValueError: HeadTurns: tensor 1 has 6 heads, expected the query's 8, or a divisor of them that the 2 shares of heads divide (2 ranks in 1 turns): repeat the heads of keys and values until they are (repeat_interleave)
+another dtype -> ValueError: UlyssesPass: tensor 1 has dtype torch.float16 on cpu, expected torch.float32 on cpu like the query
+another length -> ValueError: UlyssesPass: tensor 1 has shape [1, 2, 4, 8], expected [1, 3, 4, 8] like the query
+dimensions -> ValueError: UlyssesPass: tensor 0 has 3 dimensions, expected 4, [B, S_local, heads, D]
+home too seldom -> RuntimeError: UlyssesPass: returned() after 1 calls of send_home, expected 2, one for each turn
+home too often -> RuntimeError: UlyssesPass: send_home of turn 1, expected one call for each of the 1 turns
+other results -> ValueError: UlyssesPass: send_home of 2 results, expected 1 as in the turns before
+other heads -> ValueError: UlyssesPass: result 0 of turn 0 has shape [1, 6, 8, 8], expected [1, 6, 4, any]: all tokens, padding too, of this rank's heads
+without padding -> ValueError: UlyssesPass: result 0 of turn 0 has shape [1, 5, 4, 8], expected [1, 6, 4, any]: all tokens, padding too, of this rank's heads""")
 
 
 def test_on_one_rank_nothing_is_copied() -> None:

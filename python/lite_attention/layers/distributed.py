@@ -19,7 +19,7 @@ from lite_attention.layers.forward_context import current_metadata
 from lite_attention.layers.layer import AttentionLayer
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
-from lite_attention.parallel.collectives import all_gather
+from lite_attention.parallel.collectives import all_gather, check_sendable
 from lite_attention.parallel.mesh import get_sequence_parallel_mesh, ulysses_group
 from lite_attention.parallel.shards import check_seq_len
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
@@ -80,6 +80,7 @@ class _DistributedLayer(AttentionLayer):
         """Out to the ranks that have the heads, attention there, and home: this rank's tokens, and all of the text."""
         tokens = q.shape[1] * self._turns.group.size
         original_seq_len = self._checked_seq_len(q, k, original_seq_len, freqs_cis)
+        self._check_sendable(q, k, v, beside, text, freqs_cis)
         metadata: Any = current_metadata()
         impl: Any = self.attn_impl
 
@@ -119,6 +120,22 @@ class _DistributedLayer(AttentionLayer):
         if freqs_cis is not None:
             check_freqs_cis(freqs_cis, original_seq_len, self.head_size, name)
         return original_seq_len
+
+    def _check_sendable(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beside: Sequence[Tensor | None],
+        text: Sequence[Tensor],
+        freqs_cis: FreqsCis | None,
+    ) -> None:
+        if self._turns.group.size == 1:
+            return
+        cos, sin = (None, None) if freqs_cis is None else freqs_cis
+        named = dict(zip(self.travels_beside, beside, strict=True)) if beside else {}
+        named |= zip(("replicated_q", "replicated_k", "replicated_v"), text, strict=False)
+        check_sendable(type(self).__name__, q=q, k=k, v=v, **named, cos=cos, sin=sin)
 
     def _own_heads(self, x: Tensor) -> Tensor:
         return x[:, :, self._turns.of_rank(x.shape[2])]

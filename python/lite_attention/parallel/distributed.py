@@ -24,7 +24,7 @@ from lite_attention.ops import backward_pass
 from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.own_state import StateHolder, hold
-from lite_attention.parallel.collectives import all_gather, all_reduce
+from lite_attention.parallel.collectives import all_gather, all_reduce, check_sendable
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
 from lite_attention.parallel.mesh import sequence_mesh
@@ -147,6 +147,8 @@ class DistributedLiteAttention(StateHolder):
             TypeError, ValueError: an argument does not fit; the text names it.
             RuntimeError: the operator refuses an argument; the text names it. With skipping enabled, inside a backward
                 pass, as for LiteAttention.
+            NotImplementedError: as for LiteAttention; on several ranks with skipping off too where a tensor has a
+                forward-mode derivative or belongs to a transform of torch.func.
         """
         query, key, value = checked_inputs(_NAME, query, key, value, self.max_batch_size)
         if key.shape[1] != query.shape[1]:
@@ -169,6 +171,8 @@ class DistributedLiteAttention(StateHolder):
         )
         if self._state(0, 0).skipping and backward_pass.running:
             backward_pass.refuse(_NAME)  # before ranks wait for each other
+        if self.ranks.shards > 1:
+            check_sendable(_NAME, query=query, key=key, value=value)
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else _SkippedShare()
         passes: list[ComputedPass] = []

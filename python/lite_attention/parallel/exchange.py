@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lite_attention.parallel.collectives import Flight, start_all_to_all
+from lite_attention.parallel.collectives import Flight, check_sendable, start_all_to_all
 from lite_attention.parallel.mesh import RankGroup
 
 __all__ = ["HeadExchange", "Spans", "even_spans", "gather_heads", "scatter_heads", "select_heads"]
@@ -33,6 +33,12 @@ class HeadExchange(NamedTuple):
     spans: tuple[Spans, ...]
     """For each of the tensors. What goes back has the heads of the first."""
 
+    @property
+    def own_heads(self) -> int:
+        """How many heads of the first tensor this rank gets."""
+        start, end = self.spans[0][self.group.rank]
+        return end - start
+
     def start_scatter(self, *tensors: Tensor) -> Flight[list[Tensor]]:
         """Begin to send each rank its heads of the tensors, ``[B, S_local, H of each, D]``.
 
@@ -42,6 +48,7 @@ class HeadExchange(NamedTuple):
         if ranks == 1:  # nothing travels
             own = [_heads(x, *spans[0]) for x, spans in zip(tensors, self.spans, strict=True)]
             return Flight(lambda: own)
+        check_sendable("HeadExchange", **{f"tensor {number}": x for number, x in enumerate(tensors)})
         batch, local, _, _ = tensors[0].shape
         dtype = tensors[0].dtype
         counts = [end - start for start, end in (spans[rank] for spans in self.spans)]
@@ -62,6 +69,7 @@ class HeadExchange(NamedTuple):
         rank, ranks = self.group.rank, self.group.size
         if ranks == 1:
             return Flight(lambda: [x])
+        check_sendable("HeadExchange", result=x)
         batch, local, dtype = x.shape[0], x.shape[1] // ranks, x.dtype
         counts = [end - start for start, end in self.spans[0]]
 

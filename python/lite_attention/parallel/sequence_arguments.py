@@ -86,7 +86,7 @@ class SequenceArguments(NamedTuple):
             "must_do_list": _within(self.must_do, keys),
             "must_skip_list": _within(self.must_skip, keys),
             "must_do_queries": _within(self.must_do_queries, rows),
-            "kv_lens": None if self.kv_lens is None else (self.kv_lens - keys.start).clamp(0, keys.length),
+            "kv_lens": None if self.kv_lens is None else _positions_within(self.kv_lens, keys),
             "branch": self.branch,
             "start_full": self.start_full,
             "generation": self.generation,
@@ -98,6 +98,11 @@ def _within(ranges: CheckedRanges | None, block: Block) -> Ranges | None:
     if ranges is None:
         return None
     if isinstance(ranges, Tensor):
-        return (ranges - block.start).clamp(0, block.length)
+        return _positions_within(ranges, block)
     clipped = [(max(low - block.start, 0), min(high - block.start, block.length)) for low, high in ranges]
     return [position for low, high in clipped if low < high for position in (low, high)]
+
+
+def _positions_within(positions: Tensor, block: Block) -> Tensor:
+    """Limited before they are moved: the farthest that integers can hold would come round at the other end."""
+    return positions.clamp(block.start, block.start + block.length) - block.start
