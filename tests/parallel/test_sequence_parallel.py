@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import pickle
 import time
 from datetime import timedelta
 from typing import Any
@@ -30,7 +31,9 @@ from lite_attention import (
     reference,
     unpack_keep_map,
 )
+from lite_attention.parallel import distributed
 from lite_attention.parallel.collectives import all_gather
+from lite_attention.parallel.head_order import HeadOrder
 from lite_attention.parallel.mesh import SequenceMesh, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from lite_attention.skipping.state import SkipState
@@ -587,6 +590,29 @@ heads after balancing -> ValueError: DistributedLiteAttention: heads of query, a
     )
 
 
+def _loaded_from_each(ring: int, ulysses: int) -> list[bool]:
+    mesh = mesh_of("cpu", ring, ulysses)
+    layer = DistributedLiteAttention(mesh, threshold=[-1.0] * 4)
+    assert copy.deepcopy(layer).ranks == copy.copy(layer).ranks == layer.ranks
+    sent: list[bytes] = [b""] * dist.get_world_size()
+    dist.all_gather_object(sent, pickle.dumps(layer))
+    refused = []
+    for whole in sent:
+        try:
+            assert pickle.loads(whole).ranks == layer.ranks
+            refused.append(False)
+        except RuntimeError as error:
+            assert str(error).startswith("RankGroup: a layer was loaded")
+            refused.append(True)
+    return refused
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1), (2, 2)])
+def test_a_pickled_layer_is_of_the_rank_that_made_it(ring: int, ulysses: int) -> None:
+    for rank, refused in enumerate(run_on_ranks(ring * ulysses, "cpu", _loaded_from_each, ring, ulysses)):
+        assert refused == [other != rank for other in range(ring * ulysses)]
+
+
 def _policies(policy: SkipPolicy) -> list[SkipPolicy]:
     layer = DistributedLiteAttention(mesh_of("cpu", 1, 2), policy=policy)
     return [layer.policy, *(state.policy for state in layer.states.splits)]  # type: ignore[misc]
@@ -662,6 +688,37 @@ def _half_a_pass() -> None:
 
 def test_a_pass_that_fails_between_the_turns_is_remembered_in_none() -> None:
     run_on_ranks(2, "cpu", _half_a_pass)
+
+
+def _half_balanced(ring: int, ulysses: int, head_chunks: int) -> int:
+    mesh = mesh_of("cpu", ring, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    case = Case(query_len=640, kv_len=640, heads=8, kv_heads=8)
+    thresholds = [-30.0, -25.0, -20.0, -15.0, -6.0, -4.0, -2.0, -1.0]
+    layer = DistributedLiteAttention(mesh, threshold=thresholds, head_chunks=head_chunks)
+    *first, last = (_shards(inputs, ranks) for inputs in _passes(case, "cpu", 3))
+    for inputs in first:
+        layer(*inputs)
+    expected = copy.deepcopy(layer)(*last)
+    failures = 0
+    for call in itertools.count(1):
+        failure = _fails_at(distributed, "all_gather", call) if call > 1 else _fails_at(HeadOrder, "planned", 1)
+        with failure:
+            try:
+                layer.balance_heads()
+                break
+            except torch.OutOfMemoryError:
+                failures += 1
+        assert layer.local_heads(8) == list(range(8))[ranks.ulysses.rank * 8 // ulysses :][: 8 // ulysses]
+        assert torch.equal(copy.deepcopy(layer)(*last), expected), call
+    assert layer.local_heads(8) != list(range(8))[ranks.ulysses.rank * 8 // ulysses :][: 8 // ulysses]
+    assert torch.equal(layer(*last), expected)
+    return failures
+
+
+@pytest.mark.parametrize(("ring", "ulysses", "head_chunks"), [(1, 2, 1), (2, 2, 2)])
+def test_balancing_that_fails_changes_nothing(ring: int, ulysses: int, head_chunks: int) -> None:
+    assert min(run_on_ranks(ring * ulysses, "cpu", _half_balanced, ring, ulysses, head_chunks)) >= 2
 
 
 def _chosen_map_after_a_reset() -> None:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention.maps.keep_map import tile_counts
 from lite_attention.ops import backward_pass
 from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
@@ -31,6 +29,7 @@ from lite_attention.parallel.mesh import sequence_mesh
 from lite_attention.parallel.ring import blocks_of_ring, merged_parts
 from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
+from lite_attention.parallel.skipped_share import SkippedShare
 from lite_attention.parallel.splits import SeqParallelLiteAttention
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
 from lite_attention.skipping.arguments import (
@@ -174,7 +173,7 @@ class DistributedLiteAttention(StateHolder):
         if self.ranks.shards > 1:
             check_sendable(_NAME, query=query, key=key, value=value)
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
-        skipped = None if skip_fraction_out is None else _SkippedShare()
+        skipped = None if skip_fraction_out is None else SkippedShare()
         passes: list[ComputedPass] = []
         for turn in range(self.head_chunks):
             q, k, v = ulysses.arrived(turn)
@@ -208,7 +207,7 @@ class DistributedLiteAttention(StateHolder):
         key: Tensor,
         value: Tensor,
         sequence: SequenceArguments,
-        skipped: _SkippedShare | None,
+        skipped: SkippedShare | None,
     ) -> list[ComputedPass]:
         """Attention of this rank's block of queries to each block of keys; these come round one after the other."""
         rank, tokens = self.ranks.ring.rank, query.shape[1]
@@ -331,7 +330,7 @@ class DistributedLiteAttention(StateHolder):
         Every rank keeps as many heads as before. Nothing changes where that would leave the busiest rank less than 5 %
         fewer tiles. Otherwise the maps travel with their heads and later passes send each head where it now belongs;
         only the first such change needs compiled code to be compiled, and graphs to be captured, again.
-        Waits for the device.
+        Waits for the device. Where it raises, nothing has changed on any rank.
 
         Raises:
             RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it.
@@ -352,24 +351,29 @@ class DistributedLiteAttention(StateHolder):
             return balance
         units = itertools.chain.from_iterable(better)
         positions = [unit * per_key + member for unit in units for member in range(per_key)]
-        if self.head_order.move(positions, per_key, kept.device):
-            for state in self.states.splits:
-                state.outdate_captured_graphs()  # type: ignore[operator]
+        order = self.head_order.planned(positions, per_key, kept.device)
         mine = positions[ulysses.rank * local_heads :][:local_heads]
+        moved: list[tuple[Tensor, Tensor]] = []
         for split, branch in with_map:
             # As they lie in the slots, whether they count or not: resets and the count of dense steps stay as they are.
             words = [state.state.map_words(branch, "balance_heads") for state in self._states_of(split)]
-            moved = all_gather(torch.cat(words, 1), ulysses, 1)[:, mine]
-            for of_turn, new in zip(words, moved.split([old.shape[1] for old in words], 1), strict=True):
-                of_turn.copy_(new)
+            of_branch = all_gather(torch.cat(words, 1), ulysses, 1)[:, mine]
+            moved += zip(words, of_branch.split([old.shape[1] for old in words], 1), strict=True)
+        # Every rank has what it needs, memory too, before one of them changes anything: else heads of one order would
+        # meet maps of another, on a rank that failed or between it and the others.
+        self._sum_of_ranks([0.0])
+        if self.head_order.take(order):
+            for state in self.states.splits:
+                state.outdate_captured_graphs()  # type: ignore[operator]
+        for words_of_turn, new in moved:
+            words_of_turn.copy_(new)
         self.set_threshold(self._told.threshold)
         return balance
 
     def _agreed_local_heads(self, maps: dict[tuple[int, int], Tensor]) -> int:
         """How many heads each rank has, which all ranks can tell by their maps."""
         local_heads = next(iter(maps.values())).shape[1] if maps else 0
-        facts = torch.tensor([len(maps) > 0, local_heads], dtype=torch.float32, device=self._device_type)
-        ranks_with_maps, heads_of_all = all_reduce(all_reduce(facts, self.ranks.ulysses), self.ranks.ring).tolist()
+        ranks_with_maps, heads_of_all = self._sum_of_ranks([float(len(maps) > 0), float(local_heads)])
         if ranks_with_maps != self.ranks.shards:
             raise RuntimeError(f"{_NAME}: balance_heads without maps on every rank, expected a skipping pass before")
         heads = int(heads_of_all) // self.ranks.ring.size
@@ -380,25 +384,10 @@ class DistributedLiteAttention(StateHolder):
             )
         return local_heads
 
+    def _sum_of_ranks(self, numbers: list[float]) -> list[float]:
+        """Of all ranks; comes when every one of them has come so far."""
+        own = torch.tensor(numbers, dtype=torch.float32, device=self._device_type)
+        return all_reduce(all_reduce(own, self.ranks.ulysses), self.ranks.ring).tolist()
+
     def _state(self, split: int, turn: int) -> LiteAttention:
         return self.states.splits[split * self.head_chunks + turn]  # type: ignore[return-value]
-
-
-class _SkippedShare:
-    """Which share of their tiles the calls of one pass skip together."""
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[Tensor, int]] = []
-
-    def of_call(self, query: Tensor, keys: int) -> Tensor:
-        """A scalar for one call to write its share to."""
-        fraction = torch.zeros((), dtype=torch.float32, device=query.device)
-        _, rows, heads, head_dim = query.shape
-        self._calls.append((fraction, heads * math.prod(tile_counts(rows, keys, head_dim, query.dtype))))
-        return fraction
-
-    def write_to(self, out: Tensor) -> None:
-        out.zero_()
-        all_tiles = sum(tiles for _, tiles in self._calls)
-        for fraction, tiles in self._calls:
-            out.add_(fraction, alpha=tiles / all_tiles)

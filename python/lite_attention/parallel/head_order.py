@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,15 @@ from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState
 from lite_attention.parallel.exchange import select_heads
 
-__all__ = ["HeadOrder"]
+__all__ = ["HeadOrder", "PlannedOrder"]
+
+
+class PlannedOrder(NamedTuple):
+    """An order that is not in force yet."""
+
+    heads: tuple[int, ...]
+    per_key: int
+    head_at: Tensor
 
 
 class HeadOrder(OwnState):
@@ -72,21 +81,30 @@ class HeadOrder(OwnState):
         """Heads of ``[B, S, H, any]`` from their positions back into the model's order."""
         return x if self._head_at is None else select_heads(x, self._head_at.argsort())
 
-    def move(self, positions: Sequence[int], per_key: int, device: torch.device) -> bool:
-        """Take to each position what stands at ``positions[position]``; ``per_key`` neighbours share a key head.
+    def planned(self, positions: Sequence[int], per_key: int, device: torch.device) -> PlannedOrder:
+        """The order that takes to each position what stands at ``positions[position]``, and all memory it needs.
 
         Args:
+            positions: of the heads; ``per_key`` neighbours share a key head.
+            per_key: query heads of each key head that is sent.
             device: of the heads.
+        """
+        order = self.heads(len(positions))
+        heads = tuple(order[position] for position in positions)
+        with real_tensors():
+            return PlannedOrder(heads, per_key, torch.tensor(heads, dtype=torch.int64, device=device))
+
+    def take(self, planned: PlannedOrder) -> bool:
+        """Make it the order; nothing can be wanting any more.
 
         Returns:
             Whether this changed more than data, so that graphs captured before are out of date.
         """
-        order = self.heads(len(positions))
-        self._heads = tuple(order[position] for position in positions)
-        self.meant_for = len(positions), per_key
-        if self._head_at is None or self._head_at.device != device:
-            self.start_over(device)
-            return True
+        self._heads, self.meant_for = planned.heads, (len(planned.heads), planned.per_key)
         with real_tensors():
-            self._head_at.copy_(torch.tensor(self._heads, dtype=torch.int64))
-        return False
+            if self._head_at is not None and self._head_at.device == planned.head_at.device:
+                self._head_at.copy_(planned.head_at)
+                return False
+            self.outdate_captured_graphs()
+            self.register_buffer("_head_at", planned.head_at, persistent=False)
+            return True

@@ -7,8 +7,9 @@ A forward is traced and captured, and all it needs to know of a mesh are constan
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from lite_attention.scoped_default import ScopedDefault
@@ -28,12 +29,36 @@ ULYSSES = "ulysses"
 
 
 class RankGroup(NamedTuple):
-    """The ranks along one dimension of a mesh, and which of them this process is."""
+    """The ranks along one dimension of a mesh, and which of them this process is.
+
+    Whatever holds it is this rank's own: pickled, it is refused by another rank, which would send and take what belongs
+    to this one.
+    """
 
     name: str
     """torch's name of the process group; empty for a group of one."""
     size: int
     rank: int
+
+    def __deepcopy__(self, memo: object) -> RankGroup:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, tuple(self)
+
+
+def _unpickled(name: str, size: int, rank: int) -> RankGroup:
+    if size > 1:
+        expected = f"expected rank {rank} of {size}, for which it was made: each rank makes layers of its own"
+        try:
+            group = distributed_c10d._resolve_process_group(name)
+        except Exception as error:
+            raise RuntimeError(
+                f"RankGroup: a layer was loaded where there is no process group {name!r}, {expected}, after the mesh"
+            ) from error
+        if (group.size(), group.rank()) != (size, rank):
+            raise RuntimeError(f"RankGroup: a layer was loaded by rank {group.rank()} of {group.size()}, {expected}")
+    return RankGroup(name, size, rank)
 
 
 class SequenceMesh(NamedTuple):
