@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -245,6 +246,27 @@ def test_metadata_as_a_dict_without_copies() -> None:
     assert fields["slot_of_token"] is metadata.slot_of_token
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_another_sparsity_of_metadata_is_another_count_of_blocks(replaced: bool) -> None:
+    q, k, v = qkv()
+    attend, made = layer(DistributedAttention_VSA, VIDEO_SPARSE_ATTN), Metadata(VIDEO_SPARSE_ATTN)
+    metadata = made.of_step(0)
+    made.arguments["VSA_sparsity"] = 0.9
+    expected = made.of_step(0)
+    if replaced:
+        metadata = dataclasses.replace(metadata, VSA_sparsity=0.9)
+    else:
+        metadata.VSA_sparsity = 0.9
+    assert metadata.topk == expected.topk
+    with set_forward_context(0, metadata):
+        out, _ = attend(q, k, v)
+    with set_forward_context(0, expected):
+        assert torch.equal(out, attend(q, k, v)[0])
+    with pytest.raises(ValueError, match=r"sparsity is 2"):
+        metadata.VSA_sparsity = 2
+    assert metadata.VSA_sparsity == 0.9
+
+
 # The forward context.
 
 
@@ -446,8 +468,20 @@ def test_errors_about_metadata_say_what_does_not_fit() -> None:
         ),
         "blocks of other tokens": with_metadata(blocks.of_step(0), sparse, *(x[:, 1:] for x in (q, k, v))),
         "windows without their text": with_metadata(of_windows.of_step(0), sliding, q, k, v),
+        "windows over text": with_metadata(of_windows.of_step(0), sliding, *qkv(TOKENS + TEXT)),
+        "windows of more text": with_metadata(
+            of_windows.of_step(0), sliding, *qkv(TOKENS - 5), None, *qkv(TEXT + 5, seed=1)
+        ),
+        "windows of less text": with_metadata(
+            of_windows.of_step(0), sliding, *qkv(TOKENS + 5), None, *qkv(TEXT - 5, seed=1)
+        ),
+        "windows of one call": with_metadata(
+            of_windows.of_step(0), layer(LocalAttention, SLIDING_TILE_ATTN, prefix="blocks.0"), *qkv(TOKENS)
+        ),
         "windows of fewer layers": with_metadata(of_windows.of_step(0), fourth, q, k, v, None, *text),
-        "windows of more heads": with_metadata(of_windows.of_step(0), half, *(x[:, :, :2] for x in (q, k, v))),
+        "windows of more heads": with_metadata(
+            of_windows.of_step(0), half, *(x[:, :, :2] for x in (q, k, v)), None, *(x[:, :, :2] for x in text)
+        ),
         "latents of two sizes": changed(blocks, raw_latent_shape=(3, 4)),
         "a patch of size 0": changed(blocks, patch_size=(0, 2, 2)),
         "latents smaller than a patch": changed(blocks, raw_latent_shape=(3, 1, 4)),
@@ -469,7 +503,11 @@ blocks with metadata of windows -> TypeError: VIDEO_SPARSE_ATTN: attn_metadata o
 windows with metadata of blocks -> TypeError: SLIDING_TILE_ATTN: attn_metadata of the forward context is of type VideoSparseAttentionMetadata, expected SlidingTileAttentionMetadata: call the model inside set_forward_context(current_timestep, attn_metadata)
 windows with plain metadata -> TypeError: SLIDING_TILE_ATTN: attn_metadata of the forward context is of type AttentionMetadata, expected SlidingTileAttentionMetadata: call the model inside set_forward_context(current_timestep, attn_metadata)
 blocks of other tokens -> ValueError: VIDEO_SPARSE_ATTN: q, k and v have 314 tokens, expected 315, those of the video in attn_metadata. Give the layer original_seq_len where some are padding
-windows without their text -> ValueError: SLIDING_TILE_ATTN: q has 315 tokens, expected 335: 315 of the canvas and 20 of text. Give the layer original_seq_len where some are padding
+windows without their text -> ValueError: SLIDING_TILE_ATTN: q has 315 tokens of video and 0 of text, expected 315, the canvas, and 20. Give the layer original_seq_len where some are padding
+windows over text -> ValueError: SLIDING_TILE_ATTN: q has 335 tokens of video and 0 of text, expected 315, the canvas, and 20. Give the layer original_seq_len where some are padding
+windows of more text -> ValueError: SLIDING_TILE_ATTN: q has 310 tokens of video and 25 of text, expected 315, the canvas, and 20. Give the layer original_seq_len where some are padding
+windows of less text -> ValueError: SLIDING_TILE_ATTN: q has 320 tokens of video and 15 of text, expected 315, the canvas, and 20. Give the layer original_seq_len where some are padding
+windows of one call -> ValueError: SLIDING_TILE_ATTN: q has 315 tokens, expected 335: 315 of the canvas and 20 of text. Give the layer original_seq_len where some are padding
 windows of fewer layers -> ValueError: SLIDING_TILE_ATTN: STA_param has 3 layers, expected one of index 3, that of the layer
 windows of more heads -> ValueError: SLIDING_TILE_ATTN: STA_param has 4 heads, expected 2, those of the layer
 latents of two sizes -> ValueError: VIDEO_SPARSE_ATTN: raw_latent_shape is (3, 4), expected three integers of at least 1: (time, height, width)

@@ -417,6 +417,19 @@ def test_what_a_backend_returns_has_the_shape_of_its_query(linear: str, monkeypa
         made(q, k, v)
 
 
+@pytest.mark.parametrize("layer_class", [DistributedAttention, LocalAttention])
+def test_a_backend_gives_back_the_tokens_that_it_was_given(
+    linear: str, layer_class: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = layer_class(HEADS, HEAD_SIZE, supported_attention_backends=(linear,))
+    monkeypatch.setattr(made.attn_impl, "preprocess_qkv", lambda x, _: x[:, 5:])
+    monkeypatch.setattr(made.attn_impl, "postprocess_output", lambda x, _: x)
+    monkeypatch.setattr(made.attn_impl, "forward", lambda query, *_: query)
+    said = rf"postprocess_output of the backend {linear} returned the shape \[.*, 55, .*\], expected \[.*, 60, .*\]"
+    with pytest.raises(ValueError, match=said):
+        made(*qkv(60))
+
+
 def test_a_layer_on_one_rank_prepares_tokens_for_the_backend_too(linear: str) -> None:
     attend = layer(LocalAttention, linear)
     q, k, v = qkv(30)

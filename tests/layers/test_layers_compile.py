@@ -11,21 +11,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from lite_attention import LiteAttention
+from lite_attention import LiteAttention, exportable
 from lite_attention.layers import (
     AttentionBackendEnum,
     AttentionImpl,
     AttentionMetadata,
     Backend,
     DistributedAttention,
+    DistributedAttention_VSA,
     LocalAttention,
     PlainMetadataBuilder,
     get_forward_context,
     register_attention_backend,
     set_forward_context,
 )
-from support.layer_models import HEAD_SIZE, HEADS, STEPS, DiT, Metadata, text, video
+from support.layer_models import HEAD_SIZE, HEADS, STEPS, TOKENS, DiT, Metadata, text, video
 
 TORCH_SDPA, LITE_ATTN, VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN = BACKENDS = list(AttentionBackendEnum)[:4]
 on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -268,3 +270,52 @@ def test_threads_in_compiled_code_see_their_own_metadata(scaled: Any) -> None:
         assert call() == 100
     assert seen == {scale: 5 * [2.0 * scale] for scale in range(1, 4)}
     assert counter.frame_count == 1
+
+
+def recorded_by(recorder: str, model: nn.Module, inputs: list[Tensor]) -> Callable[..., Any]:
+    if recorder == "make_fx":
+        return make_fx(lambda *inputs: model(*inputs))(*inputs)
+    if recorder == "torch.jit.trace":
+        return torch.jit.trace(lambda *inputs: model(*inputs), tuple(inputs), check_trace=False)
+    with exportable(model):
+        return torch.export.export(model, tuple(inputs), strict=recorder == "strict").module()
+
+
+@pytest.mark.parametrize("recorder", ["strict", "torch.export", "make_fx", "torch.jit.trace"])
+@pytest.mark.parametrize("backend", [VIDEO_SPARSE_ATTN, SLIDING_TILE_ATTN], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("layer_class", [DistributedAttention, LocalAttention])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_no_program_keeps_the_metadata_of_one_step(recorder: str, backend: Any, layer_class: Any) -> None:
+    tokens = {"text_tokens": 0, "text_length": None} if backend is SLIDING_TILE_ATTN else {}
+    layer_class = DistributedAttention_VSA if backend is VIDEO_SPARSE_ATTN else layer_class
+    attend = layer_class(HEADS, HEAD_SIZE, supported_attention_backends=(backend,), prefix="blocks.0")
+    metadata = Metadata(backend)
+    metadata.arguments |= tokens
+    inputs = [torch.randn(1, TOKENS, HEADS, HEAD_SIZE) for _ in range(3)]
+    said = f"{type(attend).__name__}: {'torch.export' if recorder == 'strict' else recorder} would keep the metadata"
+    with set_forward_context(0, metadata.of_step(0)):
+        attend(*inputs)
+        with pytest.raises(NotImplementedError, match=said):
+            recorded_by(recorder, attend, inputs)
+        attend(*inputs)
+
+
+class TellsTheStep(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + get_forward_context().current_timestep
+
+
+@pytest.mark.parametrize("recorder", ["strict", "torch.export", "make_fx", "torch.jit.trace"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_no_program_keeps_the_forward_context_of_one_step(recorder: str) -> None:
+    with set_forward_context(3, None), pytest.raises(NotImplementedError, match=r"get_forward_context: .* would keep"):
+        recorded_by(recorder, TellsTheStep(), [torch.zeros(2)])
+
+
+@pytest.mark.parametrize("recorder", ["strict", "torch.export", "make_fx"])
+def test_layers_that_read_no_metadata_are_recorded_among_those_that_do(recorder: str) -> None:
+    attend = LocalAttention(HEADS, HEAD_SIZE, supported_attention_backends=(TORCH_SDPA,))
+    inputs = [torch.randn(1, TOKENS, HEADS, HEAD_SIZE) for _ in range(3)]
+    with set_forward_context(0, Metadata(VIDEO_SPARSE_ATTN).of_step(0)):
+        program = recorded_by(recorder, attend, inputs)
+    torch.testing.assert_close(program(*inputs), attend(*inputs))

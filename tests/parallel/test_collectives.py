@@ -147,7 +147,10 @@ def _transformed() -> list[str]:
 
 
 def test_what_an_exchange_would_lose_is_refused_on_every_rank() -> None:
-    tangent, compiled = "has a tangent (torch.func.jvp, torch.autograd.forward_ad)", "compiled code is called, or calls it"
+    tangent, compiled = (
+        "has a tangent (torch.func.jvp, torch.autograd.forward_ad)",
+        "compiled code is called, or calls it",
+    )
     texts = [
         f"HeadExchange: tensor 0 {tangent}",
         "HeadExchange: tensor 0 has a gradient of a transform of torch.func",

@@ -62,7 +62,9 @@ def _misuse() -> str:
     of_turn = (1, 6, 2, 8)
     return report(
         {
-            "key heads that ranks do not divide": lambda: there(torch.zeros(1, 3, 12, 8), *[torch.zeros(1, 3, 3, 8)] * 2),
+            "key heads that ranks do not divide": lambda: there(
+                torch.zeros(1, 3, 12, 8), *[torch.zeros(1, 3, 3, 8)] * 2
+            ),
             "as many shares as key heads": lambda: UlyssesPass(HeadTurns(group, 4), q, kv, kv),
             "key heads that are no divisor": lambda: there(q, torch.zeros(1, 3, 6, 8)),
             "another dtype": lambda: there(q, kv.half()),
@@ -80,7 +82,9 @@ def _misuse() -> str:
 def test_misuse_is_named_on_every_rank() -> None:
     text, same = run_on_ranks(2, "cpu", _misuse)
     assert text == same
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 key heads that ranks do not divide -> ValueError: HeadTurns: tensor 1 has 3 heads, expected the query's 12, or a divisor of them that the 2 shares of heads divide (2 ranks in 1 turns): repeat the heads of keys and values until they are (repeat_interleave)
 as many shares as key heads -> ValueError: HeadTurns: tensor 1 has 4 heads, expected the query's 8, or a divisor of them that the 8 shares of heads divide (2 ranks in 4 turns): repeat the heads of keys and values until they are (repeat_interleave)
 key heads that are no divisor -> ValueError: HeadTurns: tensor 1 has 6 heads, expected the query's 8, or a divisor of them that the 2 shares of heads divide (2 ranks in 1 turns): repeat the heads of keys and values until they are (repeat_interleave)
@@ -89,9 +93,10 @@ another length -> ValueError: UlyssesPass: tensor 1 has shape [1, 2, 4, 8], expe
 dimensions -> ValueError: UlyssesPass: tensor 0 has 3 dimensions, expected 4, [B, S_local, heads, D]
 home too seldom -> RuntimeError: UlyssesPass: returned() after 1 calls of send_home, expected 2, one for each turn
 home too often -> RuntimeError: UlyssesPass: send_home of turn 1, expected one call for each of the 1 turns
-other results -> ValueError: UlyssesPass: send_home of 2 results, expected 1 as in the turns before
+other results -> ValueError: UlyssesPass: send_home of 2 results, expected 1 as in turn 0
 other heads -> ValueError: UlyssesPass: result 0 of turn 0 has shape [1, 6, 8, 8], expected [1, 6, 4, any]: all tokens, padding too, of this rank's heads
-without padding -> ValueError: UlyssesPass: result 0 of turn 0 has shape [1, 5, 4, 8], expected [1, 6, 4, any]: all tokens, padding too, of this rank's heads""")
+without padding -> ValueError: UlyssesPass: result 0 of turn 0 has shape [1, 5, 4, 8], expected [1, 6, 4, any]: all tokens, padding too, of this rank's heads""",
+    )
 
 
 def test_on_one_rank_nothing_is_copied() -> None:

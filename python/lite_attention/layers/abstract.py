@@ -131,7 +131,7 @@ class AttentionImpl(ABC, Generic[MetadataT]):
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: MetadataT) -> Tensor:
-        """Attention.
+        """Attention, of a layer that cannot tell text from video.
 
         Args:
             query: ``[B, Sq, Hq, D]``.
@@ -145,9 +145,9 @@ class AttentionImpl(ABC, Generic[MetadataT]):
     def forward_with_text(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: MetadataT, text_tokens: int
     ) -> Tensor:
-        """As forward, where the last ``text_tokens`` of query, key and value are no video.
+        """As forward, where the last ``text_tokens`` of query, key and value are no video: 0 where a call has no text.
 
-        Backends to which all tokens are alike leave it as it is.
+        What DistributedAttention calls. Backends to which all tokens are alike leave it as it is.
         """
         return self.forward(query, key, value, attn_metadata)
 

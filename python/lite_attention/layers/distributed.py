@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lite_attention.layers.forward_context import current_metadata
 from lite_attention.layers.layer import AttentionLayer
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
@@ -78,10 +77,10 @@ class _DistributedLayer(AttentionLayer):
         freqs_cis: FreqsCis | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Out to the ranks that have the heads, attention there, and home: this rank's tokens, and all of the text."""
+        metadata: Any = self._metadata()
         tokens = q.shape[1] * self._turns.group.size
         original_seq_len = self._checked_seq_len(q, k, original_seq_len, freqs_cis)
         self._check_sendable(q, k, v, beside, text, freqs_cis)
-        metadata: Any = current_metadata()
         impl: Any = self.attn_impl
 
         ulysses = UlyssesPass(self._turns, q, k, v, *(x for x in beside if x is not None))
@@ -91,18 +90,21 @@ class _DistributedLayer(AttentionLayer):
         q, k, v, *arrived = (impl.preprocess_qkv(x, metadata) for x in video)
 
         text_out = None
-        if text:
-            video_tokens, text_tokens = q.shape[1], text[0].shape[1]
-            q, k, v = (torch.cat([x, self._own_heads(y)], 1) for x, y in zip((q, k, v), text, strict=True))
-            out = self._checked_out(impl.forward_with_text(q, k, v, metadata, text_tokens), q)
-            text_out = all_gather(out[:, video_tokens:], self._turns.group, 2)
-            out = out[:, :video_tokens]
-        else:
+        if self.travels_beside:
             rest = iter(arrived)
-            beside = [None if x is None else next(rest) for x in beside]
-            out = self._checked_out(impl.forward(q, k, v, *beside, metadata), q)
-
+            out = impl.forward(q, k, v, *(None if x is None else next(rest) for x in beside), metadata)
+            self._check_out("forward of the backend", out, q.shape)
+        else:
+            video_tokens, text_tokens = q.shape[1], text[0].shape[1] if text else 0
+            if text:
+                q, k, v = (torch.cat([x, self._own_heads(y)], 1) for x, y in zip((q, k, v), text, strict=True))
+            out = impl.forward_with_text(q, k, v, metadata, text_tokens)
+            self._check_out("forward_with_text of the backend", out, q.shape)
+            if text:
+                text_out = all_gather(out[:, video_tokens:], self._turns.group, 2)
+                out = out[:, :video_tokens]
         out = impl.postprocess_output(out, metadata)
+        self._check_out("postprocess_output of the backend", out, video[0].shape)
         if tokens > original_seq_len:
             out = F.pad(out, (0, 0, 0, 0, 0, tokens - original_seq_len))
         ulysses.send_home(out)

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
 from lite_attention.layers.abstract import AttentionMetadata
 from lite_attention.ops.context import Scoped
 
-__all__ = ["ForwardContext", "current_metadata", "get_forward_context", "set_forward_context"]
+__all__ = ["ForwardContext", "check_not_recorded", "current_metadata", "get_forward_context", "set_forward_context"]
 
 
 @dataclass
@@ -38,7 +41,7 @@ def set_forward_context(
     as long as its tensors keep their shapes, and the constants that a backend reads their values.
 
     Args:
-        current_timestep: the step; layers do not read it.
+        current_timestep: the step; layers do not read it: what they do is what ``attn_metadata`` was built for.
         attn_metadata: made by the builder of the layers' backend; None where that needs none.
         forward_batch: anything else that belongs to the step; layers do not read it.
 
@@ -59,7 +62,9 @@ def get_forward_context() -> ForwardContext:
 
     Raises:
         RuntimeError: there is none.
+        NotImplementedError: a program that torch.export, torch.jit.trace or make_fx makes would keep this one.
     """
+    check_not_recorded("get_forward_context")
     context = _context.current
     if context is None:
         raise RuntimeError("get_forward_context: no forward context is set, expected a call inside set_forward_context")
@@ -70,3 +75,26 @@ def current_metadata() -> AttentionMetadata | None:
     """The metadata of the forward context, None where there is neither."""
     context = _context.current
     return None if context is None else context.attn_metadata
+
+
+@torch.compiler.assume_constant_result  # the error is then raised by the trace, with its own words
+def check_not_recorded(caller: str) -> None:
+    """That nobody makes a program of this call, which would hold the metadata of this step for every other one.
+
+    Raises:
+        NotImplementedError: someone does; the text begins with ``caller``.
+    """
+    recorder = (
+        "torch.export"
+        if torch.compiler.is_exporting()
+        else "torch.jit.trace"
+        if torch._C._get_tracing_state()
+        else "make_fx"
+        if get_proxy_mode() is not None
+        else None
+    )
+    if recorder is not None:
+        raise NotImplementedError(
+            f"{caller}: {recorder} would keep the metadata of this forward context for all steps, expected "
+            "torch.compile, which reads those of each call"
+        )

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lite_attention.layers.forward_context import current_metadata
+from lite_attention.layers.abstract import AttentionMetadata
+from lite_attention.layers.forward_context import check_not_recorded, current_metadata
 from lite_attention.layers.registry import AttentionBackendEnum, BackendName, known_name, own_arguments
 from lite_attention.layers.rotary import FreqsCis, check_freqs_cis, with_rotary_embedding
 from lite_attention.layers.selector import get_attn_backend
@@ -63,6 +64,7 @@ class AttentionLayer(nn.Module):
             head_size, self.dtype, supported_attention_backends, default_backend=self.default_backend
         )
         self.backend = known_name(backend.get_name(), type(self).__name__)
+        self._reads_metadata = backend.get_metadata_cls() is not AttentionMetadata
         impl_class = backend.get_impl_cls()
         if impl_class.travels_beside != self.travels_beside:
             raise ValueError(
@@ -113,14 +115,20 @@ class AttentionLayer(nn.Module):
             raise TypeError(f"{type(self).__name__}: {name} has dtype {x.dtype}, expected {expected}")
         return x
 
-    def _checked_out(self, out: Tensor, query: Tensor) -> Tensor:
-        """What the backend returned, if it has the shape that its query had."""
-        if out.shape != query.shape:
+    def _check_out(self, who: str, out: Tensor, expected: torch.Size) -> None:
+        """That the backend returned the shape of its query, and of the tokens that the layer gave it."""
+        if out.shape != expected:
             raise ValueError(
-                f"{type(self).__name__}: the backend {self._name()} returned the shape {list(out.shape)}, expected "
-                f"{list(query.shape)} like its query"
+                f"{type(self).__name__}: {who} {self._name()} returned the shape {list(out.shape)}, expected "
+                f"{list(expected)} like its query"
             )
-        return out
+
+    def _metadata(self) -> AttentionMetadata | None:
+        """Those of the forward context, where nobody records them as if they held for every step."""
+        metadata = current_metadata()
+        if metadata is not None and self._reads_metadata:
+            check_not_recorded(type(self).__name__)
+        return metadata
 
     def _name(self) -> str:
         return self.backend.name if isinstance(self.backend, AttentionBackendEnum) else self.backend
@@ -190,11 +198,15 @@ class LocalAttention(AttentionLayer):
             RuntimeError, TypeError, ValueError: an argument does not fit; the text names it.
         """
         q, k, v = self._checked_qkv(q, k, v)
-        metadata: Any = current_metadata()
+        metadata: Any = self._metadata()
         if freqs_cis is not None:
             for x in (q, k):
                 check_freqs_cis(freqs_cis, x.shape[1], self.head_size, type(self).__name__)
             q, k = (with_rotary_embedding(x, freqs_cis) for x in (q, k))
+        given = q.shape
         q, k, v = (self.attn_impl.preprocess_qkv(x, metadata) for x in (q, k, v))
-        out = self._checked_out(self.attn_impl.forward(q, k, v, metadata), q)
-        return self.attn_impl.postprocess_output(out, metadata)
+        out = self.attn_impl.forward(q, k, v, metadata)
+        self._check_out("forward of the backend", out, q.shape)
+        out = self.attn_impl.postprocess_output(out, metadata)
+        self._check_out("postprocess_output of the backend", out, given)
+        return out

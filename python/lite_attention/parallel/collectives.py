@@ -1,8 +1,8 @@
 """torch's functional collectives between the ranks of a group, and transfers that attention can overlap.
 
 They are torch's own ``_c10d_functional`` operators (NCCL on GPUs, gloo on CPUs): a compiled forward traces them, a CUDA
-graph captures them, gradients of a backward flow through them. The transforms of torch.func and forward-mode derivatives do
-not: torch would give wrong results without a word, so they are refused.
+graph captures them, gradients of a backward flow through them. In the transforms of torch.func and of forward-mode
+derivatives torch would give wrong results without a word, so they are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lite_attention.parallel.mesh import RankGroup
 __all__ = ["Flight", "all_gather", "all_reduce", "check_sendable", "start_all_to_all", "start_shift"]
 
 _COLLECTIVES = torch.ops._c10d_functional
-_LEGACY_BATCHED = torch._C._parse_dispatch_key("Batched")
 
 Landed = TypeVar("Landed")
 
@@ -40,7 +39,7 @@ def check_sendable(caller: str, **tensors: Tensor | None) -> None:
 
     Raises:
         NotImplementedError: one has a tangent (torch.func.jvp, torch.autograd.forward_ad), a gradient of a transform of
-            torch.func, or samples of torch.func.vmap. Compiled code, which cannot look, is refused wherever they may be.
+            torch.func, or samples of torch.func.vmap. Compiled code cannot look: it is refused wherever they may be.
     """
     may_have_tangents = forward_ad._current_level >= 0  # read here, so that compiled code is guarded on it
     if torch.compiler.is_compiling():
@@ -124,6 +123,6 @@ def _arrived(flying: Tensor) -> Tensor:
 
 def _check_gradient(gradient: Tensor) -> None:
     """Gradients go the same way back. Those of torch.autograd.grad(is_grads_batched=True) are in a vmap of its own."""
-    if torch._C._dispatch_keys(gradient).has(_LEGACY_BATCHED):
+    if torch._C._dispatch_keys(gradient).has("Batched"):
         _refuse("backward of an exchange between ranks: gradients are batched (is_grads_batched, vectorize)")
     check_sendable("backward of an exchange between ranks", gradient=gradient)

@@ -51,7 +51,7 @@ def _unpickled(name: str, size: int, rank: int) -> RankGroup:
     if size > 1:
         expected = f"expected rank {rank} of {size}, for which it was made: each rank makes layers of its own"
         try:
-            group = distributed_c10d._resolve_process_group(name)
+            group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
         except Exception as error:
             raise RuntimeError(
                 f"RankGroup: a layer was loaded where there is no process group {name!r}, {expected}, after the mesh"

@@ -95,7 +95,7 @@ class UlyssesPass:
             raise RuntimeError(f"UlyssesPass: send_home of turn {turn}, expected one call for each of the {turn} turns")
         if turn > 0 and len(results) != len(self._home[0]):
             raise ValueError(
-                f"UlyssesPass: send_home of {len(results)} results, expected {len(self._home[0])} as in the turns before"
+                f"UlyssesPass: send_home of {len(results)} results, expected {len(self._home[0])} as in turn 0"
             )
         exchange = self._exchanges[turn]
         expected = [self._local[0], self._local[1] * self._ranks, exchange.own_heads]
@@ -136,7 +136,9 @@ def _check_alike(tensors: Sequence[Tensor]) -> None:
             )
         expected = [*query.shape[:2], x.shape[2], query.shape[3]]
         if not equals_any(list(x.shape), expected):
-            raise ValueError(f"UlyssesPass: tensor {number} has shape {list(x.shape)}, expected {expected} like the query")
+            raise ValueError(
+                f"UlyssesPass: tensor {number} has shape {list(x.shape)}, expected {expected} like the query"
+            )
 
 
 def _joined(by_turn: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -18,7 +18,7 @@ from lite_attention.maps.kept import KeptTensors, current_place
 from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.maps.video_tiles import Size, VideoTiles, check_size
 from lite_attention.ops.backends import supported_dtypes
-from lite_attention.ops.checks import checked_int
+from lite_attention.ops.checks import checked_int, equals_any
 from lite_attention.ops.modes import ordinary_tensors
 from lite_attention.ops.own_state import OwnState, StateHolder, hold
 
@@ -269,10 +269,29 @@ class SlidingTileAttentionImpl(StateHolder, AttentionImpl[SlidingTileAttentionMe
         """Use the windows of these heads."""
         self._heads = first, count
 
+    def forward_with_text(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_metadata: SlidingTileAttentionMetadata | None,
+        text_tokens: int,
+    ) -> Tensor:
+        """The same, of a call that says how many tokens are text."""
+        layout = expect_metadata(_NAME, attn_metadata, SlidingTileAttentionMetadata).layout
+        video_tokens = query.shape[1] - text_tokens
+        if not equals_any((video_tokens, text_tokens), (layout.image_tokens, layout.text_tokens)):
+            raise ValueError(
+                f"{_NAME}: q has {video_tokens} tokens of video and {text_tokens} of text, expected "
+                f"{layout.image_tokens}, the canvas, and {layout.text_tokens}. Give the layer original_seq_len where "
+                "some are padding"
+            )
+        return self.forward(query, key, value, attn_metadata)
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata | None
     ) -> Tensor:
-        """Attention through the windows of this layer and step."""
+        """Attention through the windows of this layer and step; text, where the metadata know of some, comes last."""
         metadata = expect_metadata(_NAME, attn_metadata, SlidingTileAttentionMetadata)
         layers, heads = metadata.window_of_head.shape
         if heads != self.num_heads:

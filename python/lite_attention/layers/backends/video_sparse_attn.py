@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class VideoSparseAttentionMetadata(AttentionMetadata):
     """The blocks of a video. Under torch.compile another ``topk`` is another graph."""
 
     VSA_sparsity: float
-    topk: int
+    """May be assigned; ``topk`` follows."""
+    topk: int = field(init=False)
     """Blocks of keys for each block of queries."""
     slots: int
     """Padded length: blocks times the tokens of a whole one."""
@@ -44,6 +46,14 @@ class VideoSparseAttentionMetadata(AttentionMetadata):
     """int64 ``[tokens]``: where each token, in raster order, lies among the slots."""
     variable_block_sizes: Tensor
     """int32 ``[blocks]``: how many tokens each block has."""
+
+    def __post_init__(self) -> None:
+        self.topk = topk_of_sparsity(self.VSA_sparsity, self.variable_block_sizes.shape[0])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "VSA_sparsity" and hasattr(self, "variable_block_sizes"):
+            self.topk = topk_of_sparsity(value, self.variable_block_sizes.shape[0])
+        super().__setattr__(name, value)
 
 
 class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAttentionMetadata]):
@@ -91,7 +101,6 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             VSA_sparsity=VSA_sparsity,
-            topk=topk_of_sparsity(VSA_sparsity, tiles.number),
             slots=tiles.number * tiles.volume,
             slot_of_token=tiles.raster_slots(tiles.volume, device),
             variable_block_sizes=tiles.sizes(device),
