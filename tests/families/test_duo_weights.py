@@ -1,8 +1,11 @@
 """Weights by kind of head: a reordered model computes what it did, and every weight comes back."""
 
 import copy
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,6 +109,42 @@ def test_a_copy_of_a_reordered_model_knows_that_it_is_one() -> None:
         reorder(twin)
     restore_weights(twin)
     assert_same_weights(twin, before)
+
+
+@pytest.mark.parametrize("call", [1, 3, 7])
+def test_a_permutation_that_fails_midway_leaves_the_model_as_it_was(call: int) -> None:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    for change in (lambda: reorder(model), lambda: restore_weights(model)):
+        weights = copy.deepcopy(model.state_dict())
+        real, calls = torch.index_select, itertools.count(1)
+
+        def index_select(*args: Any, real: Any = real, calls: Any = calls, **options: Any) -> Any:
+            if next(calls) == call:
+                raise torch.OutOfMemoryError("no memory")
+            return real(*args, **options)
+
+        with mock.patch.object(torch, "index_select", index_select), pytest.raises(torch.OutOfMemoryError):
+            change()
+        assert_same_weights(model, weights)
+        change()
+    assert_same_weights(model, before)
+
+
+def test_a_reordered_model_refuses_weights_whose_order_nobody_knows() -> None:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    reorder(model)
+    reordered = copy.deepcopy(model.state_dict())
+    for which in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"load_state_dict: the weights of model.layers.0.self_attn are reordered"):
+            which.load_state_dict(before)
+        assert_same_weights(which, reordered)
+        which.load_state_dict({"lm_head.weight": before["lm_head.weight"]}, strict=False)
+        restore_weights(which)
+        which.load_state_dict(before)
+        reorder(which)
+        assert_same_weights(which, reordered)
 
 
 def test_an_error_leaves_the_model_as_it_was() -> None:

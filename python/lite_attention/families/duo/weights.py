@@ -5,7 +5,7 @@ Plain torch modules are walked here, whoever's model they make up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,9 @@ HEAD_ORDER = "duo_head_order"
 # What its query heads see, int32 [query heads, 2]: see lite_attention.families.streaming.head_windows.
 HEAD_WINDOWS = "duo_head_windows"
 
+# Refuses weights of another order, as long as there is an order.
+_LOAD_HOOK = "duo_load_hook"
+
 HeadTable = Tensor | Sequence[Sequence[int]]
 
 
@@ -47,7 +50,8 @@ def reorder_weights(
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
     the rows of the query, key and value projections and of norms over all heads, biases included, and the columns of
-    the output projection. The permutation stays with the attention modules (an attribute that is not saved).
+    the output projection. The permutation stays with the attention modules (an attribute that is not saved): they refuse
+    load_state_dict until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
 
     Args:
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
@@ -95,9 +99,10 @@ def reorder_weights(
         for (name, attention), order in zip(layers.items(), orders, strict=True)
     ]
     _refuse_shared(caller, model, layers, plans)
-    for attention, order, plan in zip(layers.values(), orders, plans, strict=True):
-        _permute(plan)
+    _permute(plans)
+    for attention, order in zip(layers.values(), orders, strict=True):
         setattr(attention, HEAD_ORDER, order)
+        setattr(attention, _LOAD_HOOK, attention.register_load_state_dict_pre_hook(_refuse_load))
     full: list[int] = (table.sum(-1) * query_heads.shape[1]).tolist()
     return full
 
@@ -124,9 +129,19 @@ def restore_weights(model: nn.Module) -> None:
         back = order.flatten().argsort().view(-1, group)
         plans.append(_permutations(f"{caller}: {name}", attention, back, None, None))
     _refuse_shared(caller, model, layers, plans)
-    for attention, plan in zip(layers.values(), plans, strict=True):
-        _permute(plan)
+    _permute(plans)
+    for attention in layers.values():
         delattr(attention, HEAD_ORDER)
+        getattr(attention, _LOAD_HOOK).remove()
+        delattr(attention, _LOAD_HOOK)
+
+
+def _refuse_load(attention: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    if hasattr(attention, HEAD_ORDER) and any(name.startswith(prefix) for name in state_dict):
+        raise RuntimeError(
+            f"load_state_dict: the weights of {prefix.removesuffix('.')} are reordered, and the order of those given "
+            "cannot be told, expected duo.restore_weights before, and duo.reorder_weights after"
+        )
 
 
 class _Permutation(NamedTuple):
@@ -138,10 +153,32 @@ class _Permutation(NamedTuple):
     order: Tensor
 
 
-def _permute(plan: list[_Permutation]) -> None:
-    for _, tensor, dim, order in plan:
-        blocks = tensor.unflatten(dim, (len(order), -1)).index_select(dim, order.to(tensor.device))
-        tensor.copy_(blocks.flatten(dim, dim + 1))
+def _permute(plans: list[list[_Permutation]]) -> None:
+    """All of them or, where one fails, none: a model of which some heads have moved computes something else."""
+    todo = [one._replace(order=one.order.to(one.tensor.device)) for plan in plans for one in plan]
+    # The memory for the largest weight, before anything moves.
+    room: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for one in todo:
+        kind = one.tensor.device, one.tensor.dtype
+        if kind not in room or room[kind].numel() < one.tensor.numel():
+            room[kind] = one.tensor.new_empty(one.tensor.numel())
+    done: list[_Permutation] = []
+    try:
+        for one in todo:
+            _permute_one(one, room)
+            done.append(one)
+    except BaseException:
+        for one in done:
+            _permute_one(one._replace(order=one.order.argsort()), room)
+        raise
+
+
+def _permute_one(one: _Permutation, room: dict[tuple[torch.device, torch.dtype], Tensor]) -> None:
+    _, tensor, dim, order = one
+    blocks = tensor.unflatten(dim, (len(order), -1))
+    new = room[tensor.device, tensor.dtype][: tensor.numel()].view(blocks.shape)
+    torch.index_select(blocks, dim, order, out=new)
+    tensor.copy_(new.flatten(dim, dim + 1))
 
 
 def _permutations(
