@@ -137,7 +137,9 @@ def test_a_reordered_model_refuses_weights_whose_order_nobody_knows() -> None:
     reorder(model)
     reordered = copy.deepcopy(model.state_dict())
     for which in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(RuntimeError, match=r"load_state_dict: the weights of model.layers.0.self_attn are reordered"):
+        with pytest.raises(
+            RuntimeError, match=r"load_state_dict: the weights of model.layers.0.self_attn are reordered"
+        ):
             which.load_state_dict(before)
         assert_same_weights(which, reordered)
         which.load_state_dict({"lm_head.weight": before["lm_head.weight"]}, strict=False)

@@ -255,6 +255,9 @@ def test_each_input_may_be_mapped_over_alone(mapped: str) -> None:
     results = torch.func.vmap(lambda x: run(Video(), **inputs | {mapped: x}))(both)
     for result, x in zip(results, both, strict=True):
         torch.testing.assert_close(result, run(Video(), **inputs | {mapped: x}))
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(lambda x: run(Video(), **inputs | {mapped: x})), backend="eager")
+    torch.testing.assert_close(compiled(both), results)
 
 
 # Compiling

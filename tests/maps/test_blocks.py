@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from lite_attention import attention, top_k_map, unpack_keep_map
 from lite_attention.maps.blocks import (
@@ -136,33 +139,51 @@ def test_autocast_changes_no_score_and_no_choice(compiled: bool, device: str) ->
         assert torch.equal(result, wanted)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("device_and_trace", ["eager", "compiled"])
+def as_vmapped(function: Callable[..., Tensor], x: Tensor, sizes: Tensor) -> Tensor:
+    return torch.func.vmap(function, in_dims=(None, 0))(x, sizes[None])
+
+
+def as_traced(function: Callable[..., Tensor], x: Tensor, sizes: Tensor) -> Tensor:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="eager", fullgraph=True)(x, sizes)
+
+
+def as_recorded(function: Callable[..., Tensor], x: Tensor, sizes: Tensor) -> Tensor:
+    return make_fx(function)(x, torch.full_like(sizes, 64))(x, sizes)
+
+
+def as_counted(function: Callable[..., Tensor], x: Tensor, sizes: Tensor) -> Tensor:
+    with FlopCounterMode(display=False):
+        return function(x, sizes)
+
+
+@pytest.mark.parametrize("way", [as_vmapped, as_traced, as_recorded, as_counted])
 @pytest.mark.parametrize("size", [-3, 0, 65, 10**6])
-def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_elsewhere(
-    size: int, device_and_trace: str, device: str
-) -> None:
-    """A trace cannot look at them either."""
+def test_sizes_out_of_range_are_refused_on_the_cpu_however_they_come(size: int, way: Callable[..., Tensor]) -> None:
+    x, sizes = torch.randn(1, 256, 2, 8), torch.tensor([64, 64, size, 5])
+    said = r"^block_means: sizes(\[2\] is -?\d+, expected| holds -?\d+, expected| has an entry that is out of range)"
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        way(lambda x, sizes: block_means(x, sizes, 64), x, sizes)
+    sizes[2] = 64
+    found = way(lambda x, sizes: block_means(x, sizes, 64), x, sizes)
+    torch.testing.assert_close(found.view(1, 4, 2, 8), block_means(x, sizes, 64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [-3, 0, 65, 10**6])
+def test_sizes_out_of_range_are_refused_on_the_cpu_and_limited_elsewhere(size: int, device: str) -> None:
     x, sizes = torch.randn(1, 256, 2, 8, device=device), torch.tensor([64, 64, size, 5], device=device)
-    limited = sizes.clamp(1, 64)
-    means, lens = block_means(x, limited, 64), block_tile_lens(sizes.clamp(0, 64), 64)
-    if device_and_trace == "compiled":
-        torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda x, sizes: (block_means(x, sizes, 64), block_tile_lens(sizes, 64)), backend="eager", fullgraph=True
-        )
-        found = compiled(x, sizes)
-    elif device == "cuda":
-        found = block_means(x, sizes, 64), block_tile_lens(sizes, 64)
-    else:
-        with pytest.raises(ValueError, match=rf"^block_means: sizes\[2\] is {size}, expected 1 to 64$"):
-            block_means(x, sizes, 64)
-        if size != 0:
-            with pytest.raises(ValueError, match=rf"^block_tile_lens: sizes\[2\] is {size}, expected 0 to 64$"):
-                block_tile_lens(sizes, 64)
+    if device == "cuda":
+        means, lens = block_means(x, sizes.clamp(1, 64), 64), block_tile_lens(sizes.clamp(0, 64), 64)
+        for way in (lambda call, *given: call(*given), as_traced):
+            assert torch.equal(way(lambda x, sizes: block_means(x, sizes, 64), x, sizes), means)
+            assert torch.equal(way(lambda _, sizes: block_tile_lens(sizes, 64), x, sizes), lens)
         return
-    assert torch.equal(found[0], means)
-    assert torch.equal(found[1], lens)
+    with pytest.raises(ValueError, match=rf"^block_means: sizes\[2\] is {size}, expected 1 to 64$"):
+        block_means(x, sizes, 64)
+    if size != 0:
+        with pytest.raises(ValueError, match=rf"^block_tile_lens: sizes\[2\] is {size}, expected 0 to 64$"):
+            block_tile_lens(sizes, 64)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -482,6 +482,24 @@ def _compiled(backend: str, ring: int, ulysses: int) -> tuple[int, float]:
     return counter.frame_count, skipped
 
 
+def _lengths_in_a_trace() -> None:
+    torch._dynamo.reset()
+    mesh = mesh_of("cpu", 2, 1)
+    local = _shards(_passes(CASE, "cpu", 1)[0], sequence_mesh(mesh, "test"))
+    eager, compiled = DistributedLiteAttention(mesh), torch.compile(DistributedLiteAttention(mesh), backend="eager")
+    for length, fits in ((512, True), (100, True), (513, False), (-1, False), (-(2**31), False)):
+        kv_lens = torch.tensor([length], dtype=torch.int32)
+        if fits:
+            assert torch.equal(compiled(*local, kv_lens=kv_lens), eager(*local, kv_lens=kv_lens))
+        else:
+            with pytest.raises(RuntimeError, match="DistributedLiteAttention: kv_lens has an entry that is out of"):
+                compiled(*local, kv_lens=kv_lens)
+
+
+def test_lengths_out_of_range_are_refused_in_a_trace_too() -> None:
+    run_on_ranks(2, "cpu", _lengths_in_a_trace)
+
+
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1)])
 def test_one_graph_for_all_steps(ring: int, ulysses: int) -> None:
     for graphs, skipped in run_on_ranks(2, "cpu", _compiled, "count", ring, ulysses):

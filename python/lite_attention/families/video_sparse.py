@@ -101,9 +101,9 @@ def attention(
     out, lse = ops.attention(q, k, v, keep=keep, scale=scale, tile_n=GRAIN, kv_tile_lens=tile_lens)
 
     # One pass over out: neither the repeated coarse result nor its product with the gate is written out. In place, but
-    # in transforms of torch.func, where the gate alone may have been given more dimensions.
+    # in transforms of torch.func, where the gate alone may have been given more dimensions; compilers see to it.
     blocks, repeated = out.unflatten(1, (-1, volume)), coarse.unsqueeze(2)
-    in_place = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    in_place = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if gate is None:
         blocks = blocks.add_(repeated)
     else:

@@ -45,7 +45,7 @@ class VideoTiles:
     """A grid of ``T x H x W`` tokens in tiles of some size, which need not divide the grid.
 
     It keeps the index tensors that it makes, for each device and CUDA stream; they go when it goes. Copies make theirs
-    anew.
+    anew. What its methods return are these tensors themselves: to be read, not written.
 
     Args:
         grid: (time, height, width) in tokens.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import numbers
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from lite_attention.ops.modes import real_tensors
 
 __all__ = [
     "as_int",
@@ -126,21 +131,38 @@ def _check_fits_float(what: str, number: int) -> None:
 def check_entries(what: str, entries: Tensor, lowest: int, highest: int) -> bool:
     """Whether all entries were found to be from ``lowest`` to ``highest``.
 
-    They are looked at on the CPU. Elsewhere, and where a call is traced, looking would mean waiting for the device, or
-    is not possible.
+    They are looked at on the CPU, through the transforms of torch.func too. What traces a call there (torch.compile,
+    torch.export, make_fx) makes a program that looks, but for samples of a vmap that is traced with it. On a GPU
+    looking would mean waiting; torch.jit.trace would drop it.
 
     Raises:
         ValueError: an entry is out of range; the text begins with ``what`` and says which it is.
+        RuntimeError: the same, from a program.
     """
-    if not _can_look(entries):
+    if entries.device.type != "cpu" or torch._C._get_tracing_state() is not None:
         return False
-    wrong = (entries < lowest) | (entries > highest)
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        if not torch._C._functorch.is_batchedtensor(entries):
+            fits = ((entries >= lowest) & (entries <= highest)).all()
+            # No size in the text, which would bind the trace to it.
+            torch._assert_async(fits, f"{what} has an entry that is out of range")
+        return False
+    values = entries
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    if is_fake(values) or values.is_meta:
+        return False
+    with real_tensors() if is_in_torch_dispatch_mode() else nullcontext():
+        _check_values(what, values, lowest, highest, is_whole=values is entries)
+    return True
+
+
+def _check_values(what: str, values: Tensor, lowest: int, highest: int, is_whole: bool) -> None:
+    wrong = (values < lowest) | (values > highest)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{what}[{', '.join(map(str, place))}] is {int(entries[tuple(place)])}, expected {lowest} to {highest}"
-        )
-    return True
+        where = f"[{', '.join(map(str, place))}] is" if is_whole else " holds"
+        raise ValueError(f"{what}{where} {int(values[tuple(place)])}, expected {lowest} to {highest}")
 
 
 def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Tensor:
@@ -150,12 +172,3 @@ def limited_entries(what: str, entries: Tensor, lowest: int, highest: int) -> Te
         ValueError: as :func:`check_entries`.
     """
     return entries if check_entries(what, entries, lowest, highest) else entries.clamp(lowest, highest)
-
-
-def _can_look(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )

@@ -50,8 +50,8 @@ def reorder_weights(
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
     the rows of the query, key and value projections and of norms over all heads, biases included, and the columns of
-    the output projection. The permutation stays with the attention modules (an attribute that is not saved): they refuse
-    load_state_dict until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
+    the output projection. The permutation stays with the attention modules (an attribute that is not saved), which
+    refuse load_state_dict until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
 
     Args:
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
