@@ -258,6 +258,23 @@ def test_transforms_are_refused_by_name_before_a_pass_counts(ring: int, ulysses:
     assert run_on_ranks(2, "cpu", _in_a_transform, ring, ulysses) == [named * 2] * 2
 
 
+def _another_length(ring: int, ulysses: int) -> list[float]:
+    mesh = mesh_of("cpu", ring, ulysses)
+    ranks = sequence_mesh(mesh, "test")
+    layer, fraction = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD), torch.ones(())
+    fractions = []
+    for length in (1500, 1500, 1499, 1499, 1500):
+        layer(*_shards(_passes(LONG, "cpu", 1)[0], ranks), seq_len=length, skip_fraction_out=fraction)
+        fractions.append(float(fraction))
+    return fractions
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (4, 1), (2, 2)])
+def test_a_sequence_of_another_length_starts_over_on_every_rank(ring: int, ulysses: int) -> None:
+    for fractions in run_on_ranks(ring * ulysses, "cpu", _another_length, ring, ulysses):
+        assert [fraction > 0 for fraction in fractions] == [False, True, False, True, False]
+
+
 def _a_rank_without_tokens() -> None:
     mesh = mesh_of("cpu", 4, 1)
     ranks = sequence_mesh(mesh, "test")

@@ -25,6 +25,8 @@ class PassShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    whole_len: int | None = None
+    """Of the whole sequence, where the queries and the keys are blocks of it; None where they are all of it."""
 
     def map_shape(self) -> tuple[int, int, int, int]:
         """Of the packed map."""
@@ -37,6 +39,7 @@ class PassShape(NamedTuple):
         return (
             f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
             f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
+            f"{'' if self.whole_len is None else f', of a sequence of {self.whole_len}'}"
         )
 
 
@@ -55,7 +58,7 @@ def stamp_of(owner: Owner, slot: int) -> int:
     of that pair wrote elsewhere for what lies in its slot.
     """
     branch, shape = owner
-    text = f"{slot}|{branch}|{tuple(map(str, shape))}"
+    text = f"{slot}|{branch}|{tuple(str(part) for part in shape if part is not None)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1 | 1
 
 
