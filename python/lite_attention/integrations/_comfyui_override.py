@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.integrations._comfyui_streams import Stream, Streams, sigma_of
-from lite_attention.integrations._left_to_torch import runs_here
+from lite_attention.integrations._left_to_torch import runs_here, why_scale_is_left
 from lite_attention.maps import tiles
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.skipping.arguments import Threshold
@@ -188,6 +188,7 @@ class LiteAttentionOverride:
         """
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
         reason = self._why_dense or self._why_left(q, k, v, head_dim, mask, attn_precision)
+        reason = reason or why_scale_is_left(kwargs.get("scale"))
         if reason is not None:
             self.left_to_comfyui[reason] += 1
             dense = func if self.previous is None else functools.partial(self.previous, func)
