@@ -455,6 +455,7 @@ def test_another_number_of_calls_is_not_silent(
         out = model(*inputs(3), usual)
         assert torch.allclose(out, dense, atol=1e-4) is (len(differ) == 2)
         assert "nothing taken over" in door.summary().splitlines()[differ[0]]
+        assert [float(fraction) == 0 for fraction in door.skip_fraction()] == [layer in differ for layer in (0, 1)]
         assert "a step had another number of calls than those before" in door.left_to_torch[name]
         door.reset()
         for _ in range(2):
@@ -561,7 +562,7 @@ def test_calls_of_branches_chosen_inside_are_counted(compiled: str, caplog: pyte
         for block in model.blocks:
             block.compile(fullgraph=True, backend=counter)
     dense = Guided()(*inputs(3))
-    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+    with LiteSDPA(model, LAYERS, threshold=-2.0):
         for _ in range(2):
             run(*inputs(3))
         assert counter.frame_count in (0, 4), "a graph for each turn of a block in each branch, and no more"
@@ -906,6 +907,55 @@ def test_one_graph_inside_and_one_outside() -> None:
             torch.testing.assert_close(compiled(*inputs(step)), eager(*inputs(step)), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2
     assert (attention.skip_fraction() > 0.1).all()
+
+
+class CrossFirst(Block):
+    """Its self-attention is the second call."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        k, v = self.text(text).unflatten(-1, (2, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        x = x + scaled_dot_product_attention(k[:, :, :1].expand(-1, -1, TOKENS, -1), k, v).transpose(1, 2).flatten(2)
+        return super().forward(x, text)
+
+
+def test_streams_are_counted_for_each_layer() -> None:
+    model = Model()
+    model.blocks[1].__class__ = CrossFirst
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+        for step in range(2):
+            model(*inputs(step), (0, 1, 0))
+    assert (door.skip_fraction() > 0.1).all()
+    assert [float(fraction) > 0 for fraction in door.skip_fraction(1)] == [True, False]
+    assert "blocks.1: call 0 of a step in branch 0 skips" in door.summary()
+    places = [door.branch_of(0, layer=name) for name in door.layers]
+    assert places[0] != places[1]
+    assert door.branch_of(1) == door.branch_of(1, layer="blocks.0")
+    assert_expected_inline(
+        report(
+            {
+                "of several": lambda: door.branch_of(0),
+                "of none": lambda: door.branch_of(1, layer="blocks.1"),
+                "no layer": lambda: door.branch_of(0, layer="blocks.2"),
+            }
+        ),
+        """\
+of several -> ValueError: LiteSDPA: layer is None, expected one of ['blocks.0', 'blocks.1']: these keep the map of call 0 of a step in branch 0 under different branches
+of none -> RuntimeError: LiteSDPA: blocks.1 has not made call 1 of a step in branch 0 yet
+no layer -> ValueError: LiteSDPA: layer is 'blocks.2', expected one of ['blocks.0', 'blocks.1']""",
+    )
+
+
+def test_a_context_that_is_left_and_entered_again_inside_of_another_stands_once() -> None:
+    model = Model()
+    first, second = (LiteSDPA(model, LAYERS, threshold=-2.0) for _ in range(2))
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        with first:
+            model(*inputs())
+            for door in (first, second):
+                assert door.left_to_torch["blocks.0"] == {"other keys than queries, as in cross-attention": 1}
+    assert patched(model) == []
 
 
 def test_errors() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_attention.integrations._comfyui_streams import Stream, Streams, sigma_of
+from lite_attention.integrations._comfyui_streams import FOREIGN, Stream, Streams, sigma_of
 from lite_attention.integrations._left_to_torch import runs_here, why_scale_is_left
 from lite_attention.maps import tiles
 from lite_attention.ops.checks import checked_bool, checked_int
@@ -226,6 +226,7 @@ class LiteAttentionOverride:
         """Forget what was dropped, as every run of a sampler does: the next model call starts a new generation."""
         self._turns = 0
         self.left_to_comfyui.clear()
+        self._streams.tells_steps = self._streams.in_told_step
         self._start_full()
 
     def _start_full(self) -> None:
@@ -256,6 +257,8 @@ class LiteAttentionOverride:
         """The branch whose state a model call goes on with, or why it runs dense."""
         why_mixed = self._streams.why_mixed(stream)
         if why_mixed is not None:
+            if why_mixed == FOREIGN and FOREIGN not in self.left_to_comfyui:
+                _logger.warning("LiteAttention: %s runs dense: %s", stream, FOREIGN)
             return None, why_mixed
         branch = self._streams.number(stream)
         if branch is None:

@@ -20,8 +20,8 @@ _logger = logging.getLogger("lite_attention")
 # Why a call that could be taken is not.
 MIXED = "a step had another number of calls than those before"
 SHARED = (
-    "another thread was inside of the model, in the same branch, or in a step which this call may be a part of (only the "
-    "model itself, called in branches of its own, begins a step beside others)"
+    "another thread was inside of the model, in the same branch, or in a step which this call may be a part of (only "
+    "the model itself, called in branches of its own, begins a step beside others)"
 )
 
 # Numbers are given rarely: one lock will do, and none is copied with a door.
@@ -70,8 +70,8 @@ class Layer(nn.Module):
         self.attention = attention
         self.streams = streams
         self.steps = steps
-        # For each step by number, and branch, the calls made so far: one None each, as torch.compile makes a symbol of an
-        # int that changes, and a constant of the length of a tuple.
+        # For each step by number, and branch, the calls made so far: one None each, as torch.compile makes a symbol of
+        # an int that changes, and a constant of the length of a tuple.
         self.calls: list[list[tuple[None, ...]]] = [[()] * MAX_BRANCHES for _ in range(MAX_BRANCHES)]
         # Calls in the steps before, and in those that were traced, whose code outlives a reset.
         self.usual: dict[int, int] = {}

@@ -45,7 +45,8 @@ class LiteSDPA(nn.Module):
     step, those counted that stay torch's. Once a step has made another number of calls than those before, all of the
     module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. It may be entered and left as often
     as one likes, and inside others; the state stays. Guidance branches are chosen with
-    :class:`lite_attention.skip_branch`.
+    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same time, in
+    branches of their own; what else a thread calls while another one is inside of the model is torch's.
 
     Args:
         model: what one step calls, and the modules belong to. It is changed only inside the context.
@@ -111,14 +112,14 @@ class LiteSDPA(nn.Module):
         """Share of tiles that each layer will skip in its next pass: fp32 ``[layers]``, without waiting.
 
         ``stream``: of the how-many-th call, from 0, that is taken over of the layer in one call of the model. A layer
-        that has made no such call skips 0.
+        that has made no such call skips 0, and so does one whose calls are torch's until :meth:`reset`.
         """
         branch = resolved_branch(None, "LiteSDPA")
         numbers = self._numbers(stream, branch)
         if stream > 0 and not numbers:
             raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
         fractions = [layer.attention.skip_fraction(numbers.get(layer.name, branch)) for layer in self._each()]
-        made = [layer.name in numbers for layer in self._each()]
+        made = [layer.name in numbers and not layer.mixed[branch] for layer in self._each()]
         return torch.stack([x if has else torch.zeros_like(x) for x, has in zip(fractions, made, strict=True)])
 
     def branch_of(self, stream: int, branch: int | None = None, *, layer: str | None = None) -> int:
@@ -145,8 +146,8 @@ class LiteSDPA(nn.Module):
                 f"in branch {branch} under different branches"
             )
         if not numbers and stream > 0:
-            name = "no layer" if layer is None else f"no layer named {layer}"
-            raise RuntimeError(f"LiteSDPA: {name} has made call {stream} of a step in branch {branch} yet")
+            call = f"call {stream} of a step in branch {branch} yet"
+            raise RuntimeError(f"LiteSDPA: {f'{layer} has not' if layer else 'no layer has'} made {call}")
         return next(iter(numbers.values()), branch)
 
     def _numbers(self, stream: int, branch: int) -> dict[str, int]:
