@@ -198,6 +198,7 @@ NOT_TAKEN = {
     "a mask": {"mask": torch.ones(TOKENS, TOKENS)},
     "another precision": {"attn_precision": torch.float64},
     "head_dim 4": {"heads": WIDTH // 4},
+    "a scale of 0": {"scale": 0.0},
     "float64": {name: torch.randn(1, TOKENS, WIDTH, dtype=torch.float64) for name in "qkv"},
 }
 

@@ -349,10 +349,12 @@ def test_a_step_that_fails_is_no_part_of_the_next() -> None:
     door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
     with door, own:
         assert torch.equal(model(*inputs(0)), plain(*inputs(0)))
-        with pytest.raises(IndexError):
-            model.run(*inputs(1), (0, 7))  # type: ignore[operator]
-        with pytest.raises(IndexError):
-            plain.run(*inputs(1), (0, 7))  # type: ignore[operator]
+        for each in (model, plain):
+            run = each.run
+            each.run = lambda x, text, order, run=run: run(x, text, (0, 7))  # type: ignore[misc, operator]
+            with pytest.raises(IndexError):
+                each(*inputs(1))
+            each.run = run
         assert torch.equal(model(*inputs(1)), plain(*inputs(1)))
     assert (door.skip_fraction(1) > 0).all()
 

@@ -60,10 +60,10 @@ class LiteAttentionOverride:
     All parts must be installed, as :func:`patch_model` does: the object itself as the override,
     :meth:`around_model_call` as a wrapper of each model call, :meth:`around_evaluation` of each evaluation, and
     :meth:`around_sampling` as one of each sampling.
-    Several model calls of one step that ComfyUI says the same of, as of the tiles of a latent, run dense, and so do
-    those like them in the rest of the sampling; with ``fixed_order`` they have states of their own, for as long as each
-    step has as many of them. Streams of calls beyond those that there is room for (``MAX_BRANCHES``) run dense, too.
-    :meth:`summary` and the log tell.
+    Several model calls of one step with a condition of which ComfyUI says the same, as of the tiles of a latent, run
+    dense, and so do all calls with it in the rest of the sampling; with ``fixed_order`` they have states of their own,
+    for as long as each step has as many of them. Calls outside of the sampler's evaluations run dense, and those of
+    streams beyond the room that there is (``MAX_BRANCHES``). :meth:`summary` and the log tell.
 
     Args:
         threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.

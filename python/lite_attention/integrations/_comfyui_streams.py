@@ -2,12 +2,12 @@
 
 A stream is what one skip state may follow: calls that come once in each step, for the same conditions and the same part
 of the latent. ComfyUI says the conditions, of context windows the frames, and which blocks are replaced, as guidance
-that asks for the same conditions again does (skip-layer, perturbed attention). It says nothing of tiles, and nothing is
-told by which conditions share a batch, as memory decides that anew each time. So conditions are counted, each by itself:
-where one comes a second time in a step, alone or in a batch, and nothing tells the two apart, it is mixed, and all calls
-with it run dense from there on. Where the user says that calls come in one order, the first with a condition in each
-step is of one stream, the second of another; a step with more or fewer of them than those before breaks that word, and
-mixes it as well. Where ComfyUI tells of steps, calls outside of any are none of them.
+that asks for the same conditions again does (skip-layer, perturbed attention). It says nothing of tiles, and which
+conditions share a batch tells nothing: memory decides that anew each time. So conditions are counted, each by itself.
+Where one comes a second time in a step, alone or in a batch, and nothing tells the two apart, it is mixed, and all
+calls with it run dense from there on. Where the user says that calls come in one order, the first with a condition in
+each step is of one stream, the second of another; a step with more or fewer of them than those before breaks that word,
+and mixes it as well. Where ComfyUI tells of steps, calls outside of any have no stream.
 
 A step is one evaluation of the model by the sampler, so those that evaluate a sigma twice (Heun's) go on with one
 stream. Where a version of ComfyUI does not tell of evaluations, the calls at one sigma are a step.

@@ -42,7 +42,7 @@ class Steps:
 
     @property
     def are_traced(self) -> bool:
-        """Whether a trace runs through the step. Not where parts of it are traced, each by itself, and Python runs it."""
+        """Whether one trace holds the step. Not where parts of it are traced, each by itself, and Python runs it."""
         return self._of_thread.is_traced
 
     def next_number(self, whole: bool) -> int:
@@ -53,16 +53,16 @@ class Steps:
         """
         number = resolved_branch(None, "LiteSDPA")
         others = (number,) if whole else range(MAX_BRANCHES)
-        return FOREIGN if any([self._used[other][other].up for other in others]) else number
+        return FOREIGN if any(self._used[other][other].up for other in others) else number
 
     def enter(self, number: int) -> None:
-        """This thread's step begins."""
+        """Begin this thread's step."""
         self._of_thread.enter(number)
         if number != FOREIGN:
             self._used[number][number].up = True
 
     def leave(self, number: int) -> None:
-        """It is over, however it went."""
+        """End it, however it went."""
         if number != FOREIGN:
             for used in self._used[number]:
                 used.up = False
@@ -76,7 +76,7 @@ class Steps:
         if number == FOREIGN:
             return False
         self._used[number][branch].up = True
-        return not any([self._used[other][branch].up for other in range(MAX_BRANCHES) if other != number])
+        return not any(self._used[other][branch].up for other in range(MAX_BRANCHES) if other != number)
 
 
 # What these two do when they are entered is done by a graph that holds all that is called inside, or by Python: where

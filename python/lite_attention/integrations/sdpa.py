@@ -45,8 +45,8 @@ class LiteSDPA(nn.Module):
     step, those counted that stay torch's. Once a step has made another number of calls than those before, all of the
     module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. It may be entered and left as often
     as one likes, and inside others; the state stays. Guidance branches are chosen with
-    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same time, in
-    branches of their own; what else a thread calls while another one is inside of the model is torch's.
+    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same time,
+    in branches of their own; what else a thread calls while another one is inside of the model is torch's.
 
     Args:
         model: what one step calls, and the modules belong to. It is changed only inside the context.
@@ -142,8 +142,8 @@ class LiteSDPA(nn.Module):
             numbers = {name: number for name, number in numbers.items() if name == layer}
         if len(set(numbers.values())) > 1:
             raise ValueError(
-                f"LiteSDPA: layer is None, expected one of {list(numbers)}: these keep the map of call {stream} of a step "
-                f"in branch {branch} under different branches"
+                f"LiteSDPA: layer is None, expected one of {list(numbers)}: these keep the map of call {stream} of a "
+                f"step in branch {branch} under different branches"
             )
         if not numbers and stream > 0:
             call = f"call {stream} of a step in branch {branch} yet"
