@@ -686,6 +686,20 @@ def test_what_another_thread_calls_meanwhile_and_cannot_be_told_is_torch_s(
         torch.testing.assert_close(result[last], dense[last], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_copy_made_inside_of_a_step_is_in_none(how: Callable[[Any], Any]) -> None:
+    model = Guided()
+    copies: list[Any] = []
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guided, "between", staticmethod(lambda: copies.append(how(door))))
+        model(*inputs())
+    other = copies[0]
+    assert not other.entered
+    assert other._steps.current is None
+    assert other._steps.next_number(False) == 0
+    assert all(layer.steps is other._steps for layer in other._each())
+
+
 # Graphs that break inside of a chosen module
 
 

@@ -35,6 +35,10 @@ class Steps:
         # By number, the branches that the step has used so far, the one it began in included while it is under way.
         self._used = [[Flag() for _ in range(MAX_BRANCHES)] for _ in range(MAX_BRANCHES)]
 
+    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
+        """A copy of a door is inside of no step."""
+        return Steps, ()
+
     @property
     def current(self) -> int | None:
         """The number of this thread's step, or FOREIGN; None if it has none."""
@@ -131,11 +135,6 @@ class TakenBack:
 
 
 class _OfThread(Scoped[int]):
-    """A copy of a door is inside of no step."""
-
     @property
     def is_traced(self) -> bool:
         return self._traced is not None
-
-    def __reduce__(self) -> tuple[type[_OfThread], tuple[str]]:
-        return _OfThread, (self._name,)
