@@ -26,6 +26,7 @@ from support.comfyui_host import (
     LTXVModel,
     ModelPatcher,
     VideoModel,
+    calc_cond_batch,
     optimized_attention,
     prompts,
     sample,
@@ -197,6 +198,7 @@ NOT_TAKEN = {
     "a mask": {"mask": torch.ones(TOKENS, TOKENS)},
     "another precision": {"attn_precision": torch.float64},
     "head_dim 4": {"heads": WIDTH // 4},
+    "a scale of 0": {"scale": 0.0},
     "float64": {name: torch.randn(1, TOKENS, WIDTH, dtype=torch.float64) for name in "qkv"},
 }
 
@@ -431,6 +433,87 @@ def test_the_last_step_of_a_sampling_is_counted_too(model: ModelPatcher, caplog:
     assert "more or fewer model calls" in caplog.text
 
 
+def guided(run: Callable[..., list[Tensor]], model: ModelPatcher) -> ModelPatcher:
+    """With a guider in place of ComfyUI's, inside of our wrapper."""
+    other = model.clone()
+    steps = iter(range(100))
+
+    def guider(_: Any, *args: Any) -> list[Tensor]:
+        return run(next(steps), *args)
+
+    other.wrappers["predict_noise"] = {"guider": [guider], **other.wrappers.get("predict_noise", {})}
+    return other
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_tiles_whose_batching_changes_by_turns_are_told_apart(
+    fixed_order: bool, model: ModelPatcher, conds: list[list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The conditions of one tile share a batch, those of the other do not: no kind of call comes twice in a step."""
+
+    def both_tiles(step: int, model: Any, conds: Any, x: Tensor, sigma: Tensor, options: Any, _: bool) -> list[Tensor]:
+        parts = [
+            calc_cond_batch(model, conds, tile, sigma, options, (index == 0) != (step >= 3))
+            for index, tile in enumerate(x.chunk(2, 1))
+        ]
+        return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+
+    lite, override = patched(model, fixed_order=fixed_order)
+    ours, dense = (sample(guided(both_tiles, each), conds, schedule(5), tokens=1024) for each in (lite, model))
+    if fixed_order:
+        assert differs(ours[2], dense[2])
+        assert_same(ours[3:4], dense[3:4])
+        assert differs(ours[4], dense[4])
+        assert caplog.text == ""
+    else:
+        assert_same(ours, dense)
+        assert caplog.text.count("run dense from now on: " + TILE_REASON) == 2, "once for each condition"
+        assert "for conditions [1, 0]: runs dense" in override.summary()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_condition_that_comes_again_in_another_batch_is_mixed(
+    batched: bool, model: ModelPatcher, conds: list[list[Any]]
+) -> None:
+    """Guidance asks for the positive once more each step, of another video; memory runs short after two steps."""
+
+    def twice(step: int, model: Any, conds: Any, x: Tensor, sigma: Tensor, options: Any, _: bool) -> list[Tensor]:
+        out = calc_cond_batch(model, conds, x, sigma, options, batched and step < 2)
+        calc_cond_batch(model, conds[:1], x.flip(1), sigma, options, False)
+        return out
+
+    lite, override = patched(model)
+    ours, dense = (sample(guided(twice, each), conds, schedule(5)) for each in (lite, model))
+    assert_same([[step[0]] for step in ours], [[step[0]] for step in dense])
+    assert differs(ours[4][1:], dense[4][1:]), "the negative goes on"
+    assert TILE_REASON in override.summary()
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_calls_outside_of_evaluations_are_dense_and_said_so(
+    again: bool, model: ModelPatcher, conds: list[list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node around ours asks for the positive of another video after each evaluation, at a sigma of its own."""
+    lite, override = patched(model)
+    extra = []
+
+    def around(run: Any, model: Any, conds: Any, x: Tensor, sigma: Tensor, options: Any, batched: bool) -> list[Tensor]:
+        out = run(model, conds, x, sigma, options, batched)
+        if again:
+            extra.append(calc_cond_batch(model, conds[:1], x.flip(1), sigma + 0.3, options, False))
+        return out
+
+    alone = sample(lite, conds, schedule(4))
+    for each in (lite, model):
+        each.add_wrapper_with_key("predict_noise", "around", around)
+    assert_same(sample(lite, conds, schedule(4)), alone)
+    sample(model, conds, schedule(4))
+    assert_same(extra[:4] if again else [], extra[4:])
+    assert caplog.text.count("a call for conditions [0] runs dense: a model call outside") == int(again)
+    assert ("16 x a model call outside of the sampler's evaluations" in override.summary()) is again
+    assert "started full" not in override.summary()
+
+
 @pytest.mark.parametrize("tells_of_samplings", [False, True])
 @pytest.mark.parametrize("retried", ["the call", "the evaluation"])
 def test_a_call_that_fails_and_comes_again_is_the_same_call(
@@ -495,7 +578,7 @@ def test_an_evaluation_inside_of_another_is_no_step_of_its_own() -> None:
 
     for _ in range(2):
         override.around_evaluation(evaluate)
-    assert [stream.call for stream in override.streams] == [0, 1, 2]
+    assert [stream.calls for stream in override.streams] == [(0,), (1,), (2,)]
     assert "dense" not in override.summary()
 
 

@@ -349,10 +349,12 @@ def test_a_step_that_fails_is_no_part_of_the_next() -> None:
     door, own = LiteSDPA(model, LAYERS, threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
     with door, own:
         assert torch.equal(model(*inputs(0)), plain(*inputs(0)))
-        with pytest.raises(IndexError):
-            model.run(*inputs(1), (0, 7))  # type: ignore[operator]
-        with pytest.raises(IndexError):
-            plain.run(*inputs(1), (0, 7))  # type: ignore[operator]
+        for each in (model, plain):
+            run = each.run
+            each.run = lambda x, text, order, run=run: run(x, text, (0, 7))  # type: ignore[misc, operator]
+            with pytest.raises(IndexError):
+                each(*inputs(1))
+            each.run = run
         assert torch.equal(model(*inputs(1)), plain(*inputs(1)))
     assert (door.skip_fraction(1) > 0).all()
 
@@ -455,6 +457,7 @@ def test_another_number_of_calls_is_not_silent(
         out = model(*inputs(3), usual)
         assert torch.allclose(out, dense, atol=1e-4) is (len(differ) == 2)
         assert "nothing taken over" in door.summary().splitlines()[differ[0]]
+        assert [float(fraction) == 0 for fraction in door.skip_fraction()] == [layer in differ for layer in (0, 1)]
         assert "a step had another number of calls than those before" in door.left_to_torch[name]
         door.reset()
         for _ in range(2):
@@ -506,6 +509,273 @@ def test_threads_with_branches_of_their_own_count_their_own_calls() -> None:
         with own, skip_branch(branch):
             for step, out in enumerate(outs):
                 torch.testing.assert_close(out, alone(*inputs(step, branch)))
+
+
+def noted_places(attention: Any) -> list[int]:
+    """Of the layer's passes from now on, where their maps are."""
+    places = []
+    run = attention.forward
+
+    def attend(*args: Any, branch: int, **given: Any) -> Tensor:
+        places.append(branch)
+        return run(*args, branch=branch, **given)
+
+    attention.forward = attend
+    return places
+
+
+def in_a_thread(run: Callable[[], Any]) -> Any:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(torch.no_grad()(run)()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# Models that choose branches inside of the step
+
+
+class Guided(Model):
+    """Runs its blocks in a branch of each side: ``order`` of the first, and of the one that it chooses inside."""
+
+    inner = 1
+    between: Callable[[], object] = staticmethod(lambda: None)
+
+    def forward(self, x: Tensor, text: Tensor, order: Any = ((0, 1, 0, 1), (0, 1, 0, 1))) -> Any:
+        first = super().forward(x, text, order[0])
+        with skip_branch(self.inner):
+            for index in order[1]:
+                x = self.blocks[index](x.roll(300, 1), text)
+                self.between()
+        return torch.stack([first, x])
+
+
+def guided_maps(door: LiteSDPA, branches: tuple[int, ...] = (0, 1)) -> list[Tensor]:
+    layers = door.layers.values()
+    return [layer.keep_map(door.branch_of(stream, b)) for layer in layers for stream in (0, 1) for b in branches]
+
+
+@pytest.mark.parametrize("compiled", ["no", "by blocks", "whole"])
+def test_calls_of_branches_chosen_inside_are_counted(compiled: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = Guided()
+    run: Any = torch.compile(model, fullgraph=True, backend="eager") if compiled == "whole" else model
+    counter = CompileCounter()
+    if compiled == "by blocks":
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=counter)
+    dense = Guided()(*inputs(3))
+    with LiteSDPA(model, LAYERS, threshold=-2.0):
+        for _ in range(2):
+            run(*inputs(3))
+        assert counter.frame_count in (0, 4), "a graph for each turn of a block in each branch, and no more"
+        fewer = ((0, 1, 0, 1), (0, 1))
+        if compiled == "whole":
+            with pytest.raises(Exception, match="makes 2 attention calls in a compiled step of branch 1, expected 4"):
+                run(*inputs(3), fewer)
+            return
+        run(*inputs(3), fewer)
+        assert "blocks.0 made 2 attention calls in a step of branch 1, and 4 in those before" in caplog.text
+        first, second = run(*inputs(3))
+        assert not torch.allclose(first, dense[0], atol=1e-4)
+        torch.testing.assert_close(second, dense[1], atol=1e-4, rtol=0)
+
+
+def test_a_part_that_fails_in_a_branch_of_its_own_and_is_run_again_is_the_same() -> None:
+    """In the third step, after the first call of the branch that it chooses inside."""
+    model = Guided()
+    outer = nn.Sequential(model)
+    door = LiteSDPA(outer, rf"0\.{LAYERS}", threshold=-2.0)
+    places = noted_places(door.layers["0.blocks.0"])
+    failures = iter([None] * 8 + [ZeroDivisionError()] + [None] * 100)
+
+    def fail() -> None:
+        error = next(failures)
+        if error is not None:
+            raise error
+
+    model.between = fail  # type: ignore[method-assign]
+
+    def again(*args: Any) -> Any:
+        try:
+            return model(*args)
+        except ZeroDivisionError:
+            return model(*args)
+
+    outer.forward = again  # type: ignore[method-assign]
+    with door:
+        for step in range(4):
+            outer(*inputs(step))
+    step = places[:4]
+    assert len(set(step)) == 4
+    assert places == 2 * step + step[:3] + 2 * step
+    assert "another number" not in door.summary()
+
+
+def test_a_step_of_another_thread_leaves_the_branches_chosen_inside_alone() -> None:
+    """It begins and ends between two calls of the branch that the first step chooses inside."""
+    model, plain, theirs = Guided(), Guided(), Guided()
+    theirs.inner = 3
+    theirs.blocks = model.blocks
+    both = nn.ModuleDict({"model": model, "theirs": theirs})
+    both.forward = lambda which, *args: both[which](*args)  # type: ignore[method-assign]
+    door, own = LiteSDPA(both, rf"model\.{LAYERS}", threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+
+    def other() -> None:
+        def run() -> None:
+            with skip_branch(2):
+                both("theirs", *inputs(0, 1))
+
+        in_a_thread(run)
+
+    model.between = other  # type: ignore[method-assign]
+    for step in range(3):
+        with door, own:
+            assert torch.equal(both("model", *inputs(step)), plain(*inputs(step)))
+    assert all(torch.equal(a, b) for a, b in zip(guided_maps(door), guided_maps(own), strict=True))
+    assert set(door.left_to_torch["model.blocks.0"]) == {"other keys than queries, as in cross-attention"}
+
+
+@pytest.mark.parametrize("other", ["a block", "the model in its branch", "the model in the branch inside"])
+def test_what_another_thread_calls_meanwhile_and_cannot_be_told_is_torch_s(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Guided()
+    x, text = inputs(0)
+
+    def run() -> Any:
+        if other == "a block":
+            return model.blocks[0](x, text)
+        with skip_branch(0 if other == "the model in its branch" else 2):
+            return Model.forward(model, x, text) if other == "the model in its branch" else model(x, text)
+
+    dense = run()
+    results: list[Any] = []
+    model_forward = model.forward
+
+    def forward(*args: Any, nested: bool = False) -> Any:
+        return run_plain() if nested else model_forward(*args)
+
+    def run_plain() -> Any:
+        return Model.forward(model, x, text)
+
+    model.forward = forward  # type: ignore[method-assign]
+
+    def meanwhile() -> None:
+        model.between = lambda: None  # type: ignore[method-assign]
+        if other == "the model in its branch":
+            results.append(in_a_thread(lambda: model(x, text, nested=True)))
+        else:
+            results.append(in_a_thread(run))
+
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+        for _ in range(2):
+            model(x, text)
+        for _ in range(2):
+            model.between = meanwhile  # type: ignore[method-assign]
+            model(x, text)
+        left = door.left_to_torch["blocks.0"]
+        for _ in range(2):
+            out = model(x, text)
+    assert not torch.equal(out[0], model_forward(x, text)[0]), "after that, the model goes on with its maps"
+    assert caplog.text.count("another thread was inside of the model") == 1
+    (shared,) = (count for reason, count in left.items() if reason.startswith("another thread"))
+    assert shared > 0
+    assert "another number" not in door.summary()
+    for result in results:
+        last = (slice(None),) if other != "the model in the branch inside" else (1,)
+        torch.testing.assert_close(result[last], dense[last], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_copy_made_inside_of_a_step_is_in_none(how: Callable[[Any], Any]) -> None:
+    model = Guided()
+    copies: list[Any] = []
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guided, "between", staticmethod(lambda: copies.append(how(door))))
+        model(*inputs())
+    other = copies[0]
+    assert not other.entered
+    assert other._steps.current is None
+    assert other._steps.next_number(False) == 0
+    assert all(layer.steps is other._steps for layer in other._each())
+
+
+# Graphs that break inside of a chosen module
+
+
+class Broken(Block):
+    """Of which torch.compile runs a part in Python."""
+
+    fails = False
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        out = super().forward(x, text)
+        if self.fails:
+            type(self).fails = False
+            raise ZeroDivisionError
+        return out
+
+
+class BrokenOff(Broken):
+    forward = torch.compiler.disable(Broken.forward)
+
+
+def broken(kind: type[Broken], model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("kind", [Broken, BrokenOff])
+@pytest.mark.parametrize("whole", ["the model", "a module around it"])
+def test_a_graph_that_breaks_counts_as_python_does(
+    kind: type[Broken], whole: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = broken(kind, Guided())
+    given: nn.Module = model if whole == "the model" else nn.Sequential(model)
+    run = torch.compile(given, backend="eager")
+    if whole != "the model":
+        given.forward = lambda *args: model(*args)  # type: ignore[method-assign]
+    plain = Guided()
+    door, own = LiteSDPA(given, rf".*{LAYERS}", threshold=-2.0), LiteSDPA(plain, LAYERS, threshold=-2.0)
+    usual, fewer = ((0, 1, 0, 1), (0, 1, 0, 1)), ((0, 1, 0, 1), (0, 1))
+    with door, own:
+        for step, order in enumerate([usual, usual, fewer, usual]):
+            assert torch.equal(run(*inputs(step), order), plain(*inputs(step), order)), step
+        assert caplog.text.count("made 2 attention calls in a step of branch 1") == 2, "of both models"
+        for summary, expected in zip(door.summary().splitlines(), own.summary().splitlines(), strict=True):
+            assert summary.split(";")[0] == ("0." if given is not model else "") + expected.split(";")[0]
+        own.reset()
+        door.reset()
+        for step in range(3):
+            assert torch.equal(run(*inputs(step)), plain(*inputs(step)))
+    assert all(torch.equal(a, b) for a, b in zip(guided_maps(door), guided_maps(own), strict=True))
+
+
+def test_what_fails_in_a_graph_that_breaks_is_taken_back() -> None:
+    model: Any = broken(Broken, looped(Inner))
+
+    def again(x: Tensor, text: Tensor) -> Any:
+        try:
+            return model.inner(x, text)
+        except ZeroDivisionError:
+            return model.inner(x, text)
+
+    model.forward = again
+    door = LiteSDPA(model, rf".*{LAYERS}", threshold=-2.0)
+    places = noted_places(door.layers["inner.blocks.0"])
+    run = torch.compile(model, backend="eager")
+    with door:
+        for step in range(4):
+            Broken.fails = step == 2
+            run(*inputs(step))
+            assert not Broken.fails
+    step = places[:2]
+    assert len(set(step)) == 2
+    assert places == 2 * step + step[:1] + 2 * step
+    assert "another number" not in door.summary()
 
 
 @pytest.mark.parametrize("mode", ["whole", "by blocks"])
@@ -576,6 +846,9 @@ LEFT: dict[str, tuple[list[Tensor], dict[str, Any]]] = {
     "a mask": ([heads(1, 2, 90, 64)] * 3, {"attn_mask": torch.ones(90, 90, dtype=torch.bool).tril()}),
     "a causal mask": ([heads(1, 2, 90, 64)] * 3, {"is_causal": True}),
     "dropout": ([heads(1, 2, 90, 64)] * 3, {"dropout_p": 0.5}),
+    "a scale that is no positive number of fp32": ([heads(1, 2, 90, 64)] * 3, {"scale": 0.0}),
+    "a scale that is no positive": ([heads(1, 2, 90, 64)] * 3, {"scale": -0.5}),
+    "a scale that is no": ([heads(1, 2, 90, 64)] * 3, {"scale": True}),
 }
 
 
@@ -650,6 +923,55 @@ def test_one_graph_inside_and_one_outside() -> None:
             torch.testing.assert_close(compiled(*inputs(step)), eager(*inputs(step)), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2
     assert (attention.skip_fraction() > 0.1).all()
+
+
+class CrossFirst(Block):
+    """Its self-attention is the second call."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        k, v = self.text(text).unflatten(-1, (2, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        x = x + scaled_dot_product_attention(k[:, :, :1].expand(-1, -1, TOKENS, -1), k, v).transpose(1, 2).flatten(2)
+        return super().forward(x, text)
+
+
+def test_streams_are_counted_for_each_layer() -> None:
+    model = Model()
+    model.blocks[1].__class__ = CrossFirst
+    with LiteSDPA(model, LAYERS, threshold=-2.0) as door:
+        for step in range(2):
+            model(*inputs(step), (0, 1, 0))
+    assert (door.skip_fraction() > 0.1).all()
+    assert [float(fraction) > 0 for fraction in door.skip_fraction(1)] == [True, False]
+    assert "blocks.1: call 0 of a step in branch 0 skips" in door.summary()
+    places = [door.branch_of(0, layer=name) for name in door.layers]
+    assert places[0] != places[1]
+    assert door.branch_of(1) == door.branch_of(1, layer="blocks.0")
+    assert_expected_inline(
+        report(
+            {
+                "of several": lambda: door.branch_of(0),
+                "of none": lambda: door.branch_of(1, layer="blocks.1"),
+                "no layer": lambda: door.branch_of(0, layer="blocks.2"),
+            }
+        ),
+        """\
+of several -> ValueError: LiteSDPA: layer is None, expected one of ['blocks.0', 'blocks.1']: these keep the map of call 0 of a step in branch 0 under different branches
+of none -> RuntimeError: LiteSDPA: blocks.1 has not made call 1 of a step in branch 0 yet
+no layer -> ValueError: LiteSDPA: layer is 'blocks.2', expected one of ['blocks.0', 'blocks.1']""",
+    )
+
+
+def test_a_context_that_is_left_and_entered_again_inside_of_another_stands_once() -> None:
+    model = Model()
+    first, second = (LiteSDPA(model, LAYERS, threshold=-2.0) for _ in range(2))
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        with first:
+            model(*inputs())
+            for door in (first, second):
+                assert door.left_to_torch["blocks.0"] == {"other keys than queries, as in cross-attention": 1}
+    assert patched(model) == []
 
 
 def test_errors() -> None:

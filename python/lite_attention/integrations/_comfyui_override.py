@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_attention.integrations._comfyui_streams import Stream, Streams, sigma_of
-from lite_attention.integrations._left_to_torch import runs_here
+from lite_attention.integrations._comfyui_streams import FOREIGN, Stream, Streams, sigma_of
+from lite_attention.integrations._left_to_torch import runs_here, why_scale_is_left
 from lite_attention.maps import tiles
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.skipping.arguments import Threshold
@@ -60,10 +60,10 @@ class LiteAttentionOverride:
     All parts must be installed, as :func:`patch_model` does: the object itself as the override,
     :meth:`around_model_call` as a wrapper of each model call, :meth:`around_evaluation` of each evaluation, and
     :meth:`around_sampling` as one of each sampling.
-    Several model calls of one step that ComfyUI says the same of, as of the tiles of a latent, run dense, and so do
-    those like them in the rest of the sampling; with ``fixed_order`` they have states of their own, for as long as each
-    step has as many of them. Streams of calls beyond those that there is room for (``MAX_BRANCHES``) run dense, too.
-    :meth:`summary` and the log tell.
+    Several model calls of one step with a condition of which ComfyUI says the same, as of the tiles of a latent, run
+    dense, and so do all calls with it in the rest of the sampling; with ``fixed_order`` they have states of their own,
+    for as long as each step has as many of them. Calls outside of the sampler's evaluations run dense, and those of
+    streams beyond the room that there is (``MAX_BRANCHES``). :meth:`summary` and the log tell.
 
     Args:
         threshold: -10 if None; see :class:`lite_attention.SkipPolicy`.
@@ -188,6 +188,7 @@ class LiteAttentionOverride:
         """
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
         reason = self._why_dense or self._why_left(q, k, v, head_dim, mask, attn_precision)
+        reason = reason or why_scale_is_left(kwargs.get("scale"))
         if reason is not None:
             self.left_to_comfyui[reason] += 1
             dense = func if self.previous is None else functools.partial(self.previous, func)
@@ -225,6 +226,7 @@ class LiteAttentionOverride:
         """Forget what was dropped, as every run of a sampler does: the next model call starts a new generation."""
         self._turns = 0
         self.left_to_comfyui.clear()
+        self._streams.tells_steps = self._streams.in_told_step
         self._start_full()
 
     def _start_full(self) -> None:
@@ -255,6 +257,8 @@ class LiteAttentionOverride:
         """The branch whose state a model call goes on with, or why it runs dense."""
         why_mixed = self._streams.why_mixed(stream)
         if why_mixed is not None:
+            if why_mixed == FOREIGN and FOREIGN not in self.left_to_comfyui:
+                _logger.warning("LiteAttention: %s runs dense: %s", stream, FOREIGN)
             return None, why_mixed
         branch = self._streams.number(stream)
         if branch is None:

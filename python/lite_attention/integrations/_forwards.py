@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-__all__ = ["Context", "Forward", "put", "stand_in", "take_away"]
+__all__ = ["Context", "Forward", "put", "stand_in", "stands", "take_away"]
 
 _logger = logging.getLogger("lite_attention")
 
@@ -48,13 +48,20 @@ def _is_ours(forward: object) -> bool:
     return isinstance(forward, functools.partial) and forward.func in _kinds
 
 
-def put(module: nn.Module, routed: functools.partial[Any]) -> None:
-    """Let ``routed`` stand in for the module's forward, unless it does already."""
+def stands(module: nn.Module, routed: functools.partial[Any]) -> bool:
+    """Whether ``routed`` stands in for the module's forward, at the top or inside of others."""
     forward = vars(module).get("forward")
     while _is_ours(forward):
         if forward is routed:
-            return
+            return True
         forward = forward.args[0]  # type: ignore[union-attr]
+    return False
+
+
+def put(module: nn.Module, routed: functools.partial[Any]) -> None:
+    """Let ``routed`` stand in for the module's forward, unless it does already."""
+    if stands(module, routed):
+        return
     vars(module)["forward"] = routed
     vars(module)[_GETSTATE] = functools.partial(_state_without, module)
 

@@ -11,10 +11,11 @@ from lite_attention.maps import tiles
 from lite_attention.ops.autocast import autocast_dtype
 from lite_attention.ops.backends import Problem, choose, supported_dtypes
 
-__all__ = ["runs_here", "why_left_to_torch"]
+__all__ = ["runs_here", "why_left_to_torch", "why_scale_is_left"]
 
 # On CUDA a row begins at a multiple of so many bytes.
 ROW_ALIGNMENT = 16
+FP32 = torch.finfo(torch.float32)
 
 
 def why_left_to_torch(
@@ -64,8 +65,15 @@ def why_left_to_torch(
     per_row = ROW_ALIGNMENT // query.element_size()
     if query.is_cuda and any(n % per_row != 0 for x in tensors for n in (x.storage_offset(), *x.stride()[:3])):
         return f"rows that do not begin at multiples of {ROW_ALIGNMENT} bytes"
+    return why_scale_is_left(scale)
+
+
+def why_scale_is_left(scale: Any) -> str | None:
+    """Why a call with this factor on q.k is not LiteAttention's, whose scores grow with q.k."""
     if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
         return "a scale that is no number"
+    if isinstance(scale, bool) or (scale is not None and not FP32.tiny <= scale <= FP32.max):
+        return "a scale that is no positive number of fp32"
     return None
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 
 import torch
 from torch import nn
 
+from lite_attention.integrations._sdpa_steps import Flag, Steps
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.module import LiteAttention
 
-__all__ = ["MIXED", "Layer", "Streams"]
+__all__ = ["MIXED", "SHARED", "Layer", "Streams"]
+
+_logger = logging.getLogger("lite_attention")
 
 # Why a call that could be taken is not.
 MIXED = "a step had another number of calls than those before"
+SHARED = (
+    "another thread was inside of the model, in the same branch, or in a step which this call may be a part of (only "
+    "the model itself, called in branches of its own, begins a step beside others)"
+)
 
 # Numbers are given rarely: one lock will do, and none is copied with a door.
 _numbering = threading.Lock()
@@ -29,6 +37,13 @@ class Streams:
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[int, int], int] = {}
+        self._shared_is_said = False
+
+    def say_shared(self) -> bool:
+        """Whether it is to be said that threads share what is one thread's: once."""
+        with _numbering:
+            said, self._shared_is_said = self._shared_is_said, True
+        return not said
 
     def of_branch(self, branch: int) -> list[int]:
         """The numbers of a branch's streams."""
@@ -49,20 +64,27 @@ class Streams:
 class Layer(nn.Module):
     """What belongs to one chosen module."""
 
-    def __init__(self, name: str, attention: LiteAttention, streams: Streams) -> None:
+    def __init__(self, name: str, attention: LiteAttention, streams: Streams, steps: Steps) -> None:
         super().__init__()
         self.name = name
         self.attention = attention
         self.streams = streams
-        # For each branch, the calls made so far in a call of the model that runs in it: one None each, as torch.compile
-        # makes a symbol of an int that changes, and a constant of the length of a tuple.
-        self.calls: list[tuple[None, ...]] = [()] * MAX_BRANCHES
+        self.steps = steps
+        # For each step by number, and branch, the calls made so far: one None each, as torch.compile makes a symbol of
+        # an int that changes, and a constant of the length of a tuple.
+        self.calls: list[list[tuple[None, ...]]] = [[()] * MAX_BRANCHES for _ in range(MAX_BRANCHES)]
         # Calls in the steps before, and in those that were traced, whose code outlives a reset.
         self.usual: dict[int, int] = {}
         self.traced: dict[int, int] = {}
+        # By number of a map, whether the module has had it.
+        self.has_map = [Flag() for _ in range(MAX_BRANCHES)]
         # The branches in which calls cannot be told apart any more.
         self.mixed = [False] * MAX_BRANCHES
         self.left_to_torch: Counter[str] = Counter()
+
+    def maps(self, branch: int) -> list[int]:
+        """Of the calls in a branch that were taken over, in order, the number of each one's map."""
+        return [number for number in self.streams.of_branch(branch) if self.has_map[number].up]
 
     def start_over(self) -> None:
         """Forget what was dropped, and how many calls a step made."""
@@ -72,9 +94,8 @@ class Layer(nn.Module):
             self.attention.outdate_captured_graphs()
         self.attention.reset_skip_state()
 
-    def end_step(self, branch: int) -> bool:
-        """Whether this step was the first that made another number of calls than those before."""
-        count = len(self.calls[branch])
+    def end_step(self, count: int, branch: int) -> bool:
+        """Whether this step was the first that made another number of calls in the branch than those before."""
         # A module that did not run took nobody's map.
         if count == 0 or self.mixed[branch]:
             return False
@@ -101,6 +122,8 @@ class Layer(nn.Module):
     def note(self, reason: str) -> None:
         """Count a call that stays torch's. Where it is traced, the trace counts."""
         self.left_to_torch[reason] += 1
+        if reason == SHARED and self.streams.say_shared():
+            _logger.warning("LiteSDPA: a call of %s is left to torch: %s", self.name or "the model itself", SHARED)
 
     @torch.compiler.assume_constant_result
     def branch_of(self, call: int, branch: int) -> int:
@@ -122,7 +145,7 @@ class Layer(nn.Module):
             for stream, branch, number in sorted(
                 (stream, branch, number)
                 for branch in range(MAX_BRANCHES)
-                for stream, number in enumerate(self.streams.of_branch(branch))
+                for stream, number in enumerate(self.maps(branch))
             )
             if number in self.attention.used_branches() and not self.mixed[branch]
         ]

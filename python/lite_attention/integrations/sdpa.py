@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import threading
 from types import TracebackType
 from typing import Any, cast
 
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention.integrations._forwards import Forward, put, stand_in, take_away
+from lite_attention.integrations._forwards import Forward, put, stand_in, stands, take_away
 from lite_attention.integrations._left_to_torch import why_left_to_torch
 from lite_attention.integrations._routing import route_sdpa
-from lite_attention.integrations._sdpa_layers import MIXED, Layer, Streams
+from lite_attention.integrations._sdpa_layers import MIXED, SHARED, Layer, Streams
+from lite_attention.integrations._sdpa_steps import FOREIGN, Steps, TakenBack, UnderWay
 from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import Threshold
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -45,7 +45,8 @@ class LiteSDPA(nn.Module):
     step, those counted that stay torch's. Once a step has made another number of calls than those before, all of the
     module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. It may be entered and left as often
     as one likes, and inside others; the state stays. Guidance branches are chosen with
-    :class:`lite_attention.skip_branch`.
+    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same time,
+    in branches of their own; what else a thread calls while another one is inside of the model is torch's.
 
     Args:
         model: what one step calls, and the modules belong to. It is changed only inside the context.
@@ -73,19 +74,19 @@ class LiteSDPA(nn.Module):
         policy = SkipPolicy.resolve("LiteSDPA", policy, threshold=threshold)
         checked_int("LiteSDPA: max_batch_size", max_batch_size, lowest=1)
         chosen, around = _find(model, layers)
-        streams = Streams()
+        streams, steps = Streams(), Steps()
         self._layers = nn.ModuleList(
-            Layer(name, LiteAttention(max_batch_size=max_batch_size, policy=policy), streams)
+            Layer(name, LiteAttention(max_batch_size=max_batch_size, policy=policy), streams, steps)
             for name in chosen.values()
         )
         share_room(self)  # they are no parts of the model
         # In a tuple, so that the model does not become a part of this module.
         self._modules_in = (*chosen, *around)
+        # Where among them the model is, unless it is a mere list of modules.
+        self._whole = self._modules_in.index(model) if model in self._modules_in else None
         self._stand_ins: list[functools.partial[Any] | None] = [None] * len(self._modules_in)
         self._streams = streams
-        self._thread = _Thread()
-        # The branches in which calls of the model are running: what compiled blocks see of the threads around them.
-        self._running = [False] * MAX_BRANCHES
+        self._steps = steps
         self._depth = 0
         self.entered = False
 
@@ -110,27 +111,50 @@ class LiteSDPA(nn.Module):
     def skip_fraction(self, stream: int = 0) -> Tensor:
         """Share of tiles that each layer will skip in its next pass: fp32 ``[layers]``, without waiting.
 
-        ``stream``: of the how-many-th call, from 0, that is taken over in one call of the model.
+        ``stream``: of the how-many-th call, from 0, that is taken over of the layer in one call of the model. A layer
+        that has made no such call skips 0, and so does one whose calls are torch's until :meth:`reset`.
         """
-        branch = self.branch_of(stream)
-        return torch.stack([layer.attention.skip_fraction(branch) for layer in self._each()])
+        branch = resolved_branch(None, "LiteSDPA")
+        numbers = self._numbers(stream, branch)
+        if stream > 0 and not numbers:
+            raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
+        fractions = [layer.attention.skip_fraction(numbers.get(layer.name, branch)) for layer in self._each()]
+        made = [layer.name in numbers and not layer.mixed[branch] for layer in self._each()]
+        return torch.stack([x if has else torch.zeros_like(x) for x, has in zip(fractions, made, strict=True)])
 
-    def branch_of(self, stream: int, branch: int | None = None) -> int:
+    def branch_of(self, stream: int, branch: int | None = None, *, layer: str | None = None) -> int:
         """Under which branch a layer's :class:`lite_attention.LiteAttention` keeps the map of a stream.
 
         Args:
-            stream: the how-many-th call, from 0, that layers of this door take over in one call of the model.
+            stream: the how-many-th call, from 0, that is taken over of the layer in one call of the model.
             branch: the guidance branch; None for the one of :class:`lite_attention.skip_branch`, or 0.
+            layer: the name of the layer; None if all that have made such a call keep its map under one branch.
 
         Raises:
-            TypeError, ValueError: ``stream`` or ``branch`` is no such number.
+            TypeError, ValueError: ``stream`` or ``branch`` is no such number, ``layer`` no layer's name, or needed.
             RuntimeError: there was no such call.
         """
-        stream, branch = checked_int("LiteSDPA: stream", stream, lowest=0), resolved_branch(branch, "LiteSDPA")
-        numbers = self._streams.of_branch(branch)
-        if stream >= max(len(numbers), 1):
-            raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
-        return numbers[stream] if numbers else branch
+        branch = resolved_branch(branch, "LiteSDPA")
+        numbers = self._numbers(stream, branch)
+        if layer is not None:
+            if layer not in self.layers:
+                raise ValueError(f"LiteSDPA: layer is {layer!r}, expected one of {list(self.layers)}")
+            numbers = {name: number for name, number in numbers.items() if name == layer}
+        if len(set(numbers.values())) > 1:
+            raise ValueError(
+                f"LiteSDPA: layer is None, expected one of {list(numbers)}: these keep the map of call {stream} of a "
+                f"step in branch {branch} under different branches"
+            )
+        if not numbers and stream > 0:
+            call = f"call {stream} of a step in branch {branch} yet"
+            raise RuntimeError(f"LiteSDPA: {f'{layer} has not' if layer else 'no layer has'} made {call}")
+        return next(iter(numbers.values()), branch)
+
+    def _numbers(self, stream: int, branch: int) -> dict[str, int]:
+        """For each layer that has made such a call, where its map is."""
+        stream = checked_int("LiteSDPA: stream", stream, lowest=0)
+        maps = {layer.name: layer.maps(branch) for layer in self._each()}
+        return {name: numbers[stream] for name, numbers in maps.items() if stream < len(numbers)}
 
     @property
     def left_to_torch(self) -> dict[str, dict[str, int]]:
@@ -167,28 +191,30 @@ class LiteSDPA(nn.Module):
     def _stand_in(self, index: int, module: nn.Module) -> functools.partial[Any]:
         """The function that takes the place of the module's forward: the same at every entry, for torch.compile."""
         routed = self._stand_ins[index]
-        if routed is None or (routed is not vars(module).get("forward") and routed.args[0] != module.forward):
+        if routed is None or (not stands(module, routed) and routed.args[0] != module.forward):
             layer = [self._layers[index]] if index < len(self._layers) else []
-            routed = stand_in(_routed_forward if layer else _forward_around, module, self, *layer)
+            whole = index == self._whole
+            routed = stand_in(_routed_forward if layer else _forward_around, module, self, whole, *layer)
             self._stand_ins[index] = routed
         return routed
 
-    def _mark_thread(self, runs: bool) -> None:
-        if not torch.compiler.is_compiling():
-            self._thread.runs = runs
+    def _end_step(self, number: int) -> None:
+        for branch in range(MAX_BRANCHES):
+            self._end_branch(number, branch)
 
-    def _end_step(self, branch: int) -> None:
-        if torch.compiler.is_compiling():
+    def _end_branch(self, number: int, branch: int) -> None:
+        if self._steps.are_traced:
             for layer in self._each():
-                layer.end_traced_step(len(layer.calls[branch]), branch)
+                if layer.calls[number][branch]:
+                    layer.end_traced_step(len(layer.calls[number][branch]), branch)
             return
-        mixed = [layer for layer in self._each() if layer.end_step(branch)]
+        mixed = [layer for layer in self._each() if layer.end_step(len(layer.calls[number][branch]), branch)]
         if mixed:
             _logger.warning(
                 "LiteSDPA: %s made %d attention calls in a step of branch %d, and %d in those before: it cannot be "
                 "told which is which, so all are torch's until reset()%s",
                 mixed[0].name or "the model itself",
-                len(mixed[0].calls[branch]),
+                len(mixed[0].calls[number][branch]),
                 branch,
                 mixed[0].usual[branch],
                 f"; and so for {len(mixed) - 1} other modules" if len(mixed) > 1 else "",
@@ -243,58 +269,22 @@ def _is_called(module: nn.Module) -> bool:
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
-class _Thread(threading.local):
-    """Whether this thread is inside a call of the model."""
-
-    runs = False
-
-    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
-        return _Thread, ()
-
-
-def _forward_around(below: Forward, door: LiteSDPA, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module around chosen ones. The outermost call is a step: in it, calls are counted from 0."""
-    # A trace knows no thread. Of calls of whole compiled models it is right all the same: they are never seen running.
-    inside = True in door._running if torch.compiler.is_compiling() else door._thread.runs
+def _forward_around(below: Forward, door: LiteSDPA, whole: bool, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module around chosen ones, or of the whole model: a step if the thread is in none yet."""
     if not door.entered:
         return below(*args, **kwargs)
-    branch = resolved_branch(None, "LiteSDPA")
-    if inside:
-        return _forward_inside(below, door, branch, *args, **kwargs)
-    for layer in door._each():
-        for index, others_run in enumerate(door._running):
-            if index == branch or not others_run:
-                layer.calls[index] = ()
-    door._running[branch] = True
-    door._mark_thread(True)
-    try:
-        result = below(*args, **kwargs)
-        door._end_step(branch)
-        return result
-    finally:
-        door._running[branch] = False
-        door._mark_thread(False)
-
-
-def _forward_inside(below: Forward, door: LiteSDPA, branch: int, *args: Any, **kwargs: Any) -> Any:
-    """One that fails takes back what it counted: it may be called again. Of code that is traced, torch does that."""
-    if torch.compiler.is_compiling():
+    number = door._steps.current
+    inside = UnderWay(door, door._steps.next_number(whole)) if number is None else TakenBack(door, number)
+    with inside:
         return below(*args, **kwargs)
-    before = [layer.calls[branch] for layer in door._each()]
-    try:
-        return below(*args, **kwargs)
-    except BaseException:
-        for layer, calls in zip(door._each(), before, strict=True):
-            layer.calls[branch] = calls
-        raise
 
 
-def _routed_forward(below: Forward, door: LiteSDPA, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+def _routed_forward(below: Forward, door: LiteSDPA, whole: bool, layer: Layer, *args: Any, **kwargs: Any) -> Any:
     """The forward of a chosen module."""
     if not door.entered:
         return below(*args, **kwargs)
     with route_sdpa(functools.partial(_attend, layer)):
-        return _forward_around(below, door, *args, **kwargs)
+        return _forward_around(below, door, whole, *args, **kwargs)
 
 
 def _attend(
@@ -311,12 +301,17 @@ def _attend(
     """Handler of one call; tensors ``[B, H, S, D]``."""
     attention = layer.attention
     branch = resolved_branch(None, "LiteSDPA")
-    calls = layer.calls[branch]
+    number = layer.steps.current
+    assert number is not None  # this is inside of the module's forward
+    may_use = layer.steps.may_use(number, branch)
     reason = why_left_to_torch(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention.max_batch_size
     )
+    if reason is None and not may_use:
+        reason = SHARED
     if reason is None and layer.mixed[branch]:
         reason = MIXED
+    calls = () if number == FOREIGN else layer.calls[number][branch]
     if reason is not None:
         layer.note(reason)
         out = scaled_dot_product_attention(
@@ -326,5 +321,7 @@ def _attend(
         place = layer.branch_of(len(calls), branch)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = attention(q, k, v, scale, branch=place).transpose(1, 2)
-    layer.calls[branch] = (*calls, None)  # one that failed is not counted
+        layer.has_map[place].up = True
+    if number != FOREIGN:
+        layer.calls[number][branch] = (*calls, None)  # one that failed is not counted
     return out
