@@ -55,6 +55,12 @@ def test_a_generation_of_one_call_is_not_the_one_that_begins_above_it(branches: 
     assert starts == [full for full in (True, True, True, False, False) for _ in branches]
 
 
+def test_a_branch_that_was_left_out_of_the_last_step_alone_compares_with_the_others() -> None:
+    clock = GenerationClock()
+    of_branches(clock, [(9.0, 0), (9.0, 1), (7.0, 0), (7.0, 1), (5.0, 0)])
+    assert of_branches(clock, [(6.0, 1), (6.0, 0), (4.0, 1)]) == ([0] * 3, [True, True, False])
+
+
 @pytest.mark.parametrize("left_out", [1, 0], ids=["left out of the last steps", "called in all"])
 def test_a_branch_that_others_left_behind_compares_with_them(left_out: int) -> None:
     clock = GenerationClock()

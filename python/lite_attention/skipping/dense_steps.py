@@ -32,7 +32,7 @@ MAX_SCHEDULE_STEPS = 2**16
 NO_DIRECTION = 0
 DOWN = -1
 NO_GENERATION = 0
-# Beside the bits of the branches: one of them has been called at two timesteps since.
+# Beside the bits of the branches: one of them has gone on to another timestep since.
 LEFT_OUT = 1 << MAX_BRANCHES
 
 # Each clock numbers its generations from a random one on, so that two clocks never tell a layer the same: also not
@@ -72,7 +72,7 @@ class ClockState(OwnState):
     planned: Tensor
     """The scheduler's own timestep of that step, as the call's dtype rounds it."""
     since: Tensor
-    """The branches that were called since: a bit each, and one more, LEFT_OUT."""
+    """The branches that were called since: a bit each, and LEFT_OUT where one of them has left this one's timestep."""
     streams: Tensor
     watched: Tensor
     mixed: Tensor
@@ -147,11 +147,11 @@ class GenerationClock(StateHolder):
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
     (schedulers of higher order). A timestep against the direction of those before in its branch starts a new
     generation; so does one against the latest call's in a branch that this generation has not called yet, or that was
-    left out while another was called at several timesteps. All branches denoise one video: each of the others starts
-    over at its next call, whatever its timestep. Timesteps that rise are taken for a turn too, until two rises in a row
-    have shown that this is how they go here; then so are those that fall. Where the timesteps
-    cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
-    :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
+    left out while another went on to the next timestep. All branches denoise one video: each of the others starts over
+    at its next call, whatever its timestep. Timesteps that rise are taken for a turn too, until two rises in a row have
+    shown that this is how they go here; then so are those that fall. Where the timesteps cannot tell (generations of a
+    single step for each branch, or one broken off and followed by one that starts lower), call :meth:`reset`. The time
+    is kept where the timesteps are: on another device it starts with a new generation.
 
     A caller that cannot know whether the calls of a branch follow each other or belong to two streams that would share
     a map (guidance branches that nobody names, tiles of a latent) says that they are ``watched``. A call that repeats
@@ -263,7 +263,9 @@ class GenerationClock(StateHolder):
         new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
         new_usual = torch.where(~is_new & (change != 0) & (change == direction), change, usual)
         others = torch.arange(MAX_BRANCHES, device=now.device) != branch
-        leaves_out = others & (state.since & (1 << branch) != 0) & (change != 0)
+        # Called at another timestep since theirs, or at theirs before: not just as one whose timesteps are shifted.
+        shares_last = state.timesteps == state.timesteps[branch]
+        leaves_out = others & (change != 0) & ((state.since & (1 << branch) != 0) | shares_last)
         now_since = torch.where(others, state.since | (1 << branch) | leaves_out * LEFT_OUT, 0)
         # Everything is computed before anything is written.
         heading.copy_(torch.where(begins, new_direction, new_heading))
