@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,10 +17,12 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import WanPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models import attention_dispatch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lite_attention import LiteAttention, SkipPolicy
@@ -437,7 +440,8 @@ def test_errors() -> None:
         "context parallelism later": lambda: run(later, WAN, x, 900.0),
         "a processor of its own kind": lambda: run(deaf, WAN, x, 900.0),
         "a mask": lambda: attn(hidden, None, mask),
-        "a float mask": lambda: joint(hidden, None, mask.float()),
+        "a float mask": lambda: joint(hidden[:, TEXT_LEN:], hidden[:, :TEXT_LEN], mask.float()),
+        "no text where it is among the tokens": lambda: joint(hidden, None),
         "a number as timestep": lambda: masked(**WAN.inputs(x, 1.0) | {"timestep": 900.0}),
         "layer 2 of 2": lambda: enable_lite_attention(transformer, layers=[0, 2]),
         "layer as text": lambda: enable_lite_attention(transformer, layers=["0"]),  # type: ignore[list-item]
@@ -459,6 +463,7 @@ context parallelism later -> RuntimeError: blocks.1.attn1: context parallelism w
 a processor of its own kind -> RuntimeError: blocks.0.attn1: Deaf called scaled_dot_product_attention 0 times, expected once
 a mask -> ValueError: blocks.0.attn1: attn_mask has dtype torch.bool and shape [1, 1, 1, 980], expected no mask
 a float mask -> ValueError: single_transformer_blocks.0.attn: attn_mask has dtype torch.float32 and shape [1, 1, 1, 980], expected torch.bool and [1, 1, 1, 980]
+no text where it is among the tokens -> ValueError: single_transformer_blocks.0.attn: encoder_hidden_states is None, expected the text, which its VideoModel has among the tokens of this layer (text='last')
 a number as timestep -> TypeError: WanTransformer3DModel: timestep has type float, expected a tensor
 layer 2 of 2 -> ValueError: enable_lite_attention: layers[1] is 2, expected -2 to 1: WanTransformer3DModel has 2 self-attention layers
 layer as text -> TypeError: enable_lite_attention: layers[0] is '0' of type str, expected an int
@@ -606,6 +611,119 @@ def test_a_mesh_needs_an_accelerator() -> None:
         dist.destroy_process_group()
     assert not any(isinstance(module, LiteAttention) for module in transformer.modules())
     enable_lite_attention(transformer)
+
+
+class Counting(WanAttnProcessor):
+    """A processor that all layers share, as code that controls attention has it, and that counts their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        out: Tensor = super().__call__(*args, **kwargs)
+        return out * 0.5 if self.calls == 3 else out
+
+
+def test_a_processor_that_layers_share_stays_one() -> None:
+    transformer, stock = make_transformer(WAN), make_transformer(WAN)
+    shared, expected = Counting(), Counting()
+    transformer.set_attn_processor(shared)
+    stock.set_attn_processor(expected)
+    handle = enable_lite_attention(transformer, threshold=-math.inf)
+    torch.testing.assert_close(denoise(transformer), denoise(stock), atol=1e-4, rtol=1e-4)
+    assert shared.calls == expected.calls == 16
+    handle.disable()
+    assert all(processor is shared for processor in transformer.attn_processors.values())
+
+
+def test_a_backend_that_is_chosen_meanwhile_is_the_layers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    transformer.set_attention_backend("_native_math")
+    denoise(transformer)
+    assert (handle.skip_fraction()[:, 1:] > 0.05).all()
+    handle.disable()
+    assert {processor._attention_backend for processor in transformer.attn_processors.values()} == {"_native_math"}
+
+
+class WithoutScores(TorchFunctionMode):
+    """Attention without its scores, as perturbed guidance has it (diffusers' own mode does not compile)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return func(**kwargs | {"query": torch.zeros_like(kwargs["query"])})
+        if getattr(func, "__module__", None) == "torch._tensor":
+            return getattr(args[0], func.__name__)(*args[1:], **kwargs or {})
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_function_mode_of_someone_else_gets_the_attention_call(
+    compiled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer, stock = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    model = torch.compile(transformer, fullgraph=True, backend="eager") if compiled else transformer
+    with caplog.at_level(logging.WARNING, "lite_attention"), WithoutScores():
+        torch.testing.assert_close(denoise(model), denoise(stock), atol=1e-4, rtol=1e-4)
+    said = [record.getMessage() for record in caplog.records if record.name == "lite_attention"]
+    assert len(said) == 1
+    assert "WithoutScores" in said[0]
+    with torch.device("cpu"):  # a mode of torch's own
+        denoise(transformer)
+    assert (handle.skip_fraction()[:, 1:] > 0.05).all()
+
+
+def test_disabling_a_model_that_lost_blocks_gives_back_all_of_it() -> None:
+    transformer, stock = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    lost = transformer.blocks[0]  # type: ignore[index]
+    transformer.blocks = transformer.blocks[1:]  # type: ignore[index]
+    stock.blocks = stock.blocks[1:]  # type: ignore[index]
+    denoise(transformer)
+    handle.set_threshold([-1.0] * HEADS)
+    handle.disable()
+    assert type(lost.attn1.processor) is WanAttnProcessor
+    assert set(vars(transformer)) == set(vars(stock))
+    assert_all_equal(denoise(transformer), denoise(stock))
+
+
+@pytest.mark.parametrize("when", ["enable", "disable"])
+def test_a_layer_that_takes_no_processor_leaves_nothing_half_done(when: str) -> None:
+    def refuse(processor: object) -> None:
+        raise RuntimeError("no")
+
+    transformer, names = make_transformer(WAN), set(vars(make_transformer(WAN)))
+    layers = [block.attn1 for block in transformer.blocks]  # type: ignore[union-attr]
+    if when == "disable":
+        handle = enable_lite_attention(transformer)
+        layers[0].set_processor = refuse
+        with pytest.raises(RuntimeError, match="no"):
+            handle.disable()
+    else:
+        layers[1].set_processor = refuse
+        with pytest.raises(RuntimeError, match="no"):
+            enable_lite_attention(transformer)
+    assert set(vars(transformer)) == names
+    assert type(layers[1 if when == "disable" else 0].processor) is WanAttnProcessor
+
+
+def test_what_others_wrapped_does_nothing_once_disabled(caplog: pytest.LogCaptureFixture) -> None:
+    transformer, stock = make_transformer(WAN), make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    context, forward = transformer.cache_context, transformer.forward
+    transformer.cache_context = lambda name: context(name)
+    transformer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    handle.disable()
+    for names in [f"of many {number}" for number in range(9)]:
+        with transformer.cache_context(names):
+            assert_all_equal(denoise(transformer), denoise(stock))
+    del transformer.forward
+    assert "forward" not in vars(transformer)
 
 
 class Deaf:

@@ -297,6 +297,7 @@ def test_the_log_says_once_that_streams_met(ask: str, caplog: pytest.LogCaptureF
         with caplog.at_level(logging.WARNING, "lite_attention"):
             if ask == "set_timesteps":
                 pipeline.scheduler.set_timesteps(4)
+                run(pipeline.transformer, WAN, make_latents(WAN), 900.0)
             else:
                 getattr(handle, ask)()
     assert_expected_inline(
@@ -338,14 +339,36 @@ class TiledPipeline(WanPipeline):
 
 
 class RoundedPipeline(WanPipeline):
-    """One that rounds timesteps to the weights' dtype, as HunyuanVideo's does, so that some are the same."""
+    """One that rounds timesteps to bf16, as HunyuanVideo's does, so that some are the same."""
 
     def __call__(self) -> None:  # type: ignore[override]
-        self.scheduler.set_timesteps(len(TIMESTEPS), mu=0.0)
+        self.scheduler.set_timesteps(sigmas=[0.95, 0.9001, 0.9, 0.8999], mu=0.0)
         for step, timestep in enumerate(self.scheduler.timesteps):
+            inputs = WAN.inputs(make_latents(WAN, step), 0.0) | {"timestep": timestep[None].bfloat16()}
             with self.transformer.cache_context("cond"):
-                out = run(self.transformer, WAN, make_latents(WAN, step), 900.0 if step > 0 else 950.0)
+                out = self.transformer(**inputs)[0]
             self.scheduler.step(out, timestep, out)
+
+
+class SteppedTilesPipeline(WanPipeline):
+    """One that takes the scheduler's step tile by tile, and puts its index back before or after each."""
+
+    put_back = "before"
+
+    def __call__(self) -> list[Tensor]:  # type: ignore[override]
+        self.scheduler.set_timesteps(len(TIMESTEPS))
+        tiles, outs = [make_latents(WAN, seed=tile) for tile in (0, 1)], []
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        for step, timestep in enumerate(timesteps):
+            for tile in (0, 1):
+                with self.transformer.cache_context("cond"):
+                    outs.append(run(self.transformer, WAN, tiles[tile], float(timestep)))
+                if self.put_back == "before" and order == 1:
+                    self.scheduler._step_index = step
+                tiles[tile] = self.scheduler.step(outs[-1], timestep, tiles[tile], return_dict=False)[0]
+                if self.put_back == "after" and tile == 0:
+                    self.scheduler._step_index = step
+        return outs
 
 
 class Loop:
@@ -433,6 +456,18 @@ def test_tiles_in_a_pipeline_that_names_its_branches_compute_everything(schedule
     assert handle.mixed_calls() > 0
 
 
+@pytest.mark.parametrize("put_back", ["before", "after"])
+def test_tiles_that_take_the_schedulers_step_one_by_one_compute_everything(
+    put_back: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SteppedTilesPipeline, "put_back", put_back)
+    pipeline, dense = wan_of(SteppedTilesPipeline), wan_of(SteppedTilesPipeline)
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    for _ in range(2):
+        torch.testing.assert_close(pipeline(), dense(), atol=1e-4, rtol=1e-4)
+    assert handle.mixed_calls() > 0
+
+
 @pytest.mark.parametrize("copied", [False, True], ids=["enabled", "copied"])
 def test_timesteps_that_a_pipeline_rounds_to_the_same_are_one_stream(copied: bool) -> None:
     pipeline = wan_of(RoundedPipeline)
@@ -443,6 +478,17 @@ def test_timesteps_that_a_pipeline_rounds_to_the_same_are_one_stream(copied: boo
         pipeline()
         assert skips(handle, "cond") == [False, True]
     assert handle.mixed_calls() == 0
+
+
+def test_batch_entries_that_change_places_are_another_stream() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    texts = torch.cat(list(prompt(0).values()))
+    for step, timestep in enumerate(TIMESTEPS):
+        inputs = WAN.inputs(make_latents(WAN, step, batch=2), timestep)
+        transformer(**inputs | {"encoder_hidden_states": texts if step < 2 else texts.flip(0)})
+    assert skips(handle) == [False, True, False, False]
+    assert handle.mixed_calls() == 1
 
 
 def test_a_modular_pipeline_is_taken() -> None:

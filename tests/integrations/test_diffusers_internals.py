@@ -78,8 +78,7 @@ def test_the_backend_of_a_processor(transformer: Any, monkeypatch: pytest.Monkey
         return query
 
     layer = transformer.blocks[0].attn1
-    _internals.use_torch_attention(layer.processor)
-    with torch.no_grad(), route_sdpa(handler):
+    with torch.no_grad(), _internals.torch_attention(layer.processor), route_sdpa(handler):
         layer(torch.randn(1, 8, HEADS * HEAD_DIM))
     assert len(calls) == 1, unknown("processor._attention_backend or AttentionBackendName.NATIVE")
 
@@ -101,10 +100,11 @@ def test_a_processor_that_is_told_there_is_none_computes_alone(split: Any) -> No
         return query
 
     layer = split.blocks[0].attn1
-    _internals.set_parallel_config(layer.processor, None)
-    with torch.no_grad(), route_sdpa(handler):
+    config = _internals.parallel_config(layer.processor)
+    with torch.no_grad(), _internals.torch_attention(layer.processor), route_sdpa(handler):
         layer(torch.randn(1, 8, HEADS * HEAD_DIM))
     assert calls == [[1, HEADS, 8, HEAD_DIM]], unknown("processor._parallel_config")
+    assert _internals.parallel_config(layer.processor) is config, "as before"
 
 
 def test_processors_of_the_door_are_told_too(transformer: Any, mesh: DeviceMesh) -> None:

@@ -1,6 +1,9 @@
 """The diffusers door in whole pipelines: guidance, schedulers, two transformers, one generation after another."""
 
+import contextlib
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
+    WanPipeline,
 )
 from torch import Tensor
 
@@ -124,11 +128,132 @@ def test_a_copy_of_the_scheduler_is_not_the_scheduler() -> None:
     pipeline = wan()
     handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
     generate(pipeline)
-    duplicate = copy.deepcopy(pipeline.scheduler)
-    duplicate.set_timesteps(7)
-    assert len(duplicate.timesteps) == 7
-    assert len(pipeline.scheduler.timesteps) == STEPS
+    for duplicate in (copy.deepcopy(pipeline.scheduler), copy.copy(pipeline.scheduler)):
+        duplicate.set_timesteps(7)
+        assert len(duplicate.timesteps) == 7
+        assert len(pipeline.scheduler.timesteps) == STEPS
     assert handle.skip_fraction("cond").shape == (2, STEPS), "nothing was reset"
-    handle.disable()
+
+
+BROKEN_OFF, BELOW = (900.0, 700.0), (600.0, 300.0)
+
+
+def calls(transformer: Any, timesteps: tuple[float, ...], seed: int, names: tuple[str | None, ...]) -> list[Tensor]:
+    outs, case = [], CASES["wan"]
+    with torch.no_grad():
+        for step, timestep in enumerate(timesteps):
+            for name in names:
+                with transformer.cache_context(name) if name else contextlib.nullcontext():
+                    outs.append(run(transformer, case, make_latents(case, step, seed=seed), timestep))
+    return outs
+
+
+def restored(pipeline: Any) -> Any:
+    """As pipelines of views do that take the scheduler's steps for each of them."""
+    vars(pipeline.scheduler).update(copy.deepcopy(vars(pipeline.scheduler)))
+    return pipeline.scheduler
+
+
+def replaced(pipeline: Any) -> Any:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return pipeline.scheduler
+
+
+def shallow(pipeline: Any) -> Any:
+    pipeline.scheduler = copy.copy(pipeline.scheduler)
+    return pipeline.scheduler
+
+
+@pytest.mark.parametrize("name", ["cond", None], ids=["named", "without a name"])
+@pytest.mark.parametrize("change", [restored, replaced, shallow, lambda pipeline: pipeline.scheduler])
+def test_whatever_scheduler_the_pipeline_has_begins_a_video(change: Callable[[Any], Any], name: str | None) -> None:
+    pipeline, fresh = wan(), wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD, guidance="named")
+    enable_lite_attention(fresh, threshold=THRESHOLD, guidance="named")
+    for _ in range(2):
+        scheduler = change(pipeline)
+        scheduler.set_timesteps(STEPS)
+        calls(pipeline.transformer, BROKEN_OFF, 0, (name,))
+    scheduler.set_timesteps(STEPS + 1)
+    assert len(pipeline.scheduler.timesteps) == STEPS + 1
+    outs = calls(pipeline.transformer, BELOW, 1, (name,))
+    assert all(map(torch.equal, outs, calls(fresh.transformer, BELOW, 1, (name,))))
+    assert (handle.skip_fraction("cond" if name else 0)[:, 1] > 0).all()
     handle.disable()
     assert "set_timesteps" not in vars(pipeline.scheduler)
+
+
+def test_a_scheduler_that_goes_back_begins_a_video() -> None:
+    pipeline, fresh = wan(), wan()
+    enable_lite_attention(pipeline, threshold=THRESHOLD, guidance="named")
+    enable_lite_attention(fresh, threshold=THRESHOLD, guidance="named")
+    pipeline.scheduler.set_timesteps(STEPS)
+    calls(pipeline.transformer, BROKEN_OFF[:1], 0, ("cond",))
+    pipeline.scheduler._step_index = 1
+    calls(pipeline.transformer, BROKEN_OFF[1:], 0, ("cond",))
+    pipeline.scheduler._step_index = None  # by one whose timesteps never change
+    outs = calls(pipeline.transformer, BELOW, 1, ("cond",))
+    assert all(map(torch.equal, outs, calls(fresh.transformer, BELOW, 1, ("cond",))))
+
+
+@pytest.mark.parametrize("guidance", [None, "named"])
+def test_two_transformers_notice_a_turn_between_them(guidance: Any) -> None:
+    def video(pipeline: Any, seed: int, timesteps: tuple[float, ...]) -> list[Tensor]:
+        pipeline.scheduler.set_timesteps(len(timesteps))
+        names = ("cond", "uncond")
+        outs = calls(pipeline.transformer, tuple(t for t in timesteps if t >= 800.0), seed, names)
+        return outs + calls(pipeline.transformer_2, tuple(t for t in timesteps if t < 800.0), seed, names)
+
+    pipelines = [wan(transformers=2) for _ in range(2)]
+    for pipeline in pipelines:
+        enable_lite_attention(pipeline, threshold=THRESHOLD, guidance=guidance)
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    video(pipelines[0], 0, (1000.0, 900.0, 700.0, 400.0, 100.0))
+    second = (850.0, 600.0, 300.0)
+    assert all(map(torch.equal, *(video(pipeline, 1, second) for pipeline in pipelines)))
+
+
+def test_pipelines_that_share_a_scheduler_are_disabled_one_by_one() -> None:
+    first, dense = wan(), wan()
+    second = wan(first.scheduler)
+    handle = enable_lite_attention(first, threshold=THRESHOLD)
+    other = enable_lite_attention(second, threshold=THRESHOLD)
+    handle.disable()
+    generate(second)
+    assert "forward" not in vars(first.transformer)
+    assert torch.equal(generate(first), generate(dense))
+    other.disable()
+    assert torch.equal(generate(second), generate(dense))
+
+
+class Schedule:
+    """Of someone's own pipeline, with nothing but its numbers."""
+
+    __slots__ = ("timesteps",)
+
+    def __init__(self) -> None:
+        self.timesteps = (900.0, 700.0)
+
+
+@pytest.mark.parametrize("scheduler", [Schedule(), object(), None])
+def test_any_object_may_stand_for_a_scheduler(scheduler: object) -> None:
+    transformer = wan().transformer
+    pipeline = SimpleNamespace(transformer=transformer, scheduler=scheduler)
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    calls(transformer, BROKEN_OFF, 0, ("cond",))
+    assert (handle.skip_fraction("cond")[:, 1] > 0).all()
+    copy.deepcopy(transformer)
+    handle.disable()
+    assert "forward" not in vars(transformer)
+
+
+def test_a_transformer_copied_alone_looks_at_the_scheduler_that_it_shares() -> None:
+    pipeline, fresh = wan(), wan()
+    enable_lite_attention(pipeline, threshold=THRESHOLD, guidance="named")
+    enable_lite_attention(fresh, threshold=THRESHOLD, guidance="named")
+    other = WanPipeline(**pipeline.components | {"transformer": copy.deepcopy(pipeline.transformer)})
+    other.scheduler.set_timesteps(STEPS)
+    calls(other.transformer, BROKEN_OFF, 0, ("cond",))
+    other.scheduler.set_timesteps(STEPS)
+    outs = calls(other.transformer, BELOW, 1, ("cond",))
+    assert all(map(torch.equal, outs, calls(fresh.transformer, BELOW, 1, ("cond",))))

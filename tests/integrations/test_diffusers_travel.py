@@ -1,11 +1,13 @@
 """The diffusers door wherever a model's weights lie, and however it travels: offloading, meta, copies, pickles, dtypes."""
 
 import copy
+import gc
 import io
 import math
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
 from support.video_models import CASES, VideoCase, make_latents, make_transformer, run
@@ -225,6 +228,7 @@ def test_a_copy_of_a_pipeline_starts_generations_of_its_own(duplicate: Callable[
     assert other.scheduler is not pipeline.scheduler
     fresh = make_transformer(WAN)
     enable_lite_attention(fresh, threshold=THRESHOLD)
+    other.scheduler.set_timesteps(4)
     for transformer in (pipeline.transformer, other.transformer):
         for step in range(2):
             step_of(transformer, step)
@@ -243,11 +247,26 @@ def test_a_copy_of_the_scheduler_is_light_and_starts_nothing(duplicate: Callable
     for step in range(2):
         step_of(pipeline.transformer, step)
     other = duplicate(pipeline.scheduler)
+    assert vars(other).keys() == vars(wan().scheduler).keys()
     other.set_timesteps(7)
     assert len(other.timesteps) == 7
     step_of(pipeline.transformer, 2)
     assert (handle.skip_fraction()[:, 2] > 0).all(), "nothing was reset"
     assert len(pickle.dumps(pipeline.scheduler)) < 50_000, "without the transformer"
+
+
+def test_a_transformer_does_not_take_its_pipeline_along() -> None:
+    pipeline, alone = wan(), make_transformer(WAN)
+    enable_lite_attention(pipeline)
+    enable_lite_attention(alone)
+    sizes = [len(pickle.dumps(transformer)) for transformer in (pipeline.transformer, alone)]
+    assert sizes[0] < sizes[1] + 50_000
+    gone = weakref.ref(pipeline)
+    transformer = pipeline.transformer
+    del pipeline
+    gc.collect()
+    assert gone() is None
+    assert denoise(transformer)
 
 
 @each_way
@@ -339,3 +358,34 @@ def test_another_default_dtype_changes_nothing(
     assert fractions.dtype == torch.float32
     assert (fractions[:, 0] == 0).all()
     assert (fractions[:, 1:] > 0.02).all()
+
+
+def test_what_is_told_while_tensors_are_fake_is_told() -> None:
+    pipeline, fresh = wan(), wan()
+    handle = enable_lite_attention(pipeline, threshold=0.0, guidance="named", must_do=[0, 10])
+    enable_lite_attention(fresh, threshold=THRESHOLD, guidance="named", must_do=[0, 300])
+    latents = make_latents(WAN, seed=1)
+    for _ in range(2):
+        pipeline.scheduler.set_timesteps(4)
+        denoise(pipeline.transformer)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            pipeline.scheduler.timesteps = pipeline.scheduler.timesteps.clone()
+            handle.set_threshold(THRESHOLD)
+            handle.set_must_do([0, 300])
+            handle.reset()
+        outs = [run(pipeline.transformer, WAN, latents, timestep) for timestep in (200.0, 100.0)]
+        assert all(
+            map(torch.equal, outs, [run(fresh.transformer, WAN, latents, timestep) for timestep in (200.0, 100.0)])
+        )
+        fresh.scheduler.set_timesteps(4)
+
+
+def test_a_layer_is_reset_while_tensors_are_fake() -> None:
+    transformer = make_transformer(WAN)
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    denoise(transformer)
+    layer: Any = handle.layers["blocks.0.attn1"]
+    assert layer.skip_fraction() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer.reset_skip_state()
+    assert layer.skip_fraction() == 0

@@ -9,6 +9,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_attention import SkipPolicy, skip_branch
 from lite_attention.skipping.branches import MAX_BRANCHES
@@ -31,11 +32,50 @@ def steps_of(clock: GenerationClock, timesteps: list[float]) -> list[int]:
 
 @pytest.mark.parametrize(
     "one",
-    [[999.0, 750.0, 500.0, 20.0], [0.0, 0.25, 0.5, 0.999], [14.6, 3.1, 0.03, 0.0]],
-    ids=["timesteps", "rising", "sigmas"],
+    [[999.0, 750.0, 500.0, 20.0], [14.6, 3.1, 0.03, 0.0]],
+    ids=["timesteps", "sigmas"],
 )
 def test_a_turn_of_the_timesteps_starts_a_generation(one: list[float]) -> None:
     assert steps_of(GenerationClock(), [*one, *one, *one]) == [0, 1, 2, 3] * 3
+
+
+def test_timesteps_that_rise_are_a_turn_until_they_rise_again() -> None:
+    clock = GenerationClock()
+    rising = [0.0, 0.25, 0.5, 0.999]
+    assert steps_of(clock, [*rising, *rising, *rising]) == [0, 0, 1, 2, *[0, 1, 2, 3] * 2]
+    clock.reset()
+    assert steps_of(clock, [0.0, 0.25]) == [0, 1]
+
+
+@pytest.mark.parametrize("branches", [(0,), (0, 1)])
+def test_a_generation_of_one_call_is_not_the_one_that_begins_above_it(branches: tuple[int, ...]) -> None:
+    calls = [(timestep, branch) for timestep in (9.0, 9.5, 7.0, 5.0, 3.0) for branch in branches]
+    numbers, starts = of_branches(GenerationClock(), calls)
+    assert numbers[:: len(branches)] == [0, 1, 2, 2, 2]
+    assert starts == [full for full in (True, True, True, False, False) for _ in branches]
+
+
+def test_a_branch_that_was_left_out_of_the_last_step_alone_compares_with_the_others() -> None:
+    clock = GenerationClock()
+    of_branches(clock, [(9.0, 0), (9.0, 1), (7.0, 0), (7.0, 1), (5.0, 0)])
+    assert of_branches(clock, [(6.0, 1), (6.0, 0), (4.0, 1)]) == ([0] * 3, [True, True, False])
+
+
+@pytest.mark.parametrize("left_out", [1, 0], ids=["left out of the last steps", "called in all"])
+def test_a_branch_that_others_left_behind_compares_with_them(left_out: int) -> None:
+    clock = GenerationClock()
+    one = [(9.0, 1), (9.0, 0), (7.0, 1), (7.0, 0), (5.0, 1 - left_out), (5.0, 0), (3.0, 1 - left_out), (3.0, 0)]
+    of_branches(clock, one)
+    numbers, starts = of_branches(clock, [(5.0, 1), (5.0, 0), (2.0, 1), (2.0, 0)])
+    assert numbers == [0] * 4
+    assert starts == [True, True, False, False]
+
+
+def test_a_branch_that_is_left_out_of_some_steps_goes_on_in_its_generation() -> None:
+    calls = [(9.0, 1), (9.0, 0), (8.0, 0), (7.0, 0), (6.0, 1), (6.0, 0), (5.0, 0), (4.0, 0), (4.0, 1)]
+    numbers, starts = of_branches(GenerationClock(), calls)
+    assert numbers == [0] * 9
+    assert starts == [True, True, *[False] * 7]
 
 
 def test_calls_with_one_timestep_are_one_step() -> None:
@@ -205,6 +245,40 @@ def test_a_timestep_that_comes_again_in_another_step_of_the_scheduler_is_of_one_
         starts += ticks(clock, [timestep], watched=True)
     assert starts == [True, False, False, False, True, True]
     assert int(clock.mixed_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "mixed"),
+    [
+        ([(0, 900.2), (1, 800.4), (2, 800.2)], 0),  # one in the calls' dtype
+        ([(0, 900.2), (1, 800.4), (2, 700.0)], 1),  # the second of two tiles, after the step of the first
+        ([(0, 900.2), (None, 0.0), (2, 800.4)], 1),
+        ([(0, 900.2), (1, 800.4), (None, 0.0)], 1),
+    ],
+)
+def test_a_timestep_that_comes_again_where_the_scheduler_has_others_is_of_two_streams(
+    steps: list[tuple[int | None, float]], mixed: int
+) -> None:
+    clock = GenerationClock()
+    for (step, planned), timestep in zip(steps, (900.2, 800.4, 800.4), strict=True):
+        clock.at_schedule_step(step, planned)
+        clock.tick(torch.tensor(timestep, dtype=torch.bfloat16), watched=True)
+    assert int(clock.mixed_calls) == mixed
+
+
+def test_a_step_of_the_scheduler_that_is_told_before_the_first_call_is_known_on_its_device() -> None:
+    clock = GenerationClock()
+    clock.at_schedule_step(3, 7.0)
+    clock.state.start_over(torch.device("cpu"))
+    assert (int(clock.state.schedule_step), float(clock.state.schedule_timestep)) == (3, 7.0)
+
+
+def test_a_reset_under_fake_tensors_is_one() -> None:
+    clock = GenerationClock()
+    ticks(clock, [9.0, 8.0], watched=False)
+    with FakeTensorMode():
+        clock.reset()
+    assert ticks(clock, [7.0], watched=False) == [True]
 
 
 @pytest.mark.parametrize("change", [-1.0, 0.0])
@@ -390,6 +464,7 @@ def test_errors() -> None:
         "a stream's name": lambda: clock.tick(torch.tensor(1.0), stream="one"),  # type: ignore[arg-type]
         "a stream of floats": lambda: clock.tick(torch.tensor(1.0), stream=torch.zeros(2)),
         "schedule step -1": lambda: clock.at_schedule_step(-1),
+        "schedule timestep": lambda: clock.at_schedule_step(1, "7"),  # type: ignore[arg-type]
         "branch 8": lambda: clock.step(8),
     }
     assert_expected_inline(
@@ -404,6 +479,7 @@ no timesteps -> ValueError: GenerationClock: timestep has shape [0], expected at
 a stream's name -> TypeError: GenerationClock: stream is str, expected a tensor of torch.int64, 0-d, or None
 a stream of floats -> TypeError: GenerationClock: stream is torch.float32, 1-d, expected a tensor of torch.int64, 0-d, or None
 schedule step -1 -> ValueError: GenerationClock: step is -1, expected 0 to 65534
+schedule timestep -> TypeError: GenerationClock: timestep has type str, expected a number
 branch 8 -> ValueError: GenerationClock: branch is 8, expected 0 to 7""",
     )
 

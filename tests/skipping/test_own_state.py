@@ -419,7 +419,7 @@ def test_compiled_code_takes_the_state_for_memory_at_fixed_addresses() -> None:
     with torch.no_grad():
         torch.compile(Timed(), backend=backend, fullgraph=True)(video(1), 900.0)
     state = {name: is_static for name, is_static in static.items() if "state" in name}
-    assert len(state) == 23, list(static)
+    assert len(state) == 27, list(static)
     assert all(state.values())
     assert not all(static.values())
 

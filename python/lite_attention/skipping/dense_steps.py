@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from lite_attention.ops.checks import checked_bool, checked_int
-from lite_attention.ops.modes import real_tensors
+from lite_attention.ops.checks import checked_bool, checked_int, checked_number
+from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import OwnState, StateHolder, hold
 from lite_attention.skipping.arguments import check_no_transform
 from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
@@ -30,7 +30,10 @@ NO_STEP = -1
 NO_SCHEDULE_STEP = -1
 MAX_SCHEDULE_STEPS = 2**16
 NO_DIRECTION = 0
+DOWN = -1
 NO_GENERATION = 0
+# Beside the bits of the branches: one of them has gone on to another timestep since.
+LEFT_OUT = 1 << MAX_BRANCHES
 
 # Each clock numbers its generations from a random one on, so that two clocks never tell a layer the same: also not
 # where the layer, or the clock, was copied or comes from another process.
@@ -52,9 +55,13 @@ class ClockState(OwnState):
     next_generation: Tensor
     heading: Tensor
     """Direction of the newest generation, as the latest call that has one has it."""
+    usual: Tensor
+    """Direction that two changes in a row confirmed last; down at first."""
     latest_timestep: Tensor
     """Of the latest call, whatever its branch."""
     schedule_step: Tensor
+    schedule_timestep: Tensor
+    """Of that step in the scheduler's own list: float64."""
     starts: Tensor
     steps: Tensor
     generations: Tensor
@@ -62,6 +69,10 @@ class ClockState(OwnState):
     directions: Tensor
     moments: Tensor
     """Timestep and step of the scheduler, of which two calls of one stream never have both."""
+    planned: Tensor
+    """The scheduler's own timestep of that step, as the call's dtype rounds it."""
+    since: Tensor
+    """The branches that were called since: a bit each, and LEFT_OUT where one of them has left this one's timestep."""
     streams: Tensor
     watched: Tensor
     mixed: Tensor
@@ -70,10 +81,12 @@ class ClockState(OwnState):
 
     def __init__(self) -> None:
         super().__init__()
+        self._schedule = (NO_SCHEDULE_STEP, 0.0)
         self.start_over(torch.device("cpu"))
 
     def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
         first = _first_generation()
+        step, timestep = self._schedule
 
         def of_branches(value: int) -> Tensor:
             return torch.full((MAX_BRANCHES,), value, dtype=torch.int64, device=device)
@@ -91,20 +104,31 @@ class ClockState(OwnState):
             "newest_generation": kept(NO_GENERATION),
             "next_generation": single(first + 1),
             "heading": kept(NO_DIRECTION),
+            "usual": kept(DOWN),
             "latest_timestep": kept(0),
-            "schedule_step": single(NO_SCHEDULE_STEP),
+            "schedule_step": single(step),
+            "schedule_timestep": torch.full((), timestep, dtype=torch.float64, device=device),
             "starts": of_branches(1),
             "steps": of_branches(NO_STEP),
             "generations": of_branches(first),
             "timesteps": of_branches(0),
             "directions": of_branches(NO_DIRECTION),
             "moments": of_branches(0),
+            "planned": of_branches(0),
+            "since": of_branches(0),
             "streams": of_branches(0),
             "watched": of_branches(0),
             "mixed": of_branches(0),
             "calls": of_branches(0),
             "mixed_calls": single(0),
         }
+
+    def set_schedule(self, step: int, timestep: float) -> None:
+        """Note a step of the scheduler, also for the buffers that the first call makes on its device."""
+        self._schedule = (step, timestep)
+        with real_tensors():
+            self.schedule_step.fill_(step)
+            self.schedule_timestep.fill_(timestep)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy goes on with the generations under way; those that it begins are its own."""
@@ -122,10 +146,12 @@ class GenerationClock(StateHolder):
 
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
     (schedulers of higher order). A timestep against the direction of those before in its branch starts a new
-    generation; so does one against the latest call's in a branch that this generation has not called yet. All branches
-    denoise one video: each of the others starts over at its next call, whatever its timestep. Where the timesteps
-    cannot tell (generations of a single step, or one broken off and followed by one that starts lower), call
-    :meth:`reset`. The time is kept where the timesteps are: on another device it starts with a new generation.
+    generation; so does one against the latest call's in a branch that this generation has not called yet, or that was
+    left out while another went on to the next timestep. All branches denoise one video: each of the others starts over
+    at its next call, whatever its timestep. Timesteps that rise are taken for a turn too, until two rises in a row have
+    shown that this is how they go here; then so are those that fall. Where the timesteps cannot tell (generations of a
+    single step for each branch, or one broken off and followed by one that starts lower), call :meth:`reset`. The time
+    is kept where the timesteps are: on another device it starts with a new generation.
 
     A caller that cannot know whether the calls of a branch follow each other or belong to two streams that would share
     a map (guidance branches that nobody names, tiles of a latent) says that they are ``watched``. A call that repeats
@@ -200,20 +226,32 @@ class GenerationClock(StateHolder):
         now = (units * TICKS_PER_UNIT).round().to(torch.int64)
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
         newest, heading, latest = state.newest_generation[0], state.heading[0], state.latest_timestep[0]
+        usual = state.usual[0]
         known_stream, moment = state.streams[branch], state.moments[branch]
         # One number of both: AOTInductor cannot copy a 0-d buffer as it is where nothing writes it.
         now_moment = now * MAX_SCHEDULE_STEPS + state.schedule_step
+        planned_units = state.schedule_timestep.to(timestep.dtype).to(torch.float64)
+        planned = (planned_units * TICKS_PER_UNIT).round().to(torch.int64)
         change = torch.sign(now - state.timesteps[branch])
-        turned = change * torch.where(direction == NO_DIRECTION, heading, direction) < 0
         is_late = generation != newest  # another branch, or a reset, began a generation since
-        is_new = is_late | turned
         # A branch that is behind joins the others, unless its timestep goes against theirs: then it is the first.
-        begins = (newest == NO_GENERATION) | torch.where(is_late, torch.sign(now - latest) * heading < 0, turned)
+        goes_against = torch.sign(now - latest) * heading < 0
+        known = torch.where(direction == NO_DIRECTION, heading, direction)
+        # With none known, a change may be the first of a schedule that goes the other way, or a video after one call.
+        is_unusual = (known == NO_DIRECTION) & (change * usual < 0) & ~is_late & (step != NO_STEP)
+        turned = (change * known < 0) | is_unusual | ((state.since[branch] >= LEFT_OUT) & goes_against)
+        is_new = is_late | turned
+        begins = (newest == NO_GENERATION) | torch.where(is_late, goes_against, turned)
         ends_watch = turned | begins | (step == NO_STEP)
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
-        repeats = (moment == now_moment) & ((state.watched[branch] != 0) | watched)
+        new_direction = torch.where(is_unusual, change, new_direction)
+        # Two steps for which the scheduler itself has one timestep.
+        unknown = now * MAX_SCHEDULE_STEPS + NO_SCHEDULE_STEP
+        is_planned = (moment != now_moment) & (moment != unknown) & (now_moment != unknown)
+        is_planned = is_planned & (state.planned[branch] == planned)
+        repeats = (change == 0) & ~is_planned & ((state.watched[branch] != 0) | watched)
         changes_stream = (known_stream != now_stream) & (state.watched[branch] != 0) & watched
         meets = ~is_new & (repeats | changes_stream)
         # Streams that met before another branch began a generation may go on meeting in it.
@@ -223,8 +261,15 @@ class GenerationClock(StateHolder):
         start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0) | ~is_time
         new_generation = torch.where(begins, state.next_generation, newest)
         new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
+        new_usual = torch.where(~is_new & (change != 0) & (change == direction), change, usual)
+        others = torch.arange(MAX_BRANCHES, device=now.device) != branch
+        # Called at another timestep since theirs, or at theirs before: not just as one whose timesteps are shifted.
+        shares_last = state.timesteps == state.timesteps[branch]
+        leaves_out = others & (change != 0) & ((state.since & (1 << branch) != 0) | shares_last)
+        now_since = torch.where(others, state.since | (1 << branch) | leaves_out * LEFT_OUT, 0)
         # Everything is computed before anything is written.
-        heading.copy_(torch.where(begins, NO_DIRECTION, new_heading))
+        heading.copy_(torch.where(begins, new_direction, new_heading))
+        usual.copy_(new_usual)
         newest.copy_(new_generation)
         latest.copy_(now)
         state.next_generation.add_(begins)
@@ -235,14 +280,16 @@ class GenerationClock(StateHolder):
         step.copy_(new_step)
         direction.copy_(new_direction)
         state.timesteps[branch].copy_(now)
+        state.since.copy_(now_since)
         moment.copy_(now_moment)
+        state.planned[branch].copy_(planned)
         known_stream.copy_(now_stream)
         state.mixed[branch].copy_(mixed)
         state.calls[branch].add_(1)
         state.mixed_calls.add_(meets)
         state.watched[branch].fill_(watched)
 
-    def at_schedule_step(self, step: int | None) -> None:
+    def at_schedule_step(self, step: int | None, timestep: float = 0.0) -> None:
         """Say which step of the scheduler the coming calls are for.
 
         So a timestep that comes again in the next step (schedulers of higher order, timesteps that are rounded) is told
@@ -250,15 +297,16 @@ class GenerationClock(StateHolder):
 
         Args:
             step: its number, from 0 and below ``MAX_SCHEDULE_STEPS - 1``; None where it is not known.
+            timestep: that the scheduler has for this step. Where those of two steps differ, in the dtype of the calls,
+                calls at one timestep are of two streams all the same. Left out, the step alone counts.
 
         Raises:
-            TypeError, ValueError: ``step`` is not such a number.
+            TypeError, ValueError: ``step`` is not such a number, or ``timestep`` is none.
         """
         number = NO_SCHEDULE_STEP
         if step is not None:
             number = checked_int("GenerationClock: step", step, 0, MAX_SCHEDULE_STEPS - 2)
-        with real_tensors():
-            self.state.schedule_step.fill_(number)
+        self.state.set_schedule(number, float(checked_number("GenerationClock: timestep", timestep)))
 
     def told(self, branch: int | None = None) -> tuple[Tensor, Tensor]:
         """``start_full`` and ``generation`` of the branch's latest call, whichever calls other threads make since.
@@ -282,6 +330,7 @@ class GenerationClock(StateHolder):
 
     def reset(self) -> None:
         """Let the next call of every branch start a new generation, the same for all."""
-        self.state.newest_generation.fill_(NO_GENERATION)
-        self.state.heading.fill_(NO_DIRECTION)
-        self.state.steps.fill_(NO_STEP)
+        with ordinary_tensors():
+            self.state.newest_generation.fill_(NO_GENERATION)
+            self.state.heading.fill_(NO_DIRECTION)
+            self.state.steps.fill_(NO_STEP)

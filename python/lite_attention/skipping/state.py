@@ -293,24 +293,25 @@ class SkipState(MapTable):
 
     def reset(self, branch: int | None = None) -> None:
         """Forget what was dropped, in one branch or in all of them."""
-        live = self.live if branch is None else self.live[branch]
-        # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
-        live.abs_().neg_()
-        # Passes that are told no number go on with the generation that is under way; now none is.
-        (self.generations if branch is None else self.generations[branch]).fill_(NO_GENERATION)
+        with ordinary_tensors():
+            live = self.live if branch is None else self.live[branch]
+            # No stamp is negative, so no map counts as current; keep_map() still sees which shape was.
+            live.abs_().neg_()
+            # Passes that are told no number go on with the generation that is under way; now none is.
+            (self.generations if branch is None else self.generations[branch]).fill_(NO_GENERATION)
 
     def set_threshold(self, values: float | tuple[float, ...]) -> None:
         """Another threshold from the next pass on, written in place where there are as many values as before."""
-        if isinstance(values, float) and self.threshold.dim() == 0:
-            self.threshold.fill_(values)
-        else:
-            with ordinary_tensors():
-                new = torch.tensor(values, dtype=torch.float32, device=self.device)
-            if new.shape == self.threshold.shape:
-                self.threshold.copy_(new)
+        with ordinary_tensors():
+            if isinstance(values, float) and self.threshold.dim() == 0:
+                self.threshold.fill_(values)
             else:
-                self.threshold = new
-                self.outdate_captured_graphs()
+                new = torch.tensor(values, dtype=torch.float32, device=self.device)
+                if new.shape == self.threshold.shape:
+                    self.threshold.copy_(new)
+                else:
+                    self.threshold = new
+                    self.outdate_captured_graphs()
         self._set_threshold_values(values)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@
 =============================================  =====================  ===========================================
 name                                           seen in                read or written by
 =============================================  =====================  ===========================================
-processor._attention_backend                   diffusers 0.36 - 0.42  use_torch_attention
-attention_dispatch.AttentionBackendName        diffusers 0.36 - 0.42  use_torch_attention
-processor._parallel_config                     diffusers 0.36 - 0.42  ParallelProcessor, parallel_config, and its
-                                                                      setter
+processor._attention_backend                   diffusers 0.36 - 0.42  torch_attention, ParallelProcessor
+attention_dispatch.AttentionBackendName        diffusers 0.36 - 0.42  torch_attention
+processor._parallel_config                     diffusers 0.36 - 0.42  torch_attention, ParallelProcessor,
+                                                                      parallel_config, and its setter
 transformer._parallel_config                   diffusers 0.36 - 0.42  parallel_config, forget_parallel_config
 _parallel_config.context_parallel_config       diffusers 0.36 - 0.42  context_parallel_config
 ContextParallelConfig.ulysses_anything         diffusers 0.37 - 0.42  unequal_shards
@@ -23,20 +23,27 @@ metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signa
 module._old_forward                            accelerate 0.31 - 1.15 forward_slot
 compiled._orig_mod                             torch 2.10 - 2.13      uncompiled
 _dynamo.trace_rules.is_callable_allowed        torch 2.10 - 2.13      is_opaque_to_compile
+overrides._get_current_function_mode_stack     torch 2.10 - 2.13      foreign_function_mode
 =============================================  =====================  ===========================================
 
 What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
-``cache_context`` of transformers, ``set_timesteps`` and ``step_index`` of schedulers.
+``cache_context`` of transformers, ``timesteps``, ``step_index`` and ``begin_index`` of schedulers.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.overrides import _get_current_function_mode_stack
 
+from lite_attention.integrations._routing import route_sdpa
+from lite_attention.ops.modes import real_tensors
 from lite_attention.skipping.dense_steps import MAX_SCHEDULE_STEPS
 
 if TYPE_CHECKING:
@@ -47,21 +54,59 @@ if TYPE_CHECKING:
 # Attention of one layer
 
 
-def use_torch_attention(processor: Any) -> None:
-    """Let a processor's call reach torch's function, whatever backend is chosen for the rest of the model."""
-    if hasattr(processor, "_attention_backend"):
+class torch_attention:  # noqa: N801 - read as a function, like torch.no_grad
+    """Context manager in which a processor's call reaches torch's function, of all tokens that it is given.
+
+    Whatever backend is chosen, and whatever it was told of context parallelism. The processor itself runs and no copy:
+    other layers may share it, and what it counts or keeps.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName
 
-        processor._attention_backend = AttentionBackendName.NATIVE
+        for name, value in (("_attention_backend", AttentionBackendName.NATIVE), ("_parallel_config", None)):
+            if hasattr(self._processor, name):
+                self._before[name] = getattr(self._processor, name)
+                setattr(self._processor, name, value)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, value in self._before.items():
+            setattr(self._processor, name, value)
+
+
+def foreign_function_mode() -> str | None:
+    """The class of a torch function mode around the caller that is neither torch's own nor of this package, or None."""
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, route_sdpa) and not type(mode).__module__.startswith("torch."):
+            return type(mode).__name__
+    return None
 
 
 # Context parallelism
 
 
 class ParallelProcessor:
-    """Base of processors that diffusers tells of context parallelism: it writes to those that have this attribute."""
+    """Base of processors that diffusers tells of context parallelism: it writes to those that have this attribute.
 
+    A backend that is chosen is told to the ``processor`` that one stands for, where that one listens.
+    """
+
+    processor: Any
     _parallel_config: object | None = None
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self.processor._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.processor._attention_backend = backend
 
 
 def parallel_config(owner: object) -> object | None:
@@ -149,9 +194,20 @@ def forward_slot(module: nn.Module) -> str:
 
 
 def schedule_step(scheduler: object | None) -> int | None:
-    """How many steps the scheduler has gone, or None: before its first one, and where it does not count them."""
+    """Which step the scheduler takes next, or None where it does not count them."""
     index = getattr(scheduler, "step_index", None)
+    if index is None and hasattr(scheduler, "step_index"):  # before its first one
+        index = getattr(scheduler, "begin_index", None) or 0
     return index if isinstance(index, int) and 0 <= index < MAX_SCHEDULE_STEPS - 1 else None
+
+
+def schedule_values(timesteps: object | None) -> list[float]:
+    """A scheduler's timesteps as numbers; none where they are no tensor of one dimension. Waits for the device."""
+    if not isinstance(timesteps, Tensor) or timesteps.dim() != 1 or timesteps.is_meta or is_fake(timesteps):
+        return []
+    with real_tensors():
+        values: list[float] = timesteps.detach().to(torch.float64).tolist()
+    return values
 
 
 # torch.compile

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lite_attention.integrations.diffusers.guidance import stream_number
 from lite_attention.maps.ranges import parse_ranges
+from lite_attention.ops.modes import real_tensors
 from lite_attention.ops.own_state import OwnState, StateHolder, hold
 from lite_attention.skipping.dense_steps import GenerationClock
 
@@ -47,7 +48,8 @@ class MustDo(OwnState):
         if self.ranges is None:
             self.start_over(torch.device("cpu"))
         else:
-            self.ranges.copy_(torch.tensor(self._rows, dtype=torch.int64))
+            with real_tensors():
+                self.ranges.copy_(torch.tensor(self._rows, dtype=torch.int64))
 
 
 class Call:
@@ -72,6 +74,7 @@ class Generation(StateHolder):
         self.call = Call()
         self._watched = watched
         self._told = False
+        self._told_modes: set[str] = set()
         hold(self, "must_do", MustDo())
 
     def tick(self, timestep: Tensor, conditioning: Tensor | None, caller: str) -> None:
@@ -96,6 +99,17 @@ class Generation(StateHolder):
         self.must_do.place(timestep.device, "LiteAttention", torch.compiler.is_compiling())
         self.clock.tick(timestep, watched=self._watched, stream=stream)
 
+    @torch.compiler.assume_constant_result
+    def say_left_to(self, mode: str) -> None:
+        """Say, the first time, that attention is left to the layers' own because of another function mode."""
+        if mode not in self._told_modes:
+            self._told_modes.add(mode)
+            _logger.warning(
+                "A torch function mode, %s, is active around attention layers. It may replace the attention call, so "
+                "their own attention runs inside of it, and nothing is skipped there",
+                mode,
+            )
+
     def start(self) -> None:
         """Let the next call of every branch begin a new generation."""
         self.mixed_calls()
@@ -108,7 +122,8 @@ class Generation(StateHolder):
         """
         if not self._watched:
             return 0
-        mixed = int(self.clock.mixed_calls)
+        with real_tensors():
+            mixed = int(self.clock.mixed_calls)
         if mixed > 0 and not self._told:
             self._told = True
             _logger.warning(

@@ -16,7 +16,6 @@ from lite_attention.integrations.diffusers.generation import Generation, checked
 from lite_attention.integrations.diffusers.guidance import BranchNames, Guidance, check_guidance
 from lite_attention.integrations.diffusers.patching import PatchedTransformer
 from lite_attention.integrations.diffusers.processor import LiteAttentionProcessor, layer_attention
-from lite_attention.integrations.diffusers.wrapped import Replaced, StartingSteps
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.arguments import Threshold, checked_threshold
 from lite_attention.skipping.branches import resolved_branch
@@ -45,7 +44,7 @@ def enable_lite_attention(
 
     Guidance branches are kept apart, whether they are batched or run one after the other inside
     ``transformer.cache_context``, as pipelines run them. A new generation is noticed by its timesteps, in a pipeline
-    also by ``scheduler.set_timesteps``.
+    also by those that its scheduler is given.
 
     Args:
         transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
@@ -80,8 +79,8 @@ def enable_lite_attention(
     transformers = _transformers_of(transformer_or_pipeline)
     check_guidance(transformers.values(), guidance)
     is_pipeline = not isinstance(transformer_or_pipeline, nn.Module)
-    scheduler = getattr(transformer_or_pipeline, "scheduler", None) if is_pipeline else None
-    return LiteAttentionHandle(transformers, scheduler, policy, must_do, layers, mesh, watched=guidance is None)
+    pipeline = transformer_or_pipeline if is_pipeline else None
+    return LiteAttentionHandle(transformers, pipeline, policy, must_do, layers, mesh, watched=guidance is None)
 
 
 def _transformers_of(model: Any) -> dict[str, nn.Module]:
@@ -110,7 +109,7 @@ class LiteAttentionHandle:
     def __init__(
         self,
         transformers: dict[str, nn.Module],
-        scheduler: object | None,
+        pipeline: object | None,
         policy: SkipPolicy,
         must_do: Sequence[int] | None,
         layers: Sequence[int] | None,
@@ -130,7 +129,7 @@ class LiteAttentionHandle:
                 # The first steps of a generation are the first transformer's, where there are two for its two phases.
                 generation = Generation(policy.dense_steps if not self._patched else 0, watched)
                 patched = PatchedTransformer(
-                    transformer, self._branches, policy, make_attention, generation, layers, mesh, scheduler
+                    transformer, self._branches, policy, make_attention, generation, layers, mesh, pipeline
                 )
                 self._patched.append(patched)
                 for name, processor in patched.processors.items():
@@ -139,9 +138,6 @@ class LiteAttentionHandle:
                 patched.set_must_do(pairs)
             share_room(*transformers.values())
             where_it_fails.pop_all()
-        self._scheduler = None
-        if scheduler is not None:
-            self._scheduler = Replaced(scheduler, {"set_timesteps": StartingSteps(scheduler, self._patched)})
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers"
@@ -204,6 +200,7 @@ class LiteAttentionHandle:
 
         Returns:
             fp32 ``[layers, steps]`` on the CPU, layers in the order of :attr:`layers`; NaN where a layer did not run.
+            The steps are the branch's own, from its first one in the latest generation that it was called in.
             At most ``RECORDED_STEPS`` steps. On many GPUs: of this rank's share of the work.
 
         Raises:
@@ -221,10 +218,8 @@ class LiteAttentionHandle:
     def disable(self) -> None:
         """Give the layers their own processors back and forget the state. The handle is of no use afterwards."""
         self._restore_transformers()
-        if self._scheduler is not None:
-            self._scheduler.restore()
 
     def _restore_transformers(self) -> None:
-        for patched in self._patched:
-            patched.restore()
-        self._patched.clear()
+        with ExitStack() as each:  # also after an error in one
+            while self._patched:
+                each.callback(self._patched.pop().restore)

@@ -25,7 +25,8 @@ class VideoModel:
 
     Args:
         layers: regular expressions that match the whole name of each such attention module.
-        text: whether text tokens stand before or after the video tokens in these layers, or are not there.
+        text: whether text tokens stand before or after the video tokens in these layers, or are not there. The layers
+            must be given them as ``encoder_hidden_states``, which tells how many they are.
         prefix_mask: the layers are given a mask ``[batch, 1, 1, tokens]`` that is True for the first so many tokens of
             each batch entry and False for the padding after them. Other masks are refused.
         may_bypass: some calls leave attention out (spatio-temporal guidance).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,8 +20,14 @@ from lite_attention.integrations.diffusers.context_parallel import (
 )
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.guidance import BranchNames
-from lite_attention.integrations.diffusers.models import check_threshold_count, chosen_layers, video_model
+from lite_attention.integrations.diffusers.models import (
+    VideoModel,
+    check_threshold_count,
+    chosen_layers,
+    video_model,
+)
 from lite_attention.integrations.diffusers.processor import LiteAttentionProcessor, processor_class
+from lite_attention.integrations.diffusers.schedule import PipelineSchedule, is_plain_call
 from lite_attention.integrations.diffusers.wrapped import NamedContext, Replaced, TickingForward
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.skipping.module import LiteAttention
@@ -48,7 +55,7 @@ class PatchedTransformer:
         generation: what the layers share.
         layers: numbers of the layers that skip, or None for all.
         mesh: the ranks that make one video together, or None.
-        scheduler: of the pipeline that the transformer is in, or None.
+        pipeline: that the transformer is in, or None.
     """
 
     ticking: TickingForward
@@ -63,7 +70,7 @@ class PatchedTransformer:
         generation: Generation,
         layers: Sequence[int] | None,
         mesh: DeviceMesh | None,
-        scheduler: object | None = None,
+        pipeline: object | None = None,
     ) -> None:
         model = video_model(transformer)
         if hasattr(transformer, GENERATION):
@@ -74,13 +81,16 @@ class PatchedTransformer:
         chosen = chosen_layers(transformer, model, layers)
         check_threshold_count("enable_lite_attention", policy.threshold, chosen)
         self.timestep_position, self.text_position = _positions(transformer)
-        self.scheduler = scheduler
+        self.is_enabled = True
+        self._schedule = PipelineSchedule(pipeline)
         is_split = parallel_mesh(transformer) is not None
         if splits_tokens(mesh):
             check_splittable(transformer, model, is_split)
         self.transformer = transformer
         self.generation = generation
         self.processors: dict[str, LiteAttentionProcessor] = {}
+        # The modules themselves: whoever takes blocks out of the model changes the others' names.
+        self._layers: dict[str, Any] = dict(chosen)
         self._originals: dict[str, Callable[..., Any]] = {}
         for name, layer in chosen.items():
             original = layer.processor
@@ -96,15 +106,23 @@ class PatchedTransformer:
                 check_forward=self.check_forward,
             )
         self._enabled_parallelism = False
-        if mesh is not None and splits_tokens(mesh) and not is_split:
+        self._forwards: list[Replaced] = []
+        self._cache_context: Replaced | None = None
+        with ExitStack() as where_it_fails:
+            where_it_fails.callback(self.restore)
+            self._put_on(model, branches, mesh if splits_tokens(mesh) and not is_split else None)
+            where_it_fails.pop_all()
+
+    def _put_on(self, model: VideoModel, branches: BranchNames, mesh: DeviceMesh | None) -> None:
+        """Change the transformer, and make diffusers split its tokens over a mesh."""
+        transformer = self.transformer
+        if mesh is not None:
             enable_context_parallelism(transformer, model, mesh)
             self._enabled_parallelism = True
         _internals.look_signatures_up(transformer)
         transformer.add_module(GENERATION, self.generation)
         for name, processor in self.processors.items():
-            self._layer(name).set_processor(processor)
-        self._forwards: list[Replaced] = []
-        self._cache_context: Replaced | None = None
+            self._layers[name].set_processor(processor)
         self.keep_ticking()
         if hasattr(transformer, "cache_context"):
             self._cache_context = Replaced(transformer, {"cache_context": NamedContext(self, branches)})
@@ -122,6 +140,16 @@ class PatchedTransformer:
         present.look_up_again()
         self.ticking = present
 
+    def look_at_schedule(self) -> None:
+        """Begin a generation where the pipeline's scheduler tells of one, in plain Python."""
+        if is_plain_call() and self._schedule.video_begins():
+            self.generation.start()
+
+    def tell_schedule_step(self) -> None:
+        """Tell the clock which step of the scheduler comes, in plain Python."""
+        if is_plain_call():  # compiled, each number would be a graph of its own
+            self.generation.clock.at_schedule_step(*self._schedule.step())
+
     def check_forward(self, layer: str) -> None:
         """Refuse a call of a layer whose transformer lost the forward that tells the time."""
         if self._present_ticking() is not self.ticking:
@@ -134,29 +162,38 @@ class PatchedTransformer:
 
     def check_threshold_count(self, caller: str, threshold: float | tuple[float, ...]) -> None:
         """Refuse thresholds that are not one for each head of every layer."""
-        check_threshold_count(caller, threshold, {name: self._layer(name) for name in self.processors})
+        check_threshold_count(caller, threshold, self._layers)
 
     def set_must_do(self, ranges: list[tuple[int, int]]) -> None:
         """Choose the video tokens whose keys every query of every layer attends to."""
         self.generation.must_do.set(ranges)
 
     def restore(self) -> None:
-        """Give the transformer back as it was, but for what others have put there since."""
-        delattr(self.transformer, GENERATION)
-        for name, original in self._originals.items():
-            if self._layer(name).processor is self.processors[name]:
-                self._layer(name).set_processor(original)
-                later = _internals.parallel_config(self.processors[name])  # enabled since then
-                if later is not None:
-                    _internals.set_parallel_config(original, later)
+        """Give the transformer back as it was, but for what others have put there since; after an error, too."""
+        self.is_enabled = False
+        self.transformer._modules.pop(GENERATION, None)
+        with ExitStack() as undo:
+            if self._enabled_parallelism:
+                undo.callback(disable_context_parallelism, self.transformer)
+            undo.callback(self._restore_forward)
+            for name in self.processors:
+                undo.callback(self._restore_layer, name)
+
+    def _restore_layer(self, name: str) -> None:
+        layer, processor, original = self._layers[name], self.processors[name], self._originals[name]
+        if layer.processor is processor:
+            later = _internals.parallel_config(processor)  # enabled since then
+            if later is not None:
+                _internals.set_parallel_config(original, later)
+            layer.set_processor(original)
+
+    def _restore_forward(self) -> None:
         for replaced in (*reversed(self._forwards), self._cache_context):
             if replaced is not None:
                 replaced.restore()
         left = vars(self.transformer).get("forward")
         if isinstance(left, TickingForward) and left.patched is self:
             left.put_back()  # left there by a hook that went
-        if self._enabled_parallelism:
-            disable_context_parallelism(self.transformer)
 
     def _present_ticking(self) -> TickingForward | None:
         """The outermost of this transformer's in its forward."""
@@ -166,9 +203,6 @@ class PatchedTransformer:
                 return forward
             forward = getattr(forward, "__wrapped__", None)
         return None
-
-    def _layer(self, name: str) -> Any:
-        return self.transformer.get_submodule(name)
 
 
 def _positions(transformer: nn.Module) -> tuple[int, int | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -102,7 +101,7 @@ class LiteAttentionProcessor(StateHolder, _internals.ParallelProcessor):
 
     Args:
         name: of the layer's module, for errors.
-        processor: the layer's own. A copy of it runs, so that it is what it was when it comes back.
+        processor: the layer's own.
         model: what is known about the layer's transformer.
         generation: what the layers of the transformer share.
         attention: of this layer, from :func:`layer_attention`.
@@ -128,9 +127,9 @@ class LiteAttentionProcessor(StateHolder, _internals.ParallelProcessor):
     ) -> None:
         super().__init__()
         self.name = name
-        self.processor = copy.copy(processor)
-        _internals.use_torch_attention(self.processor)
-        _internals.set_parallel_config(self.processor, None)
+        self.processor = processor
+        with _internals.torch_attention(processor):
+            pass  # its attributes are its own from here on, as they are after each call: compiled code guards on that
         self.model = model
         # Not as a submodule: the transformer registers it, once, as torch.export wants it.
         vars(self)["generation"] = generation
@@ -150,11 +149,20 @@ class LiteAttentionProcessor(StateHolder, _internals.ParallelProcessor):
             )
         if not self.generation.call.is_running:
             self._check_forward(self.name)
+        mode = _internals.foreign_function_mode()
+        if mode is not None:  # what it does to torch's attention must not be left out
+            self.generation.say_left_to(mode)
+            return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        if self.model.text != "none" and encoder_hidden_states is None:
+            raise ValueError(
+                f"{self.name}: encoder_hidden_states is None, expected the text, which its VideoModel has among the "
+                f"tokens of this layer (text={self.model.text!r})"
+            )
         calls: list[int] = []
         handler = functools.partial(self._attention, 0, calls)
         if self.model.text != "none" and encoder_hidden_states is not None:
             handler = functools.partial(self._attention, encoder_hidden_states.shape[1], calls)
-        with route_sdpa(handler):
+        with _internals.torch_attention(self.processor), route_sdpa(handler):
             out = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         if len(calls) != 1 and not (self.model.may_bypass and len(calls) == 0):
             raise RuntimeError(

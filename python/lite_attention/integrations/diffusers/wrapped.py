@@ -5,11 +5,10 @@ Objects of classes that are found by name, and no closures: a model that carries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, MethodType
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.guidance import BranchNames, named_branch
 
-__all__ = ["NamedContext", "Replaced", "StartingSteps", "TickingForward"]
+__all__ = ["NamedContext", "Replaced", "TickingForward"]
 
 
 class Replaced:
@@ -97,8 +96,8 @@ class Timed(Protocol):
 
     transformer: nn.Module
     generation: Generation
-    scheduler: object | None
-    """Of its pipeline."""
+    is_enabled: bool
+    """False once it was given back: what others have wrapped of this stays, and does nothing."""
     timestep_position: int
     """Of the timestep among the arguments of its forward."""
     text_position: int | None
@@ -108,6 +107,14 @@ class Timed(Protocol):
 
     def keep_ticking(self) -> None:
         """Put one on, where hooks that were removed took it away."""
+        ...
+
+    def look_at_schedule(self) -> None:
+        """Begin a generation where the pipeline's scheduler tells of one, in plain Python."""
+        ...
+
+    def tell_schedule_step(self) -> None:
+        """Tell the clock which step of the scheduler comes, in plain Python."""
         ...
 
 
@@ -127,8 +134,9 @@ class TickingForward(_Wrapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         patched = self.patched
-        if patched.ticking is not self:
+        if patched.ticking is not self or not patched.is_enabled:
             return self.inner(*args, **kwargs)
+        patched.look_at_schedule()
         generation = patched.generation
         timestep = _argument(args, kwargs, patched.timestep_position, "timestep")
         text = _argument(args, kwargs, patched.text_position, "encoder_hidden_states")
@@ -167,34 +175,12 @@ class NamedContext(_Wrapped):
     @contextmanager
     def _entered(self, name: str, **kwargs: object) -> Iterator[None]:
         patched = self._patched
+        if not patched.is_enabled:
+            with self.inner(name, **kwargs):
+                yield
+            return
         patched.keep_ticking()
-        if not torch.compiler.is_compiling():  # each number would be a graph of its own
-            patched.generation.clock.at_schedule_step(_internals.schedule_step(patched.scheduler))
+        patched.look_at_schedule()
+        patched.tell_schedule_step()
         with named_branch(self._branches.number(name)), self.inner(name, **kwargs):
             yield
-
-
-class StartingSteps(_Wrapped):
-    """``scheduler.set_timesteps``, which starts a generation, as pipelines call it where they do.
-
-    A copy of a pipeline holds one of its own. A scheduler that is copied alone (a pipeline copies its own for the sound
-    of a video) starts generations that nobody lives in: it holds the time of the transformers and not them.
-    """
-
-    def __init__(self, scheduler: object, patched: Collection[Timed]) -> None:
-        super().__init__(scheduler, "set_timesteps")
-        self._generations = [one.generation for one in patched]
-        self._patched = WeakSet(patched)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for patched in self._patched:
-            patched.keep_ticking()
-        for generation in self._generations:
-            generation.start()
-        return self.inner(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_patched": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"_patched": WeakSet()})

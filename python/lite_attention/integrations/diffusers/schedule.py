@@ -1,0 +1,107 @@
+"""The schedule of the pipeline that a transformer is in: whether a video begins, and which step of it comes.
+
+Looked at where a model call begins in plain Python, and written to by nobody here: schedulers may be copied, restored,
+replaced and shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lite_attention.integrations.diffusers import _internals
+
+__all__ = ["PipelineSchedule"]
+
+
+class PipelineSchedule:
+    """What the scheduler of a pipeline, the one that it has at the moment, says to one of its transformers.
+
+    A deep copy of the pipeline holds one that looks at the copy's scheduler. A transformer that is copied alone goes on
+    looking at the pipeline that it was in; one that is pickled takes the scheduler with it and finds it in a pipeline
+    that is pickled around it.
+
+    Args:
+        pipeline: anything with a ``scheduler``, or None.
+    """
+
+    def __init__(self, pipeline: object | None) -> None:
+        self._pipeline = _reference(pipeline)
+        self._scheduler: object | None = None
+        self._step: int | None = None
+        self._values: list[float] = []
+        self._timesteps: object | None = None
+        self._take_over(self._present_timesteps())
+
+    def video_begins(self) -> bool:
+        """Whether the scheduler was given other timesteps, or went back, since this was asked last."""
+        timesteps = self._present_timesteps()
+        step, last = _internals.schedule_step(self._scheduler), self._step
+        self._step = step
+        # By identity: set_timesteps makes a tensor for each video, with the values of the one before.
+        if timesteps is not self._timesteps:
+            self._take_over(timesteps)
+            return True
+        return step is not None and last is not None and step < last
+
+    def step(self) -> tuple[int | None, float]:
+        """The step that comes next and its timestep; None and 0 where the scheduler tells none."""
+        step = self._step
+        return (step, self._values[step]) if step is not None and step < len(self._values) else (None, 0.0)
+
+    def _present_timesteps(self) -> object | None:
+        pipeline = self._pipeline()
+        if pipeline is not None:
+            self._scheduler = getattr(pipeline, "scheduler", None)
+        timesteps: object | None = getattr(self._scheduler, "timesteps", None)
+        return timesteps
+
+    def _take_over(self, timesteps: object | None) -> None:
+        self._timesteps = timesteps
+        self._values = _internals.schedule_values(timesteps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule:
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        pipeline = memo.get(id(self._pipeline()))
+        if pipeline is not None:  # it is being copied, and its transformer with it
+            copied._pipeline = _reference(pipeline)
+            copied._scheduler = copy.deepcopy(self._scheduler, memo)
+            copied._timesteps = copy.deepcopy(self._timesteps, memo)
+        return copied
+
+    def __copy__(self) -> PipelineSchedule:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_pipeline": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_pipeline": _nothing})
+
+
+def is_plain_call() -> bool:
+    """Whether Python runs as it is: what it does in compiled or captured code happens once and not in each call."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _nothing() -> None:
+    return None
+
+
+def _reference(pipeline: object | None) -> Callable[[], object | None]:
+    """The pipeline, without keeping it, and all its models, for as long as the transformer lives."""
+    if pipeline is None:
+        return _nothing
+    try:
+        return weakref.ref(pipeline)
+    except TypeError:  # not of its class
+        return lambda: pipeline
