@@ -23,8 +23,9 @@ _named: Scoped[int] = Scoped("lite_attention.named_branch")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Ways to choose a branch, and sizes of a shape, count in steps of these among the sums.
 _PER_CHOICE, _PER_SIZE = 1_000_003, 1009
-# Makes weights of places in which no pattern is left: an odd number whose bits look random.
-_MIXER = 0x1E3779B97F4A7C15
+# Make 16-bit weights of the lower and the upper bits of a place. Of a product only the lower 16 bits count, which are
+# the same in the 32 bits that Inductor gives to places on a GPU.
+_MIX_LOW, _MIX_HIGH, _LOWER = 40503, 30029, 0xFFFF
 
 
 def check_guidance(transformers: Collection[nn.Module], guidance: Guidance | None) -> None:
@@ -102,6 +103,6 @@ def stream_number(conditioning: Tensor | None, device: torch.device) -> Tensor:
         shape = shape * _PER_SIZE + size
     bits = conditioning.detach().view(_INTEGERS[conditioning.element_size()]).flatten()
     # By where each stands: equal texts in another order, or batch entries that change places, are others.
-    weights = torch.arange(bits.numel(), device=bits.device) * _MIXER
-    weights = (weights ^ (weights >> 29)) | 1
+    places = torch.arange(bits.numel(), device=bits.device)
+    weights = ((places * _MIX_LOW) ^ ((places >> 16) * _MIX_HIGH)) & _LOWER | 1
     return (bits * weights).sum() + shape * _PER_CHOICE
