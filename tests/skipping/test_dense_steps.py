@@ -119,8 +119,9 @@ def test_the_first_steps_start_full(dense_steps: int, full: int) -> None:
 def test_a_reset_starts_a_generation_where_timesteps_do_not_tell() -> None:
     clock = GenerationClock()
     assert steps_of(clock, [999.0, 999.0, 500.0]) == [0, 0, 1]
+    clock.tick(torch.tensor(500.0), branch=1)
     clock.reset()
-    assert int(clock.step()) == -1
+    assert [int(clock.step(branch)) for branch in range(3)] == [1, 0, -1], "of the latest call, until the next"
     assert steps_of(clock, [500.0, 400.0]) == [0, 1]
 
 
@@ -488,5 +489,8 @@ def test_a_clock_copied_in_inference_mode_ticks_outside_of_it() -> None:
     with torch.inference_mode():
         clock = copy.deepcopy(GenerationClock())
     clock.tick(torch.tensor(5.0))
+    clock.tick(torch.tensor(4.0))
+    assert not clock.start_full
     clock.reset()
-    assert int(clock.step()) == -1
+    clock.tick(torch.tensor(3.0))
+    assert clock.start_full

@@ -238,11 +238,11 @@ class GenerationClock(StateHolder):
         goes_against = torch.sign(now - latest) * heading < 0
         known = torch.where(direction == NO_DIRECTION, heading, direction)
         # With none known, a change may be the first of a schedule that goes the other way, or a video after one call.
-        is_unusual = (known == NO_DIRECTION) & (change * usual < 0) & ~is_late & (step != NO_STEP)
+        is_unusual = (known == NO_DIRECTION) & (change * usual < 0) & ~is_late
         turned = (change * known < 0) | is_unusual | ((state.since[branch] >= LEFT_OUT) & goes_against)
         is_new = is_late | turned
         begins = (newest == NO_GENERATION) | torch.where(is_late, goes_against, turned)
-        ends_watch = turned | begins | (step == NO_STEP)
+        ends_watch = turned | begins
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
@@ -325,7 +325,7 @@ class GenerationClock(StateHolder):
         return self.state.calls[resolved_branch(branch, "GenerationClock")].clone()
 
     def step(self, branch: int | None = None) -> Tensor:
-        """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
+        """Of the branch's latest call, in its generation, from 0: int64, 0-d, on the clock's device; -1 before any."""
         return self.state.steps[resolved_branch(branch, "GenerationClock")].clone()
 
     def reset(self) -> None:
@@ -333,4 +333,6 @@ class GenerationClock(StateHolder):
         with ordinary_tensors():
             self.state.newest_generation.fill_(NO_GENERATION)
             self.state.heading.fill_(NO_DIRECTION)
-            self.state.steps.fill_(NO_STEP)
+            # Their steps stay: a branch that no later generation calls has had as many in its own.
+            self.state.directions.fill_(NO_DIRECTION)
+            self.state.mixed.fill_(0)
