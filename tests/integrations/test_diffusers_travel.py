@@ -17,7 +17,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -274,6 +274,40 @@ def test_a_copy_of_a_pipeline_looks_at_its_own_scheduler_whatever_is_copied_firs
     assert vars(pipeline).keys() == before
     handle.disable()
     assert vars(pipeline).keys() == vars(wan()).keys()
+
+
+@pytest.mark.parametrize("first", ["scheduler", "transformer"])
+@pytest.mark.parametrize("times", [1, 2])
+@each_way
+def test_a_pipeline_made_of_copied_parts_looks_at_its_own_scheduler(
+    duplicate: Callable[[Any], Any], times: int, first: str
+) -> None:
+    pipeline, fresh = wan(), wan()
+    for each in (pipeline, fresh):
+        enable_lite_attention(each, threshold=THRESHOLD)
+    pipeline.scheduler.set_timesteps(4)
+    step_of(pipeline.transformer, 0)
+    parts = {"scheduler": pipeline.scheduler, "transformer": pipeline.transformer}
+    names = sorted(parts, key=lambda name: name != first)
+    for _ in range(times):
+        parts = dict(zip(names, duplicate([parts[name] for name in names]), strict=True))
+    other = WanPipeline(**pipeline.components | parts)
+    alone = copy.deepcopy(pipeline.transformer)
+    for step in (1, 2):
+        other.scheduler._step_index = step
+        assert torch.equal(step_of(other.transformer, step), step_of(alone, step)), "it goes on"
+    other.scheduler.set_timesteps(4)
+    outs = [step_of(each.transformer, 3, seed=1) for each in (other, fresh)]
+    assert torch.equal(*outs), "a video below where the last one ended"
+
+
+def test_a_scheduler_that_cannot_be_copied_does_not_keep_the_transformer_from_it() -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    pipeline.scheduler.sampler = (number for number in range(2))
+    other = copy.deepcopy(pipeline.transformer)
+    assert all(map(torch.equal, denoise(other), denoise(pipeline.transformer)))
+    assert (handle.skip_fraction()[:, 1:] > 0).all()
 
 
 def test_a_deep_copy_of_a_shallow_copy_looks_at_its_own_scheduler() -> None:

@@ -23,19 +23,22 @@ class PipelineSchedule:
     """What the scheduler of a pipeline, the one that it has at the moment, says to one of its transformers.
 
     A copy or pickle of the pipeline holds one that looks at the copy's scheduler: see :meth:`join`. A transformer that
-    is copied alone goes on looking at the pipeline that it was in; one that is pickled alone takes the scheduler along.
+    is copied without it goes on looking at the pipeline that it was in, and at the scheduler that is copied with it: at
+    that alone from when it is used on. One that is pickled alone takes the scheduler along.
 
     Args:
         pipeline: anything with a ``scheduler``, or None.
+        scheduler: what is looked at without a pipeline.
     """
 
-    def __init__(self, pipeline: object | None) -> None:
+    def __init__(self, pipeline: object | None, scheduler: object | None = None) -> None:
         self._pipeline = _reference(pipeline)
-        self._scheduler: object | None = None
-        self._step: int | None = None
+        self._scheduler = scheduler
+        self._copied: tuple[PipelineSchedule, ...] = ()
         self._values: list[float] = []
         self._timesteps: object | None = None
         self._take_over(self._present_timesteps())
+        self._step = _internals.schedule_step(self._scheduler)
 
     def join(self) -> None:
         """Let the pipeline's copies tell the copies of this which pipeline they are in, until :meth:`leave`."""
@@ -52,6 +55,12 @@ class PipelineSchedule:
 
     def video_begins(self) -> bool:
         """Whether the scheduler was given other timesteps, or went back, since this was asked last."""
+        for schedule in self._copied:
+            before = schedule._step
+            begins = schedule.video_begins()
+            if begins or schedule._step != before:
+                vars(self).update(vars(schedule))  # in use, so it is the one of this transformer
+                return begins
         timesteps = self._present_timesteps()
         step, last = _internals.schedule_step(self._scheduler), self._step
         self._step = step
@@ -81,9 +90,15 @@ class PipelineSchedule:
         self._values = _internals.schedule_values(timesteps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule:
-        # Of the pipeline that is looked at: whether it is copied too, and which is its copy, _Place tells.
         copied = copy.copy(self)
         memo[id(self)] = copied
+        # Whether the pipeline is copied too, and which is its copy, _Place tells. Its parts may be copied without it.
+        schedulers = [each._present_scheduler() for each in (self, *self._copied)]
+        try:
+            present = [copy.deepcopy(scheduler, memo) for scheduler in schedulers if scheduler is not None]
+        except Exception:  # then nobody's copy has it either
+            present = []
+        copied._copied = tuple(PipelineSchedule(None, scheduler) for scheduler in present)
         return copied
 
     def __copy__(self) -> PipelineSchedule:
@@ -114,7 +129,7 @@ class _Place:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.schedule = state["schedule"]
-        vars(self.schedule).update(state["seen"] | {"_pipeline": _reference(state["pipeline"])})
+        vars(self.schedule).update(state["seen"] | {"_pipeline": _reference(state["pipeline"]), "_copied": ()})
 
 
 def is_plain_call() -> bool:
