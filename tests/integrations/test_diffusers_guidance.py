@@ -58,6 +58,28 @@ def skips(handle: LiteAttentionHandle, branch: int | str = 0) -> list[bool]:
     return (handle.skip_fraction(branch).amax(0) > 0).tolist()  # type: ignore[no-any-return]
 
 
+# What is told of a branch
+
+
+@pytest.mark.parametrize("told", ["by the scheduler", "by reset"])
+def test_figures_of_a_branch_that_later_videos_leave_out_are_of_its_own_latest(told: str) -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    pipeline.scheduler.set_timesteps(4)
+    streams(pipeline.transformer, ("cond", "uncond"))
+    fractions = handle.skip_fraction("uncond")
+    assert fractions.shape == (2, 4)
+    for _ in range(2):
+        if told == "by the scheduler":
+            pipeline.scheduler.set_timesteps(4)
+        else:
+            handle.reset()
+        assert torch.equal(handle.skip_fraction("uncond"), fractions)
+        streams(pipeline.transformer, ("cond",))
+        assert torch.equal(handle.skip_fraction("uncond"), fractions)
+    assert skips(handle, "cond") == [False, True, True, True]
+
+
 # Layers that a call runs more than once
 
 

@@ -17,6 +17,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,6 +239,109 @@ def test_a_copy_of_a_pipeline_starts_generations_of_its_own(duplicate: Callable[
     assert torch.equal(run(other.transformer, WAN, latents, 600.0), run(fresh, WAN, latents, 600.0))
     run(pipeline.transformer, WAN, latents, 600.0)
     assert (handle.skip_fraction()[:, 2] > 0).all(), "nothing was reset in the original"
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["its scheduler", "another scheduler"])
+@pytest.mark.parametrize("first", ["pipeline", "handle", "transformer"])
+@each_way
+def test_a_copy_of_a_pipeline_looks_at_its_own_scheduler_whatever_is_copied_first(
+    duplicate: Callable[[Any], Any], first: str, is_replaced: bool
+) -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    if is_replaced:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipeline.scheduler.set_timesteps(4)
+    step_of(pipeline.transformer, 0)
+    things = {"handle": handle, "transformer": pipeline.transformer, "pipeline": pipeline}
+    names = sorted(things, key=lambda name: name != first)
+    copies = dict(zip(names, duplicate([things[name] for name in names]), strict=True))
+    other, other_handle = copies["pipeline"], copies["handle"]
+    assert other.transformer is copies["transformer"]
+    step_of(pipeline.transformer, 1)
+    step_of(other.transformer, 1)
+    pipeline.scheduler.set_timesteps(7)
+    step_of(other.transformer, 2)
+    assert (other_handle.skip_fraction()[:, 1:3] > 0).all(), "it goes on, whatever the original begins"
+    if is_replaced:
+        other.scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
+    other.scheduler.set_timesteps(4)
+    step_of(other.transformer, 3)
+    assert other_handle.skip_fraction().tolist() == [[0.0], [0.0]], "a video below where the last one ended"
+    before = set(vars(pipeline))
+    other_handle.disable()
+    assert vars(other).keys() == vars(wan()).keys()
+    assert vars(pipeline).keys() == before
+    handle.disable()
+    assert vars(pipeline).keys() == vars(wan()).keys()
+
+
+@pytest.mark.parametrize("first", ["scheduler", "transformer"])
+@pytest.mark.parametrize("times", [1, 2])
+@each_way
+def test_a_pipeline_made_of_copied_parts_looks_at_its_own_scheduler(
+    duplicate: Callable[[Any], Any], times: int, first: str
+) -> None:
+    pipeline, fresh = wan(), wan()
+    for each in (pipeline, fresh):
+        enable_lite_attention(each, threshold=THRESHOLD)
+    pipeline.scheduler.set_timesteps(4)
+    step_of(pipeline.transformer, 0)
+    parts = {"scheduler": pipeline.scheduler, "transformer": pipeline.transformer}
+    names = sorted(parts, key=lambda name: name != first)
+    for _ in range(times):
+        parts = dict(zip(names, duplicate([parts[name] for name in names]), strict=True))
+    other = WanPipeline(**pipeline.components | parts)
+    alone = copy.deepcopy(pipeline.transformer)
+    for step in (1, 2):
+        other.scheduler._step_index = step
+        assert torch.equal(step_of(other.transformer, step), step_of(alone, step)), "it goes on"
+    other.scheduler.set_timesteps(4)
+    outs = [step_of(each.transformer, 3, seed=1) for each in (other, fresh)]
+    assert torch.equal(*outs), "a video below where the last one ended"
+
+
+def test_a_scheduler_that_cannot_be_copied_does_not_keep_the_transformer_from_it() -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    pipeline.scheduler.sampler = (number for number in range(2))
+    other = copy.deepcopy(pipeline.transformer)
+    assert all(map(torch.equal, denoise(other), denoise(pipeline.transformer)))
+    assert (handle.skip_fraction()[:, 1:] > 0).all()
+
+
+def test_a_deep_copy_of_a_shallow_copy_looks_at_its_own_scheduler() -> None:
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    other_handle, other = copy.deepcopy((handle, copy.copy(pipeline)))
+    gc.collect()
+    for step in range(2):
+        step_of(other.transformer, step)
+    other.scheduler.set_timesteps(4)
+    step_of(other.transformer, 2)
+    assert other_handle.skip_fraction().tolist() == [[0.0], [0.0]]
+
+
+def test_an_error_leaves_nothing_in_the_pipeline() -> None:
+    pipeline = wan()
+    pipeline.transformer_2 = pipeline.transformer
+    before = set(vars(pipeline))
+    with pytest.raises(ValueError, match="expected one handle"):
+        enable_lite_attention(pipeline)
+    assert set(vars(pipeline)) == before
+
+
+def test_a_pipeline_is_gone_when_nobody_holds_it() -> None:
+    pipeline = wan()
+    enable_lite_attention(pipeline)
+    gone = weakref.ref(pipeline)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipeline
+        assert gone() is None, "not only when garbage is collected: it holds a GPU's memory"
+    finally:
+        gc.enable()
 
 
 @each_way

@@ -119,8 +119,9 @@ def test_the_first_steps_start_full(dense_steps: int, full: int) -> None:
 def test_a_reset_starts_a_generation_where_timesteps_do_not_tell() -> None:
     clock = GenerationClock()
     assert steps_of(clock, [999.0, 999.0, 500.0]) == [0, 0, 1]
+    clock.tick(torch.tensor(500.0), branch=1)
     clock.reset()
-    assert int(clock.step()) == -1
+    assert [int(clock.step(branch)) for branch in range(3)] == [1, 0, -1], "of the latest call, until the next"
     assert steps_of(clock, [500.0, 400.0]) == [0, 1]
 
 
@@ -341,16 +342,38 @@ def test_branches_are_watched_for_themselves() -> None:
     assert ticks(clock, [500.0], True, branch=1) == [True]
 
 
-@pytest.mark.parametrize("known", [[900.0, 800.0], [0.1, 0.2]], ids=["falling", "rising"])
-@pytest.mark.parametrize("timestep", [float("nan"), float("inf"), -float("inf"), 9e12], ids=str)
+says_nothing = pytest.mark.parametrize("timestep", [float("nan"), float("inf"), -float("inf"), 9e12, -9e12], ids=str)
+
+
+@pytest.mark.parametrize("known", [[900.0, 800.0, 700.0], [0.1, 0.2, 0.3]], ids=["falling", "rising"])
+@says_nothing
 def test_a_timestep_that_says_nothing_is_dense(known: list[float], timestep: float) -> None:
     clock = GenerationClock()
-    steps_of(clock, known)
-    for _ in range(3):
-        steps_of(clock, [timestep])
-        assert clock.start_full
-    steps_of(clock, known)
-    assert not clock.start_full
+    ticks(clock, known, True)
+    for count in range(1, 4):
+        assert ticks(clock, [timestep] * count, True) == [True] * count
+        assert ticks(clock, known, True) == [True, False, False]
+    assert int(clock.mixed_calls) == 0
+
+
+@says_nothing
+@pytest.mark.parametrize("following", [900.0, 600.0, 500.0, -5.0])
+@pytest.mark.parametrize("before", [[], [900.0], [900.0, 600.0]], ids=str)
+def test_a_video_after_a_timestep_that_says_nothing_is_a_generation_for_every_branch(
+    before: list[float], following: float, timestep: float
+) -> None:
+    clock = GenerationClock()
+    numbers = []
+    for branch in (0, 1):
+        ticks(clock, before, False, branch=branch)
+    for step in (timestep, following):
+        for branch in (0, 1):
+            clock.tick(torch.tensor(step), branch)
+            full, number = clock.told(branch)
+            assert full
+            numbers.append(int(number))
+    assert numbers[2] == numbers[3] not in numbers[:2]
+    assert ticks(clock, [following - 10.0], False) == [False]
 
 
 def test_what_the_clock_answered_stays_as_it_was() -> None:
@@ -488,5 +511,8 @@ def test_a_clock_copied_in_inference_mode_ticks_outside_of_it() -> None:
     with torch.inference_mode():
         clock = copy.deepcopy(GenerationClock())
     clock.tick(torch.tensor(5.0))
+    clock.tick(torch.tensor(4.0))
+    assert not clock.start_full
     clock.reset()
-    assert int(clock.step()) == -1
+    clock.tick(torch.tensor(3.0))
+    assert clock.start_full

@@ -196,7 +196,8 @@ class GenerationClock(StateHolder):
 
         Args:
             timestep: of this call, any shape and numeric dtype. Of several (one for each batch entry, frame or token)
-                the largest counts. May be a sigma. One that is no number below 2**42 says nothing: the call is dense.
+                the largest counts. May be a sigma. One that is no number below 2**42 says nothing: the call is dense,
+                and the next call of every branch begins a generation.
             branch: 0 to ``MAX_BRANCHES - 1``; None for the one of :class:`lite_attention.skip_branch`, or 0.
             watched: whether the call may be of another stream than the branch's call before.
             stream: a number that the calls of one stream share: int64, 0-d. Read where the call is watched; None
@@ -223,7 +224,9 @@ class GenerationClock(StateHolder):
         state = self.state
         state.place(timestep.device, "GenerationClock", torch.compiler.is_compiling())
         units = timestep.detach().to(torch.float64).amax()
-        now = (units * TICKS_PER_UNIT).round().to(torch.int64)
+        # Past the limit all timesteps are one integer, and NaN is none: nothing is told from them, nor from the next.
+        is_time = units.abs() < TIMESTEP_LIMIT
+        now = torch.where(is_time, (units * TICKS_PER_UNIT).round().to(torch.int64), state.timesteps[branch])
         step, direction, generation = state.steps[branch], state.directions[branch], state.generations[branch]
         newest, heading, latest = state.newest_generation[0], state.heading[0], state.latest_timestep[0]
         usual = state.usual[0]
@@ -238,11 +241,11 @@ class GenerationClock(StateHolder):
         goes_against = torch.sign(now - latest) * heading < 0
         known = torch.where(direction == NO_DIRECTION, heading, direction)
         # With none known, a change may be the first of a schedule that goes the other way, or a video after one call.
-        is_unusual = (known == NO_DIRECTION) & (change * usual < 0) & ~is_late & (step != NO_STEP)
+        is_unusual = (known == NO_DIRECTION) & (change * usual < 0) & ~is_late
         turned = (change * known < 0) | is_unusual | ((state.since[branch] >= LEFT_OUT) & goes_against)
         is_new = is_late | turned
         begins = (newest == NO_GENERATION) | torch.where(is_late, goes_against, turned)
-        ends_watch = turned | begins | (step == NO_STEP)
+        ends_watch = turned | begins
         now_stream = torch.zeros_like(now) if stream is None or not watched else stream.to(now.device)
         new_step = torch.where(is_new, 0, step + change.abs())
         new_direction = torch.where(ends_watch, NO_DIRECTION, torch.where(is_late | (change == 0), direction, change))
@@ -251,13 +254,11 @@ class GenerationClock(StateHolder):
         unknown = now * MAX_SCHEDULE_STEPS + NO_SCHEDULE_STEP
         is_planned = (moment != now_moment) & (moment != unknown) & (now_moment != unknown)
         is_planned = is_planned & (state.planned[branch] == planned)
-        repeats = (change == 0) & ~is_planned & ((state.watched[branch] != 0) | watched)
+        repeats = is_time & (change == 0) & ~is_planned & ((state.watched[branch] != 0) | watched)
         changes_stream = (known_stream != now_stream) & (state.watched[branch] != 0) & watched
         meets = ~is_new & (repeats | changes_stream)
         # Streams that met before another branch began a generation may go on meeting in it.
         mixed = torch.where(ends_watch, 0, state.mixed[branch] + meets)
-        # Past the limit all timesteps are one integer, and NaN is none: nothing is told from them.
-        is_time = units.abs() < TIMESTEP_LIMIT
         start_full = (new_step < max(self._dense_steps, 1)) | (mixed > 0) | ~is_time
         new_generation = torch.where(begins, state.next_generation, newest)
         new_heading = torch.where(is_late | (new_direction == NO_DIRECTION), heading, new_direction)
@@ -268,9 +269,9 @@ class GenerationClock(StateHolder):
         leaves_out = others & (change != 0) & ((state.since & (1 << branch) != 0) | shares_last)
         now_since = torch.where(others, state.since | (1 << branch) | leaves_out * LEFT_OUT, 0)
         # Everything is computed before anything is written.
-        heading.copy_(torch.where(begins, new_direction, new_heading))
+        heading.copy_(torch.where(is_time, torch.where(begins, new_direction, new_heading), NO_DIRECTION))
         usual.copy_(new_usual)
-        newest.copy_(new_generation)
+        newest.copy_(torch.where(is_time, new_generation, NO_GENERATION))
         latest.copy_(now)
         state.next_generation.add_(begins)
         generation.copy_(new_generation)
@@ -325,7 +326,7 @@ class GenerationClock(StateHolder):
         return self.state.calls[resolved_branch(branch, "GenerationClock")].clone()
 
     def step(self, branch: int | None = None) -> Tensor:
-        """The branch's step in its generation, from 0: int64, 0-d, on the clock's device; -1 before the first."""
+        """Of the branch's latest call, in its generation, from 0: int64, 0-d, on the clock's device; -1 before any."""
         return self.state.steps[resolved_branch(branch, "GenerationClock")].clone()
 
     def reset(self) -> None:
@@ -333,4 +334,6 @@ class GenerationClock(StateHolder):
         with ordinary_tensors():
             self.state.newest_generation.fill_(NO_GENERATION)
             self.state.heading.fill_(NO_DIRECTION)
-            self.state.steps.fill_(NO_STEP)
+            # Their steps stay: a branch that no later generation calls has had as many in its own.
+            self.state.directions.fill_(NO_DIRECTION)
+            self.state.mixed.fill_(0)

@@ -120,6 +120,7 @@ class PatchedTransformer:
             enable_context_parallelism(transformer, model, mesh)
             self._enabled_parallelism = True
         _internals.look_signatures_up(transformer)
+        self._schedule.join()
         transformer.add_module(GENERATION, self.generation)
         for name, processor in self.processors.items():
             self._layers[name].set_processor(processor)
@@ -173,6 +174,7 @@ class PatchedTransformer:
         self.is_enabled = False
         self.transformer._modules.pop(GENERATION, None)
         with ExitStack() as undo:
+            undo.callback(self._schedule.leave)
             if self._enabled_parallelism:
                 undo.callback(disable_context_parallelism, self.transformer)
             undo.callback(self._restore_forward)

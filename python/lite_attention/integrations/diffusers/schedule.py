@@ -7,6 +7,7 @@ replaced and shared.
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,24 +22,45 @@ __all__ = ["PipelineSchedule"]
 class PipelineSchedule:
     """What the scheduler of a pipeline, the one that it has at the moment, says to one of its transformers.
 
-    A deep copy of the pipeline holds one that looks at the copy's scheduler. A transformer that is copied alone goes on
-    looking at the pipeline that it was in; one that is pickled takes the scheduler with it and finds it in a pipeline
-    that is pickled around it.
+    A copy or pickle of the pipeline holds one that looks at the copy's scheduler: see :meth:`join`. A transformer that
+    is copied without it goes on looking at the pipeline that it was in, and at the scheduler that is copied with it: at
+    that alone from when it is used on. One that is pickled alone takes the scheduler along.
 
     Args:
         pipeline: anything with a ``scheduler``, or None.
+        scheduler: what is looked at without a pipeline.
     """
 
-    def __init__(self, pipeline: object | None) -> None:
+    def __init__(self, pipeline: object | None, scheduler: object | None = None) -> None:
         self._pipeline = _reference(pipeline)
-        self._scheduler: object | None = None
-        self._step: int | None = None
+        self._scheduler = scheduler
+        self._copied: tuple[PipelineSchedule, ...] = ()
         self._values: list[float] = []
         self._timesteps: object | None = None
         self._take_over(self._present_timesteps())
+        self._step = _internals.schedule_step(self._scheduler)
+
+    def join(self) -> None:
+        """Let the pipeline's copies tell the copies of this which pipeline they are in, until :meth:`leave`."""
+        pipeline = self._pipeline()
+        if hasattr(pipeline, "__dict__"):
+            names = (f"_lite_attention_place_{number}" for number in itertools.count())
+            vars(pipeline)[next(name for name in names if name not in vars(pipeline))] = _Place(self)
+
+    def leave(self) -> None:
+        """Take off the pipeline what :meth:`join` put there."""
+        held = getattr(self._pipeline(), "__dict__", {})
+        for name in [name for name, value in held.items() if isinstance(value, _Place) and value.schedule is self]:
+            del held[name]
 
     def video_begins(self) -> bool:
         """Whether the scheduler was given other timesteps, or went back, since this was asked last."""
+        for schedule in self._copied:
+            before = schedule._step
+            begins = schedule.video_begins()
+            if begins or schedule._step != before:
+                vars(self).update(vars(schedule))  # in use, so it is the one of this transformer
+                return begins
         timesteps = self._present_timesteps()
         step, last = _internals.schedule_step(self._scheduler), self._step
         self._step = step
@@ -53,11 +75,14 @@ class PipelineSchedule:
         step = self._step
         return (step, self._values[step]) if step is not None and step < len(self._values) else (None, 0.0)
 
-    def _present_timesteps(self) -> object | None:
+    def _present_scheduler(self) -> object | None:
         pipeline = self._pipeline()
         if pipeline is not None:
             self._scheduler = getattr(pipeline, "scheduler", None)
-        timesteps: object | None = getattr(self._scheduler, "timesteps", None)
+        return self._scheduler
+
+    def _present_timesteps(self) -> object | None:
+        timesteps: object | None = getattr(self._present_scheduler(), "timesteps", None)
         return timesteps
 
     def _take_over(self, timesteps: object | None) -> None:
@@ -67,11 +92,13 @@ class PipelineSchedule:
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule:
         copied = copy.copy(self)
         memo[id(self)] = copied
-        pipeline = memo.get(id(self._pipeline()))
-        if pipeline is not None:  # it is being copied, and its transformer with it
-            copied._pipeline = _reference(pipeline)
-            copied._scheduler = copy.deepcopy(self._scheduler, memo)
-            copied._timesteps = copy.deepcopy(self._timesteps, memo)
+        # Whether the pipeline is copied too, and which is its copy, _Place tells. Its parts may be copied without it.
+        schedulers = [each._present_scheduler() for each in (self, *self._copied)]
+        try:
+            present = [copy.deepcopy(scheduler, memo) for scheduler in schedulers if scheduler is not None]
+        except Exception:  # then nobody's copy has it either
+            present = []
+        copied._copied = tuple(PipelineSchedule(None, scheduler) for scheduler in present)
         return copied
 
     def __copy__(self) -> PipelineSchedule:
@@ -80,10 +107,29 @@ class PipelineSchedule:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_pipeline": None}
+        return vars(self) | {"_pipeline": None, "_scheduler": self._present_scheduler()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_pipeline": _nothing})
+
+
+class _Place:
+    """What a pipeline holds for one of its transformers: copied with it, it tells the transformer's copy where it is.
+
+    The transformer's copy may be made first (of a handle and its pipeline, say), where nobody knows of the pipeline's.
+    """
+
+    def __init__(self, schedule: PipelineSchedule) -> None:
+        self.schedule = schedule
+
+    def __getstate__(self) -> dict[str, Any]:
+        schedule = self.schedule
+        seen = {"_scheduler": schedule._present_scheduler(), "_timesteps": schedule._timesteps}
+        return {"schedule": schedule, "pipeline": schedule._pipeline(), "seen": seen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.schedule = state["schedule"]
+        vars(self.schedule).update(state["seen"] | {"_pipeline": _reference(state["pipeline"]), "_copied": ()})
 
 
 def is_plain_call() -> bool:
