@@ -164,8 +164,10 @@ class LiteAttentionOverride:
         finally:
             self._branch, self._why_dense = None, NO_MODEL_CALL
 
-    # Which layer and stream a call is of changes from call to call, and ComfyUI compiles without guards on it.
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="LiteAttention's override is told layer and stream in transformer_options, on which ComfyUI compiles "
+        "without guards. Compile without fullgraph=True"
+    )
     def __call__(
         self,
         func: Attention,
