@@ -558,6 +558,13 @@ def test_compiled_blocks_compute_what_eager_ones_do(how: str, conds: list[list[A
     assert_same(*outcomes)
 
 
+def test_one_graph_for_a_block_is_refused_with_the_reason(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    torch._dynamo.reset()
+    model.diffusion_model.transformer_blocks[0].compile(backend="eager", fullgraph=True)  # type: ignore[index, operator]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile without fullgraph=True"):
+        sample(patched(model)[0], conds, schedule(1))
+
+
 def _no_guards_on_options(guards: Any) -> list[bool]:
     return ["transformer_options" not in guard.name for guard in guards]
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lite_attention import skip_branch
+from lite_attention import SkipPolicy, skip_branch
 from lite_attention.integrations.sdpa import LiteSDPA
 from support.inputs import report
 
@@ -910,6 +910,15 @@ def test_the_summary_says_what_is_skipped_and_what_is_not() -> None:
         """\
 blocks.0: call 0 of a step in branch 0 skips ..%, call 1 of a step in branch 0 skips ..%; left to torch: 6 x other keys than queries, as in cross-attention
 blocks.1: call 0 of a step in branch 0 skips ..%; left to torch: 3 x other keys than queries, as in cross-attention""",
+    )
+
+
+def test_the_summary_says_that_skipping_is_off() -> None:
+    model = Model()
+    with LiteSDPA(model, r"blocks\.0", policy=SkipPolicy(enabled=False)) as attention:
+        model(*inputs())
+    assert attention.summary().startswith(
+        "blocks.0: nothing skipped, as skipping is off; left to torch: 1 x other keys"
     )
 
 

@@ -168,5 +168,6 @@ class Layer(nn.Module):
             if number in self.attention.used_branches() and not self.mixed[branch]
         ]
         left = [f"{count} x {reason}" for reason, count in self.left_to_torch.items()]
-        taken = ", ".join(maps) or "nothing taken over"
+        off = "nothing skipped, as skipping is off"
+        taken = ", ".join(maps) or ("nothing taken over" if self.attention.skipping else off)
         return f"{taken}; left to torch: {', '.join(left)}" if left else taken
