@@ -1092,6 +1092,19 @@ def test_streams_are_counted_anew_for_each_video(compiled: bool) -> None:
             assert door.skip_fraction().tolist() == [0.0]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_that_bypasses_the_model_s_forward_is_said(compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    step = torch.compile(model.forward, backend="eager") if compiled else model.forward
+    with LiteSDPA(model, LAYERS, threshold=-2.0):
+        model(*inputs())
+        assert caplog.text == ""
+        for _ in range(2):
+            step(*inputs(), (0, 1, 0))
+    assert caplog.text.count("blocks.0 was called outside of a call of the model") == 1
+    assert caplog.text.count("LiteSDPA: ") == 1
+
+
 def test_errors() -> None:
     model = Model()
 

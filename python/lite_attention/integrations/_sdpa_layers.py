@@ -23,6 +23,10 @@ SHARED = (
     "another thread was inside of the model, in the same branch, or in a step which this call may be a part of (only "
     "the model itself, called in branches of its own, begins a step beside others)"
 )
+ALONE = (
+    "outside of a call of the model, so that each such call is a step of its own; what runs several times in a step "
+    "then shares a map. If another method or function runs the step, give LiteSDPA a module whose forward is that"
+)
 # The name of the mode follows.
 FOREIGN_MODE = "a torch function mode is around it and may replace the call, "
 
@@ -142,6 +146,12 @@ class Layer(nn.Module):
         self.left_to_torch[reason] += 1
         if (reason == SHARED or reason.startswith(FOREIGN_MODE)) and self.streams.say_once(reason):
             _logger.warning("LiteSDPA: a call of %s is left to torch: %s", self.name or "the model itself", reason)
+
+    @torch.compiler.assume_constant_result
+    def say_alone(self) -> None:
+        """Say, once, that a chosen module begins a step, which in a model with a forward is rarely meant."""
+        if self.streams.say_once(ALONE):
+            _logger.warning("LiteSDPA: %s was called %s", self.name, ALONE)
 
     @torch.compiler.assume_constant_result
     def branch_of(self, call: int, branch: int) -> int:

@@ -277,7 +277,7 @@ def _forward_around(below: Forward, door: LiteSDPA, whole: bool, *args: Any, **k
     with inside:
         out = below(*args, **kwargs)
     if number is None and isinstance(out, _LATER):
-        raise _later("what was called first of the model", out)
+        raise _later("the model" if whole else "a module around chosen ones", out)
     return out
 
 
@@ -285,6 +285,9 @@ def _routed_forward(below: Forward, door: LiteSDPA, whole: bool, layer: Layer, *
     """The forward of a chosen module."""
     if not door.entered:
         return below(*args, **kwargs)
+    steps = door._steps
+    if not whole and door._whole is not None and steps.current is None and steps.next_number(whole) != FOREIGN:
+        layer.say_alone()
     with route_sdpa(functools.partial(_attend, layer)):
         out = _forward_around(below, door, whole, *args, **kwargs)
     if isinstance(out, _LATER):
@@ -292,8 +295,10 @@ def _routed_forward(below: Forward, door: LiteSDPA, whole: bool, layer: Layer, *
     return out
 
 
-def _later(where: str, out: object) -> TypeError:
-    """What a forward raises whose body runs when LiteSDPA has been left."""
+def _later(where: str, out: Any) -> TypeError:
+    """What is raised for a forward whose body runs after it has returned."""
+    if not isinstance(out, AsyncGeneratorType):
+        out.close()
     return TypeError(
         f"LiteSDPA: the forward of {where} returned a {type(out).__name__}, whose attention calls are made later, when "
         "it cannot be told which step they are of; expected one that makes them before it returns"
