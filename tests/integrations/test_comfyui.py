@@ -199,6 +199,7 @@ NOT_TAKEN = {
     "another precision": {"attn_precision": torch.float64},
     "head_dim 4": {"heads": WIDTH // 4},
     "a scale of 0": {"scale": 0.0},
+    "a keyword of its own": {"is_causal": True},
     "float64": {name: torch.randn(1, TOKENS, WIDTH, dtype=torch.float64) for name in "qkv"},
 }
 
@@ -512,6 +513,60 @@ def test_calls_outside_of_evaluations_are_dense_and_said_so(
     assert caplog.text.count("a call for conditions [0] runs dense: a model call outside") == int(again)
     assert ("16 x a model call outside of the sampler's evaluations" in override.summary()) is again
     assert "started full" not in override.summary()
+
+
+@pytest.mark.parametrize("kind", ["predict_noise", "outer_sample"])
+def test_calls_before_the_first_evaluation_are_dense_too(
+    kind: str, model: ModelPatcher, conds: list[list[Any]]
+) -> None:
+    """A node asks for the conditions of another video, at another sigma, before the sampler does."""
+    sigmas = schedule(3)
+    alone = sample(patched(model)[0], conds, sigmas)
+
+    def ask_before(executor: Callable[..., Any], *args: Any) -> Any:
+        options = {"transformer_options": {**lite.model_options["transformer_options"], "sample_sigmas": sigmas}}
+        x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(7))
+        calc_cond_batch(lite, conds, x, torch.tensor([1.1]), options, False)
+        return executor(*args)
+
+    lite, override = patched(model)
+    lite.add_wrapper_with_key(kind, "before", ask_before)
+    if kind == "outer_sample":  # of the host's wrappers the first is the innermost
+        lite.wrappers[kind] = dict(reversed(lite.wrappers[kind].items()))
+    assert_same(sample(lite, conds, sigmas), alone)
+    assert "x a model call outside of the sampler's evaluations" in override.summary()
+
+
+@pytest.mark.parametrize("how", ["without guards", "dynamic"])
+def test_compiled_blocks_compute_what_eager_ones_do(how: str, conds: list[list[Any]]) -> None:
+    """ComfyUI's own node leaves out the guards on all that is read from transformer_options."""
+    outcomes = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = ModelPatcher(VideoModel())
+        for block in model.diffusion_model.transformer_blocks if compiled else ():
+            if how == "dynamic":
+                block.compile(backend="eager", dynamic=True)
+            else:
+                block.compile(backend="eager", options={"guard_filter_fn": _no_guards_on_options})
+        lite, override = patched(model)
+        # Of two lengths, as the layers are made while the first one is compiled.
+        outcomes.append([*sample(lite, conds, schedule(2), 400), *sample(lite, conds, schedule(3))])
+        assert len(override.layers) == 2
+        assert min(dropped(override, 0) + dropped(override, 1)) > 0.2
+    assert_same(*outcomes)
+
+
+def test_one_graph_for_a_block_is_refused_with_the_reason(model: ModelPatcher, conds: list[list[Any]]) -> None:
+    torch._dynamo.reset()
+    model.diffusion_model.transformer_blocks[0].compile(backend="eager", fullgraph=True)  # type: ignore[index, operator]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile without fullgraph=True"):
+        sample(patched(model)[0], conds, schedule(1))
+
+
+def _no_guards_on_options(guards: Any) -> list[bool]:
+    return ["transformer_options" not in guard.name for guard in guards]
 
 
 @pytest.mark.parametrize("tells_of_samplings", [False, True])

@@ -15,9 +15,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lite_attention import skip_branch
+from lite_attention import SkipPolicy, skip_branch
 from lite_attention.integrations.sdpa import LiteSDPA
 from support.inputs import report
 
@@ -912,6 +913,15 @@ blocks.1: call 0 of a step in branch 0 skips ..%; left to torch: 3 x other keys 
     )
 
 
+def test_the_summary_says_that_skipping_is_off() -> None:
+    model = Model()
+    with LiteSDPA(model, r"blocks\.0", policy=SkipPolicy(enabled=False)) as attention:
+        model(*inputs())
+    assert attention.summary().startswith(
+        "blocks.0: nothing skipped, as skipping is off; left to torch: 1 x other keys"
+    )
+
+
 def test_one_graph_inside_and_one_outside() -> None:
     counter = CompileCounter()
     model, eager = Model(), Model()
@@ -969,9 +979,130 @@ def test_a_context_that_is_left_and_entered_again_inside_of_another_stands_once(
         first.__exit__(None, None, None)
         with first:
             model(*inputs())
-            for door in (first, second):
-                assert door.left_to_torch["blocks.0"] == {"other keys than queries, as in cross-attention": 1}
+            # A call is the innermost one's.
+            assert first.left_to_torch["blocks.0"] == {"other keys than queries, as in cross-attention": 1}
+            assert second.left_to_torch["blocks.0"] == {}
     assert patched(model) == []
+
+
+class Outer(nn.Module):
+    """A block around another module, whose calls are not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        self.inner.forward = lambda x: scaled_dot_product_attention(x, x, x)  # type: ignore[method-assign]
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.inner(x) for x in xs]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_a_chosen_module_leaves_to_torch_is_not_taken_by_one_around_it(compiled: bool) -> None:
+    model = nn.Sequential(Outer())
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    videos = [heads_of(inputs(0, seed)[0]) for seed in range(3)]
+    with LiteSDPA(model, ".*", threshold=-1.0) as door:
+        for order in [(0, 1), (0, 1)] if compiled else [(0, 1), (0, 1), (2, 0, 1)]:
+            out = run([videos[index] for index in order])
+        if compiled:
+            assert door.left_to_torch["0"] == {}
+            return
+        for order in [(0, 1), (0, 1), (2, 0, 1), (0, 1)]:
+            for ours, index in zip(run([videos[index] for index in order]), order, strict=True):
+                expected = scaled_dot_product_attention(videos[index], videos[index], videos[index])
+                torch.testing.assert_close(ours, expected)
+    assert len(out) == 3
+    assert "nothing taken over" in door.summary().splitlines()[0]
+    assert door.left_to_torch["0"] == {}
+
+
+def heads_of(x: Tensor) -> Tensor:
+    return 4 * x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+
+
+class Values(TorchFunctionMode):
+    """Attention without scores, as perturbed attention guidance makes it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return args[2]
+        if getattr(func, "__module__", None) == "torch._tensor":
+            return getattr(args[0], func.__name__)(*args[1:], **kwargs or {})
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_function_mode_of_someone_else_gets_the_call(compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(Outer(), Outer())
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    x = heads_of(inputs()[0])
+    with LiteSDPA(model, r"\d", threshold=-1.0) as door:
+        for _ in range(2):
+            with Values():
+                assert run([x])[0] is x or torch.equal(run([x])[0], x)
+        assert caplog.text.count("a torch function mode is around it and may replace the call, Values") == 1
+        with torch.device("cpu"):  # a mode of torch's own
+            for _ in range(2):
+                run([x])
+        assert (door.skip_fraction() > 0.1).all()
+    assert "x a torch function mode is around it" in door.summary()
+
+
+def _generates(self: Outer, xs: list[Tensor]) -> Iterator[Tensor]:
+    for x in xs:
+        yield self.inner(x)
+
+
+async def _awaits(self: Outer, xs: list[Tensor]) -> list[Tensor]:
+    return [self.inner(x) for x in xs]
+
+
+@pytest.mark.parametrize("forward", [_generates, _awaits])
+@pytest.mark.parametrize("layers", ["inner", ""], ids=["inside", "itself"])
+def test_a_forward_whose_body_runs_later_is_refused(
+    forward: Callable[..., Any], layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outer, "forward", forward)
+    model = Outer()
+    with LiteSDPA(model, layers), pytest.raises(TypeError, match=r"LiteSDPA: the forward of .* returned a .*later"):
+        model([heads_of(inputs()[0])]).close()
+
+
+class MaskedFirst(nn.Module):
+    def forward(self, x: Tensor, masked: bool) -> Tensor:
+        mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool) if masked else None
+        return scaled_dot_product_attention(x, x, x, attn_mask=mask) + scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_streams_are_counted_anew_for_each_video(compiled: bool) -> None:
+    model = MaskedFirst()
+    run = torch.compile(model, backend="eager") if compiled else model
+    x = heads_of(inputs()[0])
+    with LiteSDPA(model, "", threshold=-1.0) as door:
+        for masked in (False, True, False):
+            for _ in range(2):
+                run(x, masked)
+            assert (door.skip_fraction() > 0.1).all()
+            assert (door.branch_of(0) != 0) is masked
+            assert bool(door.skip_fraction(1) > 0.1) is not masked
+            assert door.summary().count("of a step in branch 0 skips") == (1 if masked else 2)
+            door.reset()
+            assert door.skip_fraction().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_that_bypasses_the_model_s_forward_is_said(compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    step = torch.compile(model.forward, backend="eager") if compiled else model.forward
+    with LiteSDPA(model, LAYERS, threshold=-2.0):
+        model(*inputs())
+        assert caplog.text == ""
+        for _ in range(2):
+            step(*inputs(), (0, 1, 0))
+    assert caplog.text.count("blocks.0 was called outside of a call of the model") == 1
+    assert caplog.text.count("LiteSDPA: ") == 1
 
 
 def test_errors() -> None:

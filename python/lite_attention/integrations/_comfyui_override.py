@@ -43,6 +43,11 @@ TOO_MANY_STREAMS = (
     "each would need a skip state"
 )
 
+# Keywords that are followed, and those that say nothing of the result.
+UNDERSTOOD = frozenset(
+    ("transformer_options", "scale", "enable_gqa", "_inside_attn_wrapper", "low_precision_attention")
+)
+
 Attention = Callable[..., Tensor]
 AttentionOverride = Callable[..., Tensor]
 _BlockName = tuple[tuple[str, Hashable], ...]
@@ -113,6 +118,7 @@ class LiteAttentionOverride:
     def around_sampling(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a sampling as a generation of its own. An ``outer_sample`` wrapper."""
         self.reset()
+        self._streams.tells_steps = True  # ComfyUI told of evaluations before it had overrides
         result = executor(*args, **kwargs)
         self._streams.end_step()
         return result
@@ -158,6 +164,10 @@ class LiteAttentionOverride:
         finally:
             self._branch, self._why_dense = None, NO_MODEL_CALL
 
+    @torch.compiler.disable(
+        reason="LiteAttention's override is told layer and stream in transformer_options, on which ComfyUI compiles "
+        "without guards. Compile without fullgraph=True"
+    )
     def __call__(
         self,
         func: Attention,
@@ -181,14 +191,15 @@ class LiteAttentionOverride:
             mask, attn_precision: not taken if given (``attn_precision`` if other than q's dtype).
             skip_output_reshape: return ``[batch, heads, tokens, head_dim]`` instead of ``[batch, tokens, heads *
                 head_dim]``.
-            kwargs: ``transformer_options``, ``scale``, ``enable_gqa``; others are passed on.
+            kwargs: ``transformer_options``, ``scale``, ``enable_gqa``; a call with others that say something is not
+                taken.
 
         Raises:
             ValueError: ComfyUI does not say which block this is, or says the same of two layers.
         """
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
         reason = self._why_dense or self._why_left(q, k, v, head_dim, mask, attn_precision)
-        reason = reason or why_scale_is_left(kwargs.get("scale"))
+        reason = reason or why_scale_is_left(kwargs.get("scale")) or _why_arguments_are_left(kwargs)
         if reason is not None:
             self.left_to_comfyui[reason] += 1
             dense = func if self.previous is None else functools.partial(self.previous, func)
@@ -226,7 +237,6 @@ class LiteAttentionOverride:
         """Forget what was dropped, as every run of a sampler does: the next model call starts a new generation."""
         self._turns = 0
         self.left_to_comfyui.clear()
-        self._streams.tells_steps = self._streams.in_told_step
         self._start_full()
 
     def _start_full(self) -> None:
@@ -332,6 +342,15 @@ class LiteAttentionOverride:
         if name not in self.layers:
             self.layers[name] = LiteAttention(max_batch_size=ANY_BATCH, policy=self.policy)
         return self.layers[name]
+
+
+def _why_arguments_are_left(arguments: dict[str, Any]) -> str | None:
+    """Why a call with these keywords is not taken; None and False are what one without them has."""
+    unknown = (
+        name for name, value in arguments.items() if name not in UNDERSTOOD and value is not None and value is not False
+    )
+    name = next(unknown, None)
+    return None if name is None else f"an argument of which nothing is known, {name}"
 
 
 def _text_ranges(options: dict[str, Any], tokens: int) -> list[int] | None:

@@ -10,7 +10,7 @@ each step is of one stream, the second of another; a step with more or fewer of 
 and mixes it as well. Where ComfyUI tells of steps, calls outside of any have no stream.
 
 A step is one evaluation of the model by the sampler, so those that evaluate a sigma twice (Heun's) go on with one
-stream. Where a version of ComfyUI does not tell of evaluations, the calls at one sigma are a step.
+stream. Where a host tells neither of samplings nor of evaluations, the calls at one sigma are a step.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Streams:
         self.room = room
         self.fixed_order = fixed_order
         self.in_told_step = False
-        self.tells_steps = False  # in this sampling, so far
+        self.tells_steps = False  # ComfyUI, as far as it has shown
         self.start()
 
     def start(self) -> None:

@@ -7,13 +7,13 @@ import threading
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lite_attention.integrations._sdpa_steps import Flag, Steps
 from lite_attention.skipping.branches import MAX_BRANCHES
 from lite_attention.skipping.module import LiteAttention
 
-__all__ = ["MIXED", "SHARED", "Layer", "Streams"]
+__all__ = ["FOREIGN_MODE", "MIXED", "SHARED", "Layer", "Streams"]
 
 _logger = logging.getLogger("lite_attention")
 
@@ -23,6 +23,12 @@ SHARED = (
     "another thread was inside of the model, in the same branch, or in a step which this call may be a part of (only "
     "the model itself, called in branches of its own, begins a step beside others)"
 )
+ALONE = (
+    "outside of a call of the model, so that each such call is a step of its own; what runs several times in a step "
+    "then shares a map. If another method or function runs the step, give LiteSDPA a module whose forward is that"
+)
+# The name of the mode follows.
+FOREIGN_MODE = "a torch function mode is around it and may replace the call, "
 
 # Numbers are given rarely: one lock will do, and none is copied with a door.
 _numbering = threading.Lock()
@@ -37,12 +43,13 @@ class Streams:
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[int, int], int] = {}
-        self._shared_is_said = False
+        self._said: set[str] = set()
 
-    def say_shared(self) -> bool:
-        """Whether it is to be said that threads share what is one thread's: once."""
+    def say_once(self, reason: str) -> bool:
+        """Whether this is the first layer that has to say so."""
         with _numbering:
-            said, self._shared_is_said = self._shared_is_said, True
+            said = reason in self._said
+            self._said.add(reason)
         return not said
 
     def of_branch(self, branch: int) -> list[int]:
@@ -83,8 +90,23 @@ class Layer(nn.Module):
         self.left_to_torch: Counter[str] = Counter()
 
     def maps(self, branch: int) -> list[int]:
-        """Of the calls in a branch that were taken over, in order, the number of each one's map."""
+        """Of the calls in a branch that were ever taken over, in order, the number of each one's map."""
         return [number for number in self.streams.of_branch(branch) if self.has_map[number].up]
+
+    def maps_in_use(self, branch: int) -> list[int]:
+        """As :meth:`maps`, of the calls since the latest reset; of all where none was since. Waits."""
+        live = self.attention.state.live.tolist()
+        return [number for number in self.maps(branch) if live[number] > 0] or self.maps(branch)
+
+    def skip_fraction(self, stream: int, branch: int) -> Tensor:
+        """Of the how-many-th call in the branch that was taken over since the latest reset: fp32, 0-d."""
+        numbers = self.maps(branch)
+        if not numbers or self.mixed[branch]:
+            return torch.zeros_like(self.attention.skip_fraction(branch))
+        fractions = torch.stack([self.attention.skip_fraction(number) for number in numbers])
+        # On the device, where the passes of a CUDA graph note that they ran.
+        in_use = torch.stack([self.attention.state.live[number] for number in numbers]) > 0
+        return torch.where(in_use & (in_use.cumsum(0) == stream + 1), fractions, 0).sum()
 
     def start_over(self) -> None:
         """Forget what was dropped, and how many calls a step made."""
@@ -122,8 +144,14 @@ class Layer(nn.Module):
     def note(self, reason: str) -> None:
         """Count a call that stays torch's. Where it is traced, the trace counts."""
         self.left_to_torch[reason] += 1
-        if reason == SHARED and self.streams.say_shared():
-            _logger.warning("LiteSDPA: a call of %s is left to torch: %s", self.name or "the model itself", SHARED)
+        if (reason == SHARED or reason.startswith(FOREIGN_MODE)) and self.streams.say_once(reason):
+            _logger.warning("LiteSDPA: a call of %s is left to torch: %s", self.name or "the model itself", reason)
+
+    @torch.compiler.assume_constant_result
+    def say_alone(self) -> None:
+        """Say, once, that a chosen module begins a step, which in a model with a forward is rarely meant."""
+        if self.streams.say_once(ALONE):
+            _logger.warning("LiteSDPA: %s was called %s", self.name, ALONE)
 
     @torch.compiler.assume_constant_result
     def branch_of(self, call: int, branch: int) -> int:
@@ -145,10 +173,11 @@ class Layer(nn.Module):
             for stream, branch, number in sorted(
                 (stream, branch, number)
                 for branch in range(MAX_BRANCHES)
-                for stream, number in enumerate(self.maps(branch))
+                for stream, number in enumerate(self.maps_in_use(branch))
             )
             if number in self.attention.used_branches() and not self.mixed[branch]
         ]
         left = [f"{count} x {reason}" for reason, count in self.left_to_torch.items()]
-        taken = ", ".join(maps) or "nothing taken over"
+        off = "nothing skipped, as skipping is off"
+        taken = ", ".join(maps) or ("nothing taken over" if self.attention.skipping else off)
         return f"{taken}; left to torch: {', '.join(left)}" if left else taken

@@ -11,17 +11,16 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from types import TracebackType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention.integrations._forwards import Forward, put, stand_in, stands, take_away
 from lite_attention.integrations._left_to_torch import why_left_to_torch
-from lite_attention.integrations._routing import route_sdpa
-from lite_attention.integrations._sdpa_layers import MIXED, SHARED, Layer, Streams
+from lite_attention.integrations._routing import foreign_function_mode, route_sdpa, unrouted_sdpa
+from lite_attention.integrations._sdpa_layers import FOREIGN_MODE, MIXED, SHARED, Layer, Streams
 from lite_attention.integrations._sdpa_steps import FOREIGN, Steps, TakenBack, UnderWay
 from lite_attention.ops.checks import checked_int
 from lite_attention.skipping.arguments import Threshold
@@ -43,19 +42,21 @@ class LiteSDPA(nn.Module):
     other call stays torch's, and :meth:`summary` tells why. A module that makes several such calls in one call of the
     model, in one forward or since it runs several times, has a map for each: the first, the second and so on of each
     step, those counted that stay torch's. Once a step has made another number of calls than those before, all of the
-    module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. It may be entered and left as often
-    as one likes, and inside others; the state stays. Guidance branches are chosen with
-    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same time,
-    in branches of their own; what else a thread calls while another one is inside of the model is torch's.
+    module's stay torch's until :meth:`reset`; the log and :meth:`summary` say so. A call belongs to the innermost
+    chosen module, and inside of a torch function mode of someone else to that mode. It may be entered and left as
+    often as one likes, and inside others; the state stays. Guidance branches are chosen with
+    :class:`lite_attention.skip_branch`, around the model or inside of it. Threads may call ``model`` at the same
+    time, in branches of their own; what else a thread calls while another one is inside of the model is torch's.
 
     Args:
-        model: what one step calls, and the modules belong to. It is changed only inside the context.
+        model: what one step calls as a module, and the modules belong to: other methods, and forwards taken before,
+            begin no step that could be seen. It is changed only inside the context.
         layers: regular expression that matches the whole name (as in ``model.named_modules()``) of each module to take
             over.
         threshold, max_batch_size, policy: as for :class:`lite_attention.LiteAttention`. Larger batches stay torch's.
 
     Raises:
-        TypeError: an argument is not what it should be.
+        TypeError: an argument is not what it should be. In a forward: it is a generator or a coroutine.
         ValueError: no module has such a name, or none that is ever called.
         RuntimeError: in a forward: a module makes more such calls than there are branches, or another number of them
             in one compiled step than in another. When left: it was not entered.
@@ -115,15 +116,13 @@ class LiteSDPA(nn.Module):
         that has made no such call skips 0, and so does one whose calls are torch's until :meth:`reset`.
         """
         branch = resolved_branch(None, "LiteSDPA")
-        numbers = self._numbers(stream, branch)
-        if stream > 0 and not numbers:
+        stream = checked_int("LiteSDPA: stream", stream, lowest=0)
+        if stream > 0 and all(stream >= len(layer.maps(branch)) for layer in self._each()):
             raise RuntimeError(f"LiteSDPA: no layer has made call {stream} of a step in branch {branch} yet")
-        fractions = [layer.attention.skip_fraction(numbers.get(layer.name, branch)) for layer in self._each()]
-        made = [layer.name in numbers and not layer.mixed[branch] for layer in self._each()]
-        return torch.stack([x if has else torch.zeros_like(x) for x, has in zip(fractions, made, strict=True)])
+        return torch.stack([layer.skip_fraction(stream, branch) for layer in self._each()])
 
     def branch_of(self, stream: int, branch: int | None = None, *, layer: str | None = None) -> int:
-        """Under which branch a layer's :class:`lite_attention.LiteAttention` keeps the map of a stream.
+        """Under which branch a layer's :class:`lite_attention.LiteAttention` keeps the map of a stream. Waits.
 
         Args:
             stream: the how-many-th call, from 0, that is taken over of the layer in one call of the model.
@@ -135,7 +134,9 @@ class LiteSDPA(nn.Module):
             RuntimeError: there was no such call.
         """
         branch = resolved_branch(branch, "LiteSDPA")
-        numbers = self._numbers(stream, branch)
+        stream = checked_int("LiteSDPA: stream", stream, lowest=0)
+        maps = {layer.name: layer.maps_in_use(branch) for layer in self._each()}
+        numbers = {name: numbers[stream] for name, numbers in maps.items() if stream < len(numbers)}
         if layer is not None:
             if layer not in self.layers:
                 raise ValueError(f"LiteSDPA: layer is {layer!r}, expected one of {list(self.layers)}")
@@ -149,12 +150,6 @@ class LiteSDPA(nn.Module):
             call = f"call {stream} of a step in branch {branch} yet"
             raise RuntimeError(f"LiteSDPA: {f'{layer} has not' if layer else 'no layer has'} made {call}")
         return next(iter(numbers.values()), branch)
-
-    def _numbers(self, stream: int, branch: int) -> dict[str, int]:
-        """For each layer that has made such a call, where its map is."""
-        stream = checked_int("LiteSDPA: stream", stream, lowest=0)
-        maps = {layer.name: layer.maps(branch) for layer in self._each()}
-        return {name: numbers[stream] for name, numbers in maps.items() if stream < len(numbers)}
 
     @property
     def left_to_torch(self) -> dict[str, dict[str, int]]:
@@ -264,6 +259,10 @@ def _find(model: nn.Module, layers: str) -> tuple[dict[nn.Module, str], list[nn.
     return chosen, list(around)
 
 
+# What a function returns at once whose body runs later.
+_LATER = (GeneratorType, CoroutineType, AsyncGeneratorType)
+
+
 def _is_called(module: nn.Module) -> bool:
     """Whether it has a forward, which lists of modules have not."""
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
@@ -276,15 +275,34 @@ def _forward_around(below: Forward, door: LiteSDPA, whole: bool, *args: Any, **k
     number = door._steps.current
     inside = UnderWay(door, door._steps.next_number(whole)) if number is None else TakenBack(door, number)
     with inside:
-        return below(*args, **kwargs)
+        out = below(*args, **kwargs)
+    if number is None and isinstance(out, _LATER):
+        raise _later("the model" if whole else "a module around chosen ones", out)
+    return out
 
 
 def _routed_forward(below: Forward, door: LiteSDPA, whole: bool, layer: Layer, *args: Any, **kwargs: Any) -> Any:
     """The forward of a chosen module."""
     if not door.entered:
         return below(*args, **kwargs)
+    steps = door._steps
+    if not whole and door._whole is not None and steps.current is None and steps.next_number(whole) != FOREIGN:
+        layer.say_alone()
     with route_sdpa(functools.partial(_attend, layer)):
-        return _forward_around(below, door, whole, *args, **kwargs)
+        out = _forward_around(below, door, whole, *args, **kwargs)
+    if isinstance(out, _LATER):
+        raise _later(layer.name or "the model itself", out)
+    return out
+
+
+def _later(where: str, out: Any) -> TypeError:
+    """What is raised for a forward whose body runs after it has returned."""
+    if not isinstance(out, AsyncGeneratorType):
+        out.close()
+    return TypeError(
+        f"LiteSDPA: the forward of {where} returned a {type(out).__name__}, whose attention calls are made later, when "
+        "it cannot be told which step they are of; expected one that makes them before it returns"
+    )
 
 
 def _attend(
@@ -307,6 +325,9 @@ def _attend(
     reason = why_left_to_torch(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention.max_batch_size
     )
+    if reason is None:
+        mode = foreign_function_mode()
+        reason = None if mode is None else FOREIGN_MODE + mode
     if reason is None and not may_use:
         reason = SHARED
     if reason is None and layer.mixed[branch]:
@@ -314,9 +335,7 @@ def _attend(
     calls = () if number == FOREIGN else layer.calls[number][branch]
     if reason is not None:
         layer.note(reason)
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        out = unrouted_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     else:
         place = layer.branch_of(len(calls), branch)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -23,7 +23,7 @@ metadata._cls, .cached_parameter_indices       diffusers 0.36 - 0.42  look_signa
 module._old_forward                            accelerate 0.31 - 1.15 forward_slot
 compiled._orig_mod                             torch 2.10 - 2.13      uncompiled
 _dynamo.trace_rules.is_callable_allowed        torch 2.10 - 2.13      is_opaque_to_compile
-overrides._get_current_function_mode_stack     torch 2.10 - 2.13      foreign_function_mode
+overrides._get_current_function_mode_stack     torch 2.10 - 2.13      foreign_function_mode, in _routing.py
 =============================================  =====================  ===========================================
 
 What else is relied on is public: ``processor`` and ``set_processor`` of attention modules, ``enable_parallelism`` and
@@ -40,9 +40,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.overrides import _get_current_function_mode_stack
 
-from lite_attention.integrations._routing import route_sdpa
 from lite_attention.ops.modes import real_tensors
 from lite_attention.skipping.dense_steps import MAX_SCHEDULE_STEPS
 
@@ -78,14 +76,6 @@ class torch_attention:  # noqa: N801 - read as a function, like torch.no_grad
     ) -> None:
         for name, value in self._before.items():
             setattr(self._processor, name, value)
-
-
-def foreign_function_mode() -> str | None:
-    """The class of a torch function mode around the caller that is neither torch's own nor of this package, or None."""
-    for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, route_sdpa) and not type(mode).__module__.startswith("torch."):
-            return type(mode).__name__
-    return None
 
 
 # Context parallelism

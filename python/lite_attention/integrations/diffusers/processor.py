@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lite_attention.integrations._routing import route_sdpa
+from lite_attention.integrations._routing import foreign_function_mode, route_sdpa
 from lite_attention.integrations.diffusers import _internals
 from lite_attention.integrations.diffusers.generation import Generation
 from lite_attention.integrations.diffusers.models import VideoModel
@@ -149,7 +149,7 @@ class LiteAttentionProcessor(StateHolder, _internals.ParallelProcessor):
             )
         if not self.generation.call.is_running:
             self._check_forward(self.name)
-        mode = _internals.foreign_function_mode()
+        mode = foreign_function_mode()
         if mode is not None:  # what it does to torch's attention must not be left out
             self.generation.say_left_to(mode)
             return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
