@@ -676,6 +676,24 @@ def test_a_shallow_copy_shares_its_thresholds(head_chunks: int) -> None:
         assert len({value for of_turn in of_turns for value in of_turn}) == 2, rank
 
 
+def _walked() -> None:
+    layer = DistributedLiteAttention(mesh_of("cpu", 2, 1), threshold=-4.0)
+    found = [part for part in layer.modules() if isinstance(part, LiteAttention)]
+    for setting in (*(part.set_threshold for part in found), layer.states.set_threshold):
+        with pytest.raises(RuntimeError, match=r"set_threshold: .* is a part of a DistributedLiteAttention"):
+            setting(-0.5)
+    for part in found:
+        part.enable_skip_optimization(False)
+        part.reset_skip_state()
+    assert [each.policy for each in (layer, *found)] == 3 * [SkipPolicy(threshold=-4.0, enabled=False)]
+    layer.set_threshold(-0.5)
+    assert {each.threshold for each in (layer, *found, *copy.deepcopy(layer).states.splits)} == {-0.5}
+
+
+def test_the_states_in_a_layer_are_not_told_a_threshold_that_it_does_not_know() -> None:
+    run_on_ranks(2, "cpu", _walked)
+
+
 def _fails_at(owner: Any, name: str, call: int) -> Any:
     """Let the function raise for want of memory at its so-manieth call; a context."""
     real, calls = getattr(owner, name), itertools.count(1)

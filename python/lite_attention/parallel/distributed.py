@@ -30,7 +30,7 @@ from lite_attention.parallel.ring import blocks_of_ring, merged_parts
 from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
 from lite_attention.parallel.skipped_share import SkippedShare
-from lite_attention.parallel.splits import SeqParallelLiteAttention
+from lite_attention.parallel.splits import StatesOfRank
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
 from lite_attention.skipping.arguments import (
     Ranges,
@@ -97,7 +97,7 @@ class DistributedLiteAttention(StateHolder):
         self.max_batch_size = checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
         # One state for each split of the keys and each turn, in which a chunk of this rank's heads is computed.
         # Their thresholds are of their heads, which are known once those of the whole model are dealt out.
-        self.states = SeqParallelLiteAttention(
+        self.states = StatesOfRank(
             self.ranks.ring.size * head_chunks,
             max_batch_size=max_batch_size,
             policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
@@ -256,7 +256,7 @@ class DistributedLiteAttention(StateHolder):
                 start, end = self._turns.spans(len(values))[turn][self.ranks.ulysses.rank]
                 of_turn = tuple(values[head] for head in self.head_order.heads(len(values))[start:end])
             for split in range(self.ranks.ring.size):
-                self._state(split, turn).set_threshold(of_turn)
+                self._state(split, turn).state.set_threshold(of_turn)
         self._told.threshold, self._told.per_head = values, per_head
 
     @property
