@@ -199,6 +199,23 @@ def test_lite_attention_skips_video_and_never_text() -> None:
     assert bool(keep[:, :, first_row:].all()), "queries of the text"
 
 
+def test_another_share_of_text_starts_over() -> None:
+    case = Case(query_len=640, kv_len=640, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_SIZE)
+    used, fresh = (layer(DistributedAttention, LITE_ATTN, threshold=-0.01) for _ in range(2))
+
+    def attend(which: DistributedAttention, tokens: tuple[Tensor, ...], video: int) -> tuple[Tensor, Tensor | None]:
+        text = (x[:, video:] if video < 640 else None for x in tokens)
+        return which(*(x[:, :video] for x in tokens), None, *text)
+
+    first, second, third = correlated_passes(case, torch.float32, passes=3)
+    attend(used, first, 576)
+    assert float(used.attn_impl.attention.skip_fraction()) > 0
+    for tokens, video in ((second, 512), (third, 640)):
+        for mine, expected in zip(attend(used, tokens, video), attend(fresh, tokens, video), strict=True):
+            assert mine is expected or torch.equal(mine, expected), "the map was of other text"
+        fresh = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
+
+
 def test_no_text_is_as_text_of_no_tokens() -> None:
     q, k, v = qkv(300)
     attend = layer(DistributedAttention, LITE_ATTN)

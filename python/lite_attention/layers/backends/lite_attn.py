@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor, nn
 
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
@@ -9,6 +11,7 @@ from lite_attention.layers.backends._checks import refuse_causal
 from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.ops.backends import supported_dtypes
 from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.computed_pass import remember
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
@@ -26,6 +29,8 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         threshold: as for LiteAttention; if one value a head, then for all heads of the layer.
         enable_skipping, max_batch_size, policy: as for LiteAttention.
     """
+
+    reads_metadata = False
 
     attention: LiteAttention
     """Holds the state. In a layer on several ranks it has this rank's heads."""
@@ -67,19 +72,21 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
     def forward_with_text(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
     ) -> Tensor:
-        """One pass in which no tile with text is skipped."""
+        """One pass in which no tile with text is skipped. Another share of text starts over, as another length does."""
         if text_tokens == 0:
             return self.forward(query, key, value, attn_metadata)
         keys, queries = key.shape[1], query.shape[1]
-        out: Tensor = self.attention(
+        computed = self.attention.computed_pass(
             query,
             key,
             value,
             self.softmax_scale,
             must_do_list=[keys - text_tokens, keys],
             must_do_queries=[queries - text_tokens, queries],
+            told_len=operator.index(keys - text_tokens),
         )
-        return out
+        remember(computed)
+        return computed.out
 
 
 BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=supported_dtypes)
