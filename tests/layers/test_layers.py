@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lite_attention.layers import (
     DistributedAttention_VSA,
     LocalAttention,
     PlainMetadataBuilder,
+    distributed,
     get_forward_context,
     set_forward_context,
     set_sequence_parallel_mesh,
@@ -214,6 +216,19 @@ def test_another_share_of_text_starts_over() -> None:
         for mine, expected in zip(attend(used, tokens, video), attend(fresh, tokens, video), strict=True):
             assert mine is expected or torch.equal(mine, expected), "the map was of other text"
         fresh = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
+
+
+def test_a_call_that_fails_after_the_attention_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(query_len=512, kv_len=512, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_SIZE)
+    attend = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
+    (tokens,) = correlated_passes(case, torch.float32, passes=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed.F, "pad", mock.Mock(side_effect=torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(*tokens, 500)
+    assert attend.attn_impl.attention.used_branches() == []
+    attend(*tokens, 500)
+    assert float(attend.attn_impl.attention.skip_fraction()) > 0
 
 
 def test_no_text_is_as_text_of_no_tokens() -> None:

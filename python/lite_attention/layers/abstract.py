@@ -155,6 +155,12 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         """
         return self.forward(query, key, value, attn_metadata)
 
+    def computed_pass(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: MetadataT, text_tokens: int
+    ) -> tuple[Tensor, Callable[[], None] | None]:
+        """As forward_with_text, and what notes the pass, if anything does: called last, when nothing can fail any more."""
+        return self.forward_with_text(query, key, value, attn_metadata, text_tokens), None
+
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _OF_EVERY_IMPL = frozenset(inspect.signature(AttentionImpl.__init__).parameters)

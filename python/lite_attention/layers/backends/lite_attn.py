@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -73,20 +75,25 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
     ) -> Tensor:
         """One pass in which no tile with text is skipped. Another share of text starts over, as another length does."""
-        if text_tokens == 0:
-            return self.forward(query, key, value, attn_metadata)
+        out, note = self.computed_pass(query, key, value, attn_metadata, text_tokens)
+        note()
+        return out
+
+    def computed_pass(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The same, remembered when the layer says so: results have yet to reach the ranks of their tokens."""
         keys, queries = key.shape[1], query.shape[1]
         computed = self.attention.computed_pass(
             query,
             key,
             value,
             self.softmax_scale,
-            must_do_list=[keys - text_tokens, keys],
-            must_do_queries=[queries - text_tokens, queries],
-            told_len=operator.index(keys - text_tokens),
+            must_do_list=[keys - text_tokens, keys] if text_tokens > 0 else None,
+            must_do_queries=[queries - text_tokens, queries] if text_tokens > 0 else None,
+            told_len=operator.index(keys - text_tokens) if text_tokens > 0 else None,
         )
-        remember(computed)
-        return computed.out
+        return computed.out, partial(remember, computed)
 
 
 BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=supported_dtypes)
