@@ -293,6 +293,24 @@ def test_ranks_of_padding_alone_take_part() -> None:
     run_on_ranks(4, "cpu", _a_rank_without_tokens)
 
 
+def _refused_without_tokens() -> list[str]:
+    layer = DistributedLiteAttention(mesh_of("cpu", 2, 1))
+    strided = [torch.randn(1, 8, 2, 16)[..., ::2] for _ in range(3)]
+    x = [each.contiguous() for each in strided]
+    texts = []
+    for inputs, scale in ((x, 0.0), (x, -1.0), (x, math.inf), (strided, None)):
+        with pytest.raises(RuntimeError, match=r"scale is|stride 2 in its last dimension") as raised:
+            layer(*inputs, scale=scale, seq_len=5)
+        texts.append(str(raised.value).partition(":")[2])
+    layer(*x, seq_len=5)
+    return texts
+
+
+def test_what_the_operator_refuses_raises_on_a_rank_without_tokens_too() -> None:
+    one, other = run_on_ranks(2, "cpu", _refused_without_tokens)
+    assert one == other
+
+
 def _balanced(device: str, ring: int, ulysses: int, head_chunks: int, kv_heads: int) -> tuple[float, float, float]:
     mesh = mesh_of(device, ring, ulysses)
     ranks = sequence_mesh(mesh, "test")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lite_attention import ops
 from lite_attention.ops import backward_pass
 from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
@@ -225,6 +226,8 @@ class DistributedLiteAttention(StateHolder):
                     **sequence.of_split(rows, keys),
                 )
                 parts.append(part)
+            elif split == rank:  # no token of its own: refuse here, too, what the operator refuses on the others
+                ops.attention(query[:, :1], key[:, :1], value[:, :1], scale=sequence.scale)
         return parts
 
     def _check_heads(self, what: str, heads: int) -> None:
