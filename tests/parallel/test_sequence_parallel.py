@@ -26,6 +26,7 @@ from lite_attention import (
     LiteAttention,
     SkipPolicy,
     attention,
+    exportable,
     full_keep_map,
     ops,
     pack_keep_map,
@@ -789,6 +790,28 @@ def _half_balanced(ring: int, ulysses: int, head_chunks: int) -> int:
 @pytest.mark.parametrize(("ring", "ulysses", "head_chunks"), [(1, 2, 1), (2, 2, 2)])
 def test_balancing_that_fails_changes_nothing(ring: int, ulysses: int, head_chunks: int) -> None:
     assert min(run_on_ranks(ring * ulysses, "cpu", _half_balanced, ring, ulysses, head_chunks)) >= 2
+
+
+def _balanced_after_export() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    case = Case(query_len=640, kv_len=640, heads=8, kv_heads=8)
+    layer = DistributedLiteAttention(mesh, threshold=[-30.0, -25.0, -20.0, -15.0, -6.0, -4.0, -2.0, -1.0])
+    first, second, third = (_shards(inputs, ranks) for inputs in _passes(case, "cpu", 3))
+    layer(*first)
+    with exportable(layer):
+        program = torch.export.export(layer, first).module()
+    program(*second)
+    own = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match=r"balance_heads first called after torch.export, expected before"):
+        layer.balance_heads()
+    assert torch.equal(program(*third), copy.deepcopy(own)(*third))
+    before, after = own.balance_heads()  # a copy shares nothing with the program
+    assert after < before
+
+
+def test_heads_are_not_moved_from_under_a_program() -> None:
+    run_on_ranks(2, "cpu", _balanced_after_export)
 
 
 def _chosen_map_after_a_reset() -> None:

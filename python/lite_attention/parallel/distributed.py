@@ -336,7 +336,8 @@ class DistributedLiteAttention(StateHolder):
         Waits for the device. Where it raises, nothing has changed on any rank.
 
         Raises:
-            RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it.
+            RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it. Or
+                the layer was in ``exportable`` before: a program would go on with the heads as they come.
             ValueError: the heads do not divide evenly between the ranks.
         """
         ring, ulysses = self.ranks.ring, self.ranks.ulysses
@@ -364,7 +365,8 @@ class DistributedLiteAttention(StateHolder):
             moved += zip(words, of_branch.split([old.shape[1] for old in words], 1), strict=True)
         # Every rank has what it needs, memory too, before one of them changes anything: else heads of one order would
         # meet maps of another, on a rank that failed or between it and the others.
-        self._sum_of_ranks([0.0])
+        if any(self._sum_of_ranks([float(self.head_order.may_be_in_program)])):
+            raise RuntimeError(f"{_NAME}: balance_heads first called after torch.export, expected before: it reorders")
         if self.head_order.take(order):
             for state in self.states.splits:
                 state.outdate_captured_graphs()  # type: ignore[operator]

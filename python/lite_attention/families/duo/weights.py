@@ -50,9 +50,9 @@ def reorder_weights(
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
     the rows of the query, key and value projections and of norms over all heads, biases included, and the columns of
-    the output projection, their gradients with them. What an optimizer has gathered for them is not: make it afterwards.
-    The permutation stays with the attention modules (an attribute that is not saved), which
-    refuse load_state_dict, as their parts do, until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
+    the output projection, and their gradients. What an optimizer has gathered stays: make it afterwards. The
+    permutation stays with the attention modules (an attribute that is not saved), which refuse load_state_dict, as
+    their parts do, until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
 
     Args:
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
@@ -142,9 +142,10 @@ def restore_weights(model: nn.Module) -> None:
 
 def _refuse_load(part: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     if hasattr(part, _LOAD_HOOK) and any(name.startswith(prefix) for name in state_dict):
+        name = prefix.removesuffix(".") or type(part).__name__
         raise RuntimeError(
-            f"load_state_dict: the weights of {prefix.removesuffix('.') or type(part).__name__} are reordered, and the order of those given "
-            "cannot be told, expected duo.restore_weights before, and duo.reorder_weights after"
+            f"load_state_dict: the weights of {name} are reordered, and the order of those given cannot be told, "
+            "expected duo.restore_weights before, and duo.reorder_weights after"
         )
 
 
