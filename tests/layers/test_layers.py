@@ -182,6 +182,17 @@ def test_a_text_length_that_is_a_number_holds_for_the_batch() -> None:
     assert not torch.equal(outs[0], outs[2])
 
 
+def test_text_lengths_of_another_batch_are_refused_by_name() -> None:
+    attend = layer(DistributedAttention, SLIDING_TILE_ATTN)
+    metadata = Metadata(SLIDING_TILE_ATTN)
+    metadata.arguments["text_length"] = torch.tensor([3, 4], dtype=torch.int32)
+    with (
+        set_forward_context(0, metadata.of_step(0)),
+        pytest.raises(ValueError, match=r"text_length has shape \[2\], expected \[3\], one a batch entry"),
+    ):
+        attend(*qkv(batch=3), None, *qkv(TEXT, batch=3, seed=1))
+
+
 def test_lite_attention_skips_video_and_never_text() -> None:
     attend = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
     state = attend.attn_impl.attention

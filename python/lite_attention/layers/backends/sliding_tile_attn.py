@@ -329,13 +329,17 @@ class SlidingTileAttentionImpl(StateHolder, AttentionImpl[SlidingTileAttentionMe
         self._layer.place(query.device, _NAME, torch.compiler.is_compiling())
         windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer.number).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
-        text_length = metadata.text_length
+        text_length, batch = metadata.text_length, query.shape[0]
+        if text_length is not None and not equals_any(text_length.shape[0], 1, batch):
+            raise ValueError(
+                f"{_NAME}: text_length has shape {list(text_length.shape)}, expected [{batch}], one a batch entry"
+            )
         out, _ = sliding_tile.attention_in_slots(
             query,
             key,
             value,
             sliding,
-            None if text_length is None else text_length.expand(query.shape[0]),
+            None if text_length is None else text_length.expand(batch),
             scale=self.softmax_scale,
         )
         return sliding.into_tokens(out)
