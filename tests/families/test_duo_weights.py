@@ -149,6 +149,37 @@ def test_a_reordered_model_refuses_weights_whose_order_nobody_knows() -> None:
         assert_same_weights(which, reordered)
 
 
+def test_a_part_of_reordered_attention_refuses_weights_too() -> None:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    reorder(model)
+    reordered = copy.deepcopy(model.state_dict())
+    for which in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        part = which.model.layers[0].self_attn.q_proj
+        own = {name: before[f"model.layers.0.self_attn.q_proj.{name}"] for name in part.state_dict()}
+        with pytest.raises(RuntimeError, match=r"load_state_dict: the weights of Linear are reordered"):
+            part.load_state_dict(own)
+        assert_same_weights(which, reordered)
+        restore_weights(which)
+        part.load_state_dict(own)
+        assert_same_weights(which, before)
+
+
+def test_gradients_move_with_their_weights() -> None:
+    model, reordered = make_model(), make_model()
+    tokens = make_tokens(batch=1, length=20)
+    for which in (model, reordered):
+        with torch.enable_grad():
+            which(tokens).logits.square().mean().backward()
+    reorder(reordered)
+    for which in (model, reordered):
+        torch.optim.SGD(which.parameters(), lr=0.1).step()
+    restore_weights(reordered)
+    assert_same_weights(reordered, model.state_dict())
+    for one, other in zip(model.parameters(), reordered.parameters(), strict=True):
+        assert one.grad is other.grad or torch.equal(one.grad, other.grad)
+
+
 def test_an_error_leaves_the_model_as_it_was() -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())

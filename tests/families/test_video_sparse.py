@@ -390,3 +390,19 @@ query sizes -> ValueError: video_sparse.attention: q_block_sizes has shape [3], 
 prefix -> ValueError: video_sparse.attention: prefix_blocks is 9, expected 0 to 8, the blocks there are
 gate -> ValueError: video_sparse.attention: gate has shape [1, 512, 4, 1], expected [1, 512, 4, 16] like q""",
     )
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.float64, torch.bool])
+def test_a_gate_of_another_dtype_leaves_the_result_in_that_of_the_queries(gate_dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 128, 2, 64, dtype=torch.bfloat16)
+    sizes, gate = torch.tensor([64, 64], dtype=torch.int32), torch.randn(q.shape).to(gate_dtype)
+
+    def attend(q: Tensor, gate: Tensor) -> Tensor:
+        return video_sparse.attention(q, k, v, sizes, 1, gate=gate)[0]
+
+    out = attend(q, gate)
+    assert out.dtype == q.dtype
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for other in (compiled(q, gate), torch.vmap(attend)(q[None], gate[None])[0]):
+        assert other.dtype == q.dtype
+        assert torch.equal(other, out)

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lite_attention.layers import (
     DistributedAttention_VSA,
     LocalAttention,
     PlainMetadataBuilder,
+    distributed,
     get_forward_context,
     set_forward_context,
     set_sequence_parallel_mesh,
@@ -180,6 +182,17 @@ def test_a_text_length_that_is_a_number_holds_for_the_batch() -> None:
     assert not torch.equal(outs[0], outs[2])
 
 
+def test_text_lengths_of_another_batch_are_refused_by_name() -> None:
+    attend = layer(DistributedAttention, SLIDING_TILE_ATTN)
+    metadata = Metadata(SLIDING_TILE_ATTN)
+    metadata.arguments["text_length"] = torch.tensor([3, 4], dtype=torch.int32)
+    with (
+        set_forward_context(0, metadata.of_step(0)),
+        pytest.raises(ValueError, match=r"text_length has shape \[2\], expected \[3\], one a batch entry"),
+    ):
+        attend(*qkv(batch=3), None, *qkv(TEXT, batch=3, seed=1))
+
+
 def test_lite_attention_skips_video_and_never_text() -> None:
     attend = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
     state = attend.attn_impl.attention
@@ -197,6 +210,36 @@ def test_lite_attention_skips_video_and_never_text() -> None:
     assert float(keep[:, :, :first_row, :first_column].float().mean()) < 0.8
     assert bool(keep[..., first_column:].all()), "keys of the text"
     assert bool(keep[:, :, first_row:].all()), "queries of the text"
+
+
+def test_another_share_of_text_starts_over() -> None:
+    case = Case(query_len=640, kv_len=640, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_SIZE)
+    used, fresh = (layer(DistributedAttention, LITE_ATTN, threshold=-0.01) for _ in range(2))
+
+    def attend(which: DistributedAttention, tokens: tuple[Tensor, ...], video: int) -> tuple[Tensor, Tensor | None]:
+        text = (x[:, video:] if video < 640 else None for x in tokens)
+        return which(*(x[:, :video] for x in tokens), None, *text)
+
+    first, second, third = correlated_passes(case, torch.float32, passes=3)
+    attend(used, first, 576)
+    assert float(used.attn_impl.attention.skip_fraction()) > 0
+    for tokens, video in ((second, 512), (third, 640)):
+        for mine, expected in zip(attend(used, tokens, video), attend(fresh, tokens, video), strict=True):
+            assert mine is expected or torch.equal(mine, expected), "the map was of other text"
+        fresh = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
+
+
+def test_a_call_that_fails_after_the_attention_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(query_len=512, kv_len=512, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_SIZE)
+    attend = layer(DistributedAttention, LITE_ATTN, threshold=-0.01)
+    (tokens,) = correlated_passes(case, torch.float32, passes=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed.F, "pad", mock.Mock(side_effect=torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(*tokens, 500)
+    assert attend.attn_impl.attention.used_branches() == []
+    attend(*tokens, 500)
+    assert float(attend.attn_impl.attention.skip_fraction()) > 0
 
 
 def test_no_text_is_as_text_of_no_tokens() -> None:

@@ -1,6 +1,7 @@
 """Which backend a layer gets and which arguments that takes; backends of others."""
 
 import asyncio
+import copy
 import os
 import pickle
 import subprocess
@@ -45,6 +46,7 @@ from support.layer_models import (
     LinearBackend,
     LinearImpl,
     LinearMetadata,
+    Metadata,
     dense,
     layer,
     qkv,
@@ -77,6 +79,34 @@ def test_a_layer_may_name_the_arguments_of_every_backend() -> None:
     assert [one.backend for one in made] == [TORCH_SDPA, LITE_ATTN, SLIDING_TILE_ATTN]
     assert made[1].attn_impl.attention.threshold == -3.0
     assert made[2].attn_impl.layer_index == 5
+
+
+def test_a_layer_number_that_is_assigned_is_the_one_whose_windows_are_used() -> None:
+    first, second, moved = (
+        layer(LocalAttention, SLIDING_TILE_ATTN, prefix=f"blocks.{number}.attn") for number in (0, 1, 0)
+    )
+    metadata = Metadata(SLIDING_TILE_ATTN)
+    metadata.arguments |= {"text_tokens": 0, "text_length": None}
+    inputs = qkv()
+    with torch.no_grad(), set_forward_context(0, metadata.of_step(0)):
+        out = moved(*inputs)
+        assert torch.equal(out, first(*inputs))
+        moved.attn_impl.layer_index = 1
+        assert moved.attn_impl.layer_index == copy.deepcopy(moved).attn_impl.layer_index == 1
+        assert torch.equal(moved(*inputs), second(*inputs))
+        assert not torch.equal(moved(*inputs), out)
+    with pytest.raises(ValueError, match="layer_index is -1, expected an int of at least 0"):
+        moved.attn_impl.layer_index = -1
+
+
+@pytest.mark.parametrize("name", ["num_heads", "head_size", "num_kv_heads", "softmax_scale", "backend"])
+def test_what_a_backend_was_made_with_is_not_assigned_without_effect(name: str) -> None:
+    attend = layer(LocalAttention, TORCH_SDPA)
+    before = getattr(attend, name)
+    for which in (attend, copy.deepcopy(attend)):
+        with pytest.raises(AttributeError, match=f"LocalAttention: {name} is assigned 1, expected a new layer"):
+            setattr(which, name, 1)
+        assert getattr(which, name) == before
 
 
 def test_every_file_of_a_backend_is_entered_under_its_name() -> None:

@@ -25,6 +25,7 @@ from lite_attention.layers import (
     PlainMetadataBuilder,
     get_forward_context,
     register_attention_backend,
+    registry,
     set_forward_context,
 )
 from support.layer_models import HEAD_SIZE, HEADS, STEPS, TOKENS, DiT, Metadata, text, video
@@ -298,6 +299,29 @@ def test_no_program_keeps_the_metadata_of_one_step(recorder: str, backend: Any, 
         with pytest.raises(NotImplementedError, match=said):
             recorded_by(recorder, attend, inputs)
         attend(*inputs)
+
+
+class StepImpl(AttentionImpl[AttentionMetadata]):
+    """Of a backend without metadata of its own, which reads the step in those that all have."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **others: Any) -> None:
+        pass
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
+        return value * attn_metadata.current_timestep
+
+
+@pytest.mark.parametrize("recorder", ["strict", "torch.export", "make_fx", "torch.jit.trace"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_no_program_keeps_the_step_in_metadata_of_all_backends(recorder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    register_attention_backend(Backend("STEP_TEST_ATTN", StepImpl))
+    attend = LocalAttention(HEADS, HEAD_SIZE, supported_attention_backends=("STEP_TEST_ATTN",))
+    inputs = [torch.randn(1, 3, HEADS, HEAD_SIZE) for _ in range(3)]
+    with set_forward_context(2, AttentionMetadata(2)):
+        with pytest.raises(NotImplementedError, match=r"LocalAttention: .* would keep the metadata"):
+            recorded_by(recorder, attend, inputs)
+        assert torch.equal(attend(*inputs), 2 * inputs[2])
 
 
 class TellsTheStep(nn.Module):

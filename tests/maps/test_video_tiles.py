@@ -5,6 +5,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -194,6 +195,26 @@ def test_what_inference_mode_made_serves_training() -> None:
     x = torch.randn(2, tiles.tokens, requires_grad=True)
     tile_tokens(x, tiles, 1).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], object]] = {
+    "grad": lambda of, x: torch.func.grad(lambda x: of(x).sum())(x),
+    "jvp": lambda of, x: torch.func.jvp(of, (x,), (x,)),
+    "vmap of grad": lambda of, x: torch.vmap(torch.func.grad(lambda x: of(x).sum()))(x[None]),
+    "functionalize": lambda of, x: torch.func.functionalize(of)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_a_transform_made_serves_outside_of_it(transform: str) -> None:
+    tiles = VideoTiles((5, 7, 9), (2, 3, 4))
+    x = torch.randn(2, tiles.tokens)
+    TRANSFORMS[transform](lambda x: untile_tokens(tile_tokens(x, tiles, 1), tiles, 1), x)
+    kept = tiles.order(CPU)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
+    assert torch.equal(kept, VideoTiles(tiles.grid, tiles.tile).order(CPU))
+    assert torch.equal(copy.deepcopy(kept), kept)
+    assert torch.equal(torch.compile(lambda x: x[:, kept], backend="aot_eager")(x), tile_tokens(x, tiles, 1))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lite_attention.parallel.collectives import all_gather, all_reduce, start_shift
 from lite_attention.parallel.exchange import HeadExchange, even_spans, gather_heads, scatter_heads
-from lite_attention.parallel.mesh import sequence_mesh
+from lite_attention.parallel.mesh import RankGroup, sequence_mesh
 from lite_attention.parallel.shards import gather_sequence, shard_sequence
 from support.ranks import mesh_of, run_on_ranks
 
@@ -186,6 +186,27 @@ def _unlike_each_other(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_travel_together_whatever_their_strides_and_gradients(device: str) -> None:
     run_on_ranks(2, device, _unlike_each_other, device)
+
+
+def _of_another_process_group() -> None:
+    mesh = sequence_mesh(mesh_of("cpu", 1, 2), "test")
+    x = torch.zeros(1, 2, 2, 1)
+    # As a layer has it whose process group was destroyed: a later one, in which this process is another rank, has its name.
+    for group in (mesh.ulysses._replace(rank=1 - mesh.ulysses.rank), mesh.ulysses._replace(size=3)):
+        for call in (
+            lambda group: scatter_heads(torch.zeros(1, 2, 6, 1), group),
+            lambda group: all_gather(x, group, 0),
+            lambda group: all_reduce(x, group),
+            lambda group: start_shift(x, group).wait(),
+        ):
+            with pytest.raises(RuntimeError, match=r"RankGroup: an exchange .* layers end with their process group"):
+                call(group)
+    with pytest.raises(RuntimeError, match=r"where there is no process group 'gone', expected rank 0 of 2"):
+        all_reduce(x, RankGroup("gone", 2, 0))
+
+
+def test_a_layer_does_not_go_on_in_another_process_group_of_the_same_name() -> None:
+    run_on_ranks(2, "cpu", _of_another_process_group)
 
 
 def _errors() -> list[str]:

@@ -26,6 +26,7 @@ from lite_attention import (
     LiteAttention,
     SkipPolicy,
     attention,
+    exportable,
     full_keep_map,
     ops,
     pack_keep_map,
@@ -291,6 +292,24 @@ def _a_rank_without_tokens() -> None:
 
 def test_ranks_of_padding_alone_take_part() -> None:
     run_on_ranks(4, "cpu", _a_rank_without_tokens)
+
+
+def _refused_without_tokens() -> list[str]:
+    layer = DistributedLiteAttention(mesh_of("cpu", 2, 1))
+    strided = [torch.randn(1, 8, 2, 16)[..., ::2] for _ in range(3)]
+    x = [each.contiguous() for each in strided]
+    texts = []
+    for inputs, scale in ((x, 0.0), (x, -1.0), (x, math.inf), (strided, None)):
+        with pytest.raises(RuntimeError, match=r"scale is|stride 2 in its last dimension") as raised:
+            layer(*inputs, scale=scale, seq_len=5)
+        texts.append(str(raised.value).partition(":")[2])
+    layer(*x, seq_len=5)
+    return texts
+
+
+def test_what_the_operator_refuses_raises_on_a_rank_without_tokens_too() -> None:
+    one, other = run_on_ranks(2, "cpu", _refused_without_tokens)
+    assert one == other
 
 
 def _balanced(device: str, ring: int, ulysses: int, head_chunks: int, kv_heads: int) -> tuple[float, float, float]:
@@ -676,6 +695,24 @@ def test_a_shallow_copy_shares_its_thresholds(head_chunks: int) -> None:
         assert len({value for of_turn in of_turns for value in of_turn}) == 2, rank
 
 
+def _walked() -> None:
+    layer = DistributedLiteAttention(mesh_of("cpu", 2, 1), threshold=-4.0)
+    found = [part for part in layer.modules() if isinstance(part, LiteAttention)]
+    for setting in (*(part.set_threshold for part in found), layer.states.set_threshold):
+        with pytest.raises(RuntimeError, match=r"set_threshold: .* is a part of a DistributedLiteAttention"):
+            setting(-0.5)
+    for part in found:
+        part.enable_skip_optimization(False)
+        part.reset_skip_state()
+    assert [each.policy for each in (layer, *found)] == 3 * [SkipPolicy(threshold=-4.0, enabled=False)]
+    layer.set_threshold(-0.5)
+    assert {each.threshold for each in (layer, *found, *copy.deepcopy(layer).states.splits)} == {-0.5}
+
+
+def test_the_states_in_a_layer_are_not_told_a_threshold_that_it_does_not_know() -> None:
+    run_on_ranks(2, "cpu", _walked)
+
+
 def _fails_at(owner: Any, name: str, call: int) -> Any:
     """Let the function raise for want of memory at its so-manieth call; a context."""
     real, calls = getattr(owner, name), itertools.count(1)
@@ -753,6 +790,28 @@ def _half_balanced(ring: int, ulysses: int, head_chunks: int) -> int:
 @pytest.mark.parametrize(("ring", "ulysses", "head_chunks"), [(1, 2, 1), (2, 2, 2)])
 def test_balancing_that_fails_changes_nothing(ring: int, ulysses: int, head_chunks: int) -> None:
     assert min(run_on_ranks(ring * ulysses, "cpu", _half_balanced, ring, ulysses, head_chunks)) >= 2
+
+
+def _balanced_after_export() -> None:
+    mesh = mesh_of("cpu", 1, 2)
+    ranks = sequence_mesh(mesh, "test")
+    case = Case(query_len=640, kv_len=640, heads=8, kv_heads=8)
+    layer = DistributedLiteAttention(mesh, threshold=[-30.0, -25.0, -20.0, -15.0, -6.0, -4.0, -2.0, -1.0])
+    first, second, third = (_shards(inputs, ranks) for inputs in _passes(case, "cpu", 3))
+    layer(*first)
+    with exportable(layer):
+        program = torch.export.export(layer, first).module()
+    program(*second)
+    own = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match=r"balance_heads first called after torch.export, expected before"):
+        layer.balance_heads()
+    assert torch.equal(program(*third), copy.deepcopy(own)(*third))
+    before, after = own.balance_heads()  # a copy shares nothing with the program
+    assert after < before
+
+
+def test_heads_are_not_moved_from_under_a_program() -> None:
+    run_on_ranks(2, "cpu", _balanced_after_export)
 
 
 def _chosen_map_after_a_reset() -> None:

@@ -667,6 +667,32 @@ def test_state_made_in_inference_mode_can_be_used_outside_and_back() -> None:
     assert torch.equal(kept(layer), by_hand(inputs[:2])[1][2])
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda of: torch.func.grad(lambda x: of(x).sum())(torch.ones(3)),
+        lambda of: torch.func.jvp(of, (torch.ones(3),), (torch.ones(3),)),
+        lambda of: torch.func.functionalize(of)(torch.ones(3)),
+    ],
+    ids=["grad", "jvp", "functionalize"],
+)
+def test_state_made_inside_a_transform_of_torch_func_serves_outside_of_it(transform: Callable[[Any], Any]) -> None:
+    inputs = passes()
+    made = []
+
+    def of(x: Tensor) -> Tensor:
+        made.append(LiteAttention(threshold=THRESHOLD))
+        made[0].set_threshold([THRESHOLD] * inputs[0][0].shape[2])
+        made[0].reset_skip_state()
+        return x * 1
+
+    transform(of)
+    for layer in (copy.deepcopy(made[0]), pickle.loads(pickle.dumps(made[0])), made[0]):
+        for each in inputs[:2]:
+            layer(*each)
+        assert torch.equal(kept(layer), by_hand(inputs[:2])[1][2])
+
+
 def test_repr_tells_the_settings() -> None:
     layer = LiteAttention(policy=SkipPolicy(threshold=-6.0, dense_steps=2))
     layer.enable_skip_optimization(False)

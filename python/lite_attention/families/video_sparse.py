@@ -56,7 +56,7 @@ def attention(
             raise an error, on a GPU they are limited.
         topk: blocks of keys for each block of queries, at least 1; all of them where there are fewer.
         volume: slots of a block, a multiple of 64.
-        gate: the factor on the coarse result, of q's shape; 1 if None.
+        gate: the factor on the coarse result, of q's shape and any dtype; 1 if None.
         q_block_sizes: int32 ``[query_blocks]``, as for keys; ``block_sizes`` if None.
         scale: factor on q.k before the softmax, ``1/sqrt(D)`` if None.
         prefix_blocks: the first so many blocks are no video but text, say. As keys every query attends to them, not
@@ -108,5 +108,6 @@ def attention(
         blocks = blocks.add_(repeated)
     else:
         gates = gate.unflatten(1, (-1, volume))
-        blocks = blocks.addcmul_(gates, repeated) if in_place else blocks.addcmul(gates, repeated)
+        # A gate of a wider dtype widens what is not in place.
+        blocks = blocks.addcmul_(gates, repeated) if in_place else blocks.addcmul(gates, repeated).to(out.dtype)
     return blocks.flatten(1, 2), lse

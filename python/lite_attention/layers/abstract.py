@@ -91,6 +91,10 @@ class AttentionImpl(ABC, Generic[MetadataT]):
     """Names of the tensors of q's shape, or None, that forward gets between value and the metadata. Its layer is one
     that takes them: DistributedAttention_VSA for ``("gate_compress",)``."""
 
+    reads_metadata: ClassVar[bool] = True
+    """Whether it reads the metadata of a step at all. Where it may, nobody records a program of the layer inside a
+    forward context: it would keep those of that step."""
+
     arguments: ClassVar[frozenset[str]] = frozenset()
     """Keywords that a layer hands on to it. A class that does not say takes those that its ``__init__`` names besides
     the ones above, and, with a ``**`` parameter, those of its base."""
@@ -150,6 +154,12 @@ class AttentionImpl(ABC, Generic[MetadataT]):
         What DistributedAttention calls. Backends to which all tokens are alike leave it as it is.
         """
         return self.forward(query, key, value, attn_metadata)
+
+    def computed_pass(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: MetadataT, text_tokens: int
+    ) -> tuple[Tensor, Callable[[], None] | None]:
+        """As forward_with_text, and what notes the pass, if anything: called last, when nothing can fail any more."""
+        return self.forward_with_text(query, key, value, attn_metadata, text_tokens), None
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -89,7 +89,7 @@ class _DistributedLayer(AttentionLayer):
             video[:2] = [with_rotary_embedding(x, freqs_cis) for x in video[:2]]
         q, k, v, *arrived = (impl.preprocess_qkv(x, metadata) for x in video)
 
-        text_out = None
+        text_out, note = None, None
         if self.travels_beside:
             rest = iter(arrived)
             out = impl.forward(q, k, v, *(None if x is None else next(rest) for x in beside), metadata)
@@ -98,7 +98,7 @@ class _DistributedLayer(AttentionLayer):
             video_tokens, text_tokens = q.shape[1], text[0].shape[1] if text else 0
             if text:
                 q, k, v = (torch.cat([x, self._own_heads(y)], 1) for x, y in zip((q, k, v), text, strict=True))
-            out = impl.forward_with_text(q, k, v, metadata, text_tokens)
+            out, note = impl.computed_pass(q, k, v, metadata, text_tokens)
             self._check_out("forward_with_text of the backend", out, q.shape)
             if text:
                 text_out = all_gather(out[:, video_tokens:], self._turns.group, 2)
@@ -108,7 +108,10 @@ class _DistributedLayer(AttentionLayer):
         if tokens > original_seq_len:
             out = F.pad(out, (0, 0, 0, 0, 0, tokens - original_seq_len))
         ulysses.send_home(out)
-        return ulysses.returned()[0], text_out
+        returned = ulysses.returned()[0]
+        if note is not None:
+            note()
+        return returned, text_out
 
     def _checked_seq_len(self, q: Tensor, k: Tensor, original_seq_len: int | None, freqs_cis: FreqsCis | None) -> int:
         """How many tokens are no padding. What one rank could find wrong alone, before others begin to wait for it."""

@@ -28,6 +28,9 @@ class AttentionLayer(nn.Module):
     default_backend: ClassVar[BackendName] = AttentionBackendEnum.TORCH_SDPA
     """The backend where neither the layer nor anyone else names one."""
 
+    fixed: ClassVar[tuple[str, ...]] = ("num_heads", "head_size", "num_kv_heads", "softmax_scale", "backend")
+    """Attributes that the backend has a copy of: they are read, and not assigned after the layer is made."""
+
     def __init__(
         self,
         num_heads: int,
@@ -64,7 +67,6 @@ class AttentionLayer(nn.Module):
             head_size, self.dtype, supported_attention_backends, default_backend=self.default_backend
         )
         self.backend = known_name(backend.get_name(), type(self).__name__)
-        self._reads_metadata = backend.get_metadata_cls() is not AttentionMetadata
         impl_class = backend.get_impl_cls()
         if impl_class.travels_beside != self.travels_beside:
             raise ValueError(
@@ -85,6 +87,14 @@ class AttentionLayer(nn.Module):
             prefix=f"{prefix}.impl" if prefix else "",
             **own_arguments(impl_class, extra_impl_args, type(self).__name__),
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.fixed and name in vars(self):
+            raise AttributeError(
+                f"{type(self).__name__}: {name} is assigned {value!r}, expected a new layer: the backend was made with "
+                f"{vars(self)[name]!r}"
+            )
+        super().__setattr__(name, value)
 
     def _checked_qkv(self, q: Tensor, k: Tensor, v: Tensor, prefix: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """The three, if they are ``[B, S, heads, D]`` of this layer, k and v of one shape, q of their batch size."""
@@ -126,7 +136,7 @@ class AttentionLayer(nn.Module):
     def _metadata(self) -> AttentionMetadata | None:
         """Those of the forward context, where nobody records them as if they held for every step."""
         metadata = current_metadata()
-        if metadata is not None and self._reads_metadata:
+        if metadata is not None and self.attn_impl.reads_metadata:
             check_not_recorded(type(self).__name__)
         return metadata
 

@@ -7,6 +7,7 @@ from types import TracebackType
 
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["make_buffers_ordinary", "ordinary_tensors", "real_tensors"]
@@ -22,13 +23,18 @@ def ordinary_tensors() -> AbstractContextManager[object]:
 
 
 class real_tensors:  # noqa: N801 - read as a function, like torch.no_grad
-    """As :func:`ordinary_tensors`, for what runs as it is while something else is traced."""
+    """As :func:`ordinary_tensors`, for what runs as it is while something else is traced.
+
+    The transforms of torch.func are left, too: a tensor made inside of one is its wrapper, and does not outlive it.
+    """
 
     @torch.compiler.disable
     def __enter__(self) -> None:
         with ExitStack() as modes:
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(_disable_current_modes())
+            if torch._C._are_functorch_transforms_active():
+                modes.enter_context(temporarily_clear_interpreter_stack())
             self._modes = modes.pop_all()
 
     @torch.compiler.disable

@@ -37,6 +37,7 @@ class OwnState(nn.Module):
         super().__init__()
         self.layout_version = 0
         self.is_exportable = False
+        self.was_exportable = False  # there may be programs that share the buffers, as they were then
         self._placed_on: torch.device | None = None  # by its own passes, not by a sister's
 
     @abstractmethod
@@ -120,6 +121,7 @@ class OwnState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.was_exportable = False
         self.is_exportable = False  # a copy made while the original was: its holder hangs it beside the tree again
         if any(is_fake(buffer) or buffer.is_meta for buffer in self.buffers()):  # loaded without values
             self.start_over(torch.device("cpu"))
@@ -218,7 +220,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for each in held:
         del vars(each.owner)[each.attribute]
         each.owner.add_module(each.attribute, each.state)
-        each.state.is_exportable = True
+        each.state.is_exportable = each.state.was_exportable = True  # by export itself the latter would be undone
     try:
         yield model
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lite_attention.parallel.mesh import RankGroup
+from lite_attention.parallel.mesh import RankGroup, check_present
 
 __all__ = ["Flight", "all_gather", "all_reduce", "check_sendable", "start_all_to_all", "start_shift"]
 
@@ -83,6 +83,7 @@ def all_gather(x: Tensor, group: RankGroup, dim: int) -> Tensor:
     """The ranks' tensors, concatenated along ``dim`` in the order of the ranks. All have the same shape."""
     if group.size == 1:
         return x
+    check_present(group)
     check_sendable("all_gather", x=x)
     gathered = _arrived(_COLLECTIVES.all_gather_into_tensor(x.contiguous(), group.size, group.name))
     return gathered if dim == 0 else torch.cat(gathered.chunk(group.size), dim)
@@ -92,6 +93,7 @@ def all_reduce(x: Tensor, group: RankGroup) -> Tensor:
     """The sum of the ranks' tensors."""
     if group.size == 1:
         return x
+    check_present(group)
     check_sendable("all_reduce", x=x)
     return _arrived(_COLLECTIVES.all_reduce(x, "sum", group.name))
 
@@ -100,6 +102,7 @@ def start_all_to_all(
     packed: Tensor, received: Sequence[int], sent: Sequence[int], group: RankGroup, unpack: Callable[[Tensor], Landed]
 ) -> Flight[Landed]:
     """Begin to exchange pieces of a flat tensor with each rank; sizes in elements. ``unpack`` reads what arrives."""
+    check_present(group)
     check_sendable("start_all_to_all", packed=packed)
     flying = _COLLECTIVES.all_to_all_single(packed, list(received), list(sent), group.name)
     return Flight(lambda: unpack(_arrived(flying)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lite_attention import ops
 from lite_attention.ops import backward_pass
 from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
@@ -30,7 +31,7 @@ from lite_attention.parallel.ring import blocks_of_ring, merged_parts
 from lite_attention.parallel.sequence_arguments import SequenceArguments
 from lite_attention.parallel.shards import block_of
 from lite_attention.parallel.skipped_share import SkippedShare
-from lite_attention.parallel.splits import SeqParallelLiteAttention
+from lite_attention.parallel.splits import StatesOfRank
 from lite_attention.parallel.ulysses import HeadTurns, UlyssesPass
 from lite_attention.skipping.arguments import (
     Ranges,
@@ -97,7 +98,7 @@ class DistributedLiteAttention(StateHolder):
         self.max_batch_size = checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
         # One state for each split of the keys and each turn, in which a chunk of this rank's heads is computed.
         # Their thresholds are of their heads, which are known once those of the whole model are dealt out.
-        self.states = SeqParallelLiteAttention(
+        self.states = StatesOfRank(
             self.ranks.ring.size * head_chunks,
             max_batch_size=max_batch_size,
             policy=dataclasses.replace(policy, threshold=SkipPolicy.threshold),
@@ -225,6 +226,8 @@ class DistributedLiteAttention(StateHolder):
                     **sequence.of_split(rows, keys),
                 )
                 parts.append(part)
+            elif split == rank:  # no token of its own: refuse here, too, what the operator refuses on the others
+                ops.attention(query[:, :1], key[:, :1], value[:, :1], scale=sequence.scale)
         return parts
 
     def _check_heads(self, what: str, heads: int) -> None:
@@ -256,7 +259,7 @@ class DistributedLiteAttention(StateHolder):
                 start, end = self._turns.spans(len(values))[turn][self.ranks.ulysses.rank]
                 of_turn = tuple(values[head] for head in self.head_order.heads(len(values))[start:end])
             for split in range(self.ranks.ring.size):
-                self._state(split, turn).set_threshold(of_turn)
+                self._state(split, turn).state.set_threshold(of_turn)
         self._told.threshold, self._told.per_head = values, per_head
 
     @property
@@ -333,7 +336,8 @@ class DistributedLiteAttention(StateHolder):
         Waits for the device. Where it raises, nothing has changed on any rank.
 
         Raises:
-            RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it.
+            RuntimeError: no skipping pass has run yet, or the sequence is so short that a rank has no token of it. Or
+                the layer was in ``exportable`` before: a program would go on with the heads as they come.
             ValueError: the heads do not divide evenly between the ranks.
         """
         ring, ulysses = self.ranks.ring, self.ranks.ulysses
@@ -361,7 +365,8 @@ class DistributedLiteAttention(StateHolder):
             moved += zip(words, of_branch.split([old.shape[1] for old in words], 1), strict=True)
         # Every rank has what it needs, memory too, before one of them changes anything: else heads of one order would
         # meet maps of another, on a rank that failed or between it and the others.
-        self._sum_of_ranks([0.0])
+        if any(self._sum_of_ranks([float(self.head_order.may_be_in_program)])):
+            raise RuntimeError(f"{_NAME}: balance_heads first called after torch.export, expected before: it reorders")
         if self.head_order.take(order):
             for state in self.states.splits:
                 state.outdate_captured_graphs()  # type: ignore[operator]

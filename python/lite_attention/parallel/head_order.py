@@ -68,6 +68,11 @@ class HeadOrder(OwnState):
                 f"expected {self.meant_for} as when balance_heads() was called"
             )
 
+    @property
+    def may_be_in_program(self) -> bool:
+        """Whether a program of torch.export may send the heads as they come, whatever the order will be."""
+        return self.was_exportable and self._head_at is None
+
     def to_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of ``[B, S, heads of each, D]`` at their positions."""
         self.place(query.device, "DistributedLiteAttention", torch.compiler.is_compiling())

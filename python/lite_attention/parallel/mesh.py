@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,6 +18,7 @@ from lite_attention.scoped_default import ScopedDefault
 __all__ = [
     "RankGroup",
     "SequenceMesh",
+    "check_present",
     "get_sequence_parallel_mesh",
     "sequence_mesh",
     "sequence_parallel_mesh",
@@ -48,17 +50,33 @@ class RankGroup(NamedTuple):
 
 
 def _unpickled(name: str, size: int, rank: int) -> RankGroup:
-    if size > 1:
-        expected = f"expected rank {rank} of {size}, for which it was made: each rank makes layers of its own"
-        try:
-            group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
-        except Exception as error:
-            raise RuntimeError(
-                f"RankGroup: a layer was loaded where there is no process group {name!r}, {expected}, after the mesh"
-            ) from error
-        if (group.size(), group.rank()) != (size, rank):
-            raise RuntimeError(f"RankGroup: a layer was loaded by rank {group.rank()} of {group.size()}, {expected}")
-    return RankGroup(name, size, rank)
+    group = RankGroup(name, size, rank)
+    _check_still(group, "a layer was loaded", "each rank makes layers of its own, after the mesh")
+    return group
+
+
+def check_present(group: RankGroup) -> None:
+    """That torch's process group of this name is still the one of these ranks; in compiled code nobody looks.
+
+    torch gives the names of destroyed process groups to later ones.
+
+    Raises:
+        RuntimeError: it is another, or there is none.
+    """
+    if not torch.compiler.is_compiling():
+        _check_still(group, "an exchange between ranks is called", "layers end with their process group")
+
+
+def _check_still(group: RankGroup, what: str, why: str) -> None:
+    if group.size == 1:
+        return
+    expected = f"expected rank {group.rank} of {group.size}, for which it was made: {why}"
+    try:
+        found = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined,arg-type]
+    except Exception as error:
+        raise RuntimeError(f"RankGroup: {what} where there is no process group {group.name!r}, {expected}") from error
+    if (found.size(), found.rank()) != (group.size, group.rank):
+        raise RuntimeError(f"RankGroup: {what} by rank {found.rank()} of {found.size()}, {expected}")
 
 
 class SequenceMesh(NamedTuple):

@@ -90,7 +90,7 @@ class SequenceArguments(NamedTuple):
             "branch": self.branch,
             "start_full": self.start_full,
             "generation": self.generation,
-            "whole_len": self.seq_len,
+            "told_len": self.seq_len,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lite_attention.skipping.arguments import Ranges, Threshold
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
-__all__ = ["SeqParallelLiteAttention"]
+__all__ = ["SeqParallelLiteAttention", "StatesOfRank"]
 
 _NAME = "SeqParallelLiteAttention"
 
@@ -31,6 +32,8 @@ class SeqParallelLiteAttention(nn.Module):
         TypeError, ValueError: an argument is not what it should be.
     """
 
+    split_class: ClassVar[type[LiteAttention]] = LiteAttention
+
     def __init__(
         self,
         num_nodes: int,
@@ -45,7 +48,7 @@ class SeqParallelLiteAttention(nn.Module):
         checked_int(f"{_NAME}: max_batch_size", max_batch_size, lowest=1)
         policy = SkipPolicy.resolve(_NAME, policy, enable_skipping=enable_skipping, threshold=threshold)
         self.splits = nn.ModuleList(
-            LiteAttention(max_batch_size=max_batch_size, policy=policy) for _ in range(num_nodes)
+            self.split_class(max_batch_size=max_batch_size, policy=policy) for _ in range(num_nodes)
         )
         for split in self._all():
             split.caller = _NAME
@@ -126,3 +129,24 @@ class SeqParallelLiteAttention(nn.Module):
 
     def _all(self) -> list[LiteAttention]:
         return list(self.splits)  # type: ignore[arg-type]
+
+
+class _PartOfRank(LiteAttention):
+    """One state of a DistributedLiteAttention, found by who walks the model's modules."""
+
+    def set_threshold(self, threshold: Threshold) -> NoReturn:
+        """Refused: the layer around it would go on with its own, and tell that.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "set_threshold: this LiteAttention is a part of a DistributedLiteAttention, expected set_threshold of that "
+            "layer, which knows whose heads are where"
+        )
+
+
+class StatesOfRank(SeqParallelLiteAttention):
+    """Those of a DistributedLiteAttention: one for each split of the keys and each turn, told the threshold by it."""
+
+    split_class = _PartOfRank

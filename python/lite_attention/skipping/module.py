@@ -164,20 +164,20 @@ class LiteAttention(StateHolder):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float | None,
-        must_do_list: Ranges | None,
-        must_skip_list: Ranges | None,
-        kv_lens: Tensor | None,
-        branch: int | None,
-        must_do_queries: Ranges | None,
-        start_full: Tensor | None,
-        generation: Tensor | None,
-        skip_fraction_out: Tensor | None,
-        whole_len: int | None = None,
+        scale: float | None = None,
+        must_do_list: Ranges | None = None,
+        must_skip_list: Ranges | None = None,
+        kv_lens: Tensor | None = None,
+        branch: int | None = None,
+        must_do_queries: Ranges | None = None,
+        start_full: Tensor | None = None,
+        generation: Tensor | None = None,
+        skip_fraction_out: Tensor | None = None,
+        told_len: int | None = None,
     ) -> ComputedPass:
         """A pass as :meth:`forward` makes it, for who remembers several together or none.
 
-        Everything has been checked and computed then, and ``skip_fraction_out`` is written. ``whole_len`` is as for
+        Everything has been checked and computed then, and ``skip_fraction_out`` is written. ``told_len`` is as for
         :class:`PassShape`.
         """
         query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
@@ -198,7 +198,7 @@ class LiteAttention(StateHolder):
             is_remembered = torch.compiler.is_compiling() or not is_fake(query)
             return ComputedPass(out, lse, None, note if is_remembered else None)
         computed, visited = self._skipping_pass(
-            query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation, whole_len
+            query, key, value, scale, must_do, must_skip, must_rows, kv_lens, branch, start_full, generation, told_len
         )
         if skip_fraction_out is not None:
             _, kv_tiles = tile_counts(query.shape[1], key.shape[1], query.shape[3], query.dtype)
@@ -218,7 +218,7 @@ class LiteAttention(StateHolder):
         branch: int,
         start_full: Tensor | None,
         generation: Tensor | None,
-        whole_len: int | None,
+        told_len: int | None,
     ) -> tuple[ComputedPass, Tensor]:
         """The pass, and the packed map of the tiles that were visited, its bits past the last tile undefined."""
         ranges = {"must_do_list": must_do_ranges, "must_skip_list": must_skip_ranges, "must_do_queries": must_do_rows}
@@ -228,7 +228,7 @@ class LiteAttention(StateHolder):
         batch, query_len, heads, head_dim = map(operator.index, query.shape)
         kv_len, kv_heads = operator.index(key.shape[1]), operator.index(key.shape[2])
         inputs = batch, query_len, kv_len, heads, kv_heads, head_dim, query.dtype, query.device
-        shape = PassShape(*inputs, whole_len)
+        shape = PassShape(*inputs, told_len)
         branch = operator.index(branch)
         state = self.state
         if state.threshold_heads not in (None, heads):

@@ -25,8 +25,9 @@ class PassShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    whole_len: int | None = None
-    """Of the whole sequence, where the queries and the keys are blocks of it; None where they are all of it."""
+    told_len: int | None = None
+    """A length that the tensors do not show: the whole sequence's, where they are blocks of it, or the video's, where
+    they are video and text. None where they are all that there is."""
 
     def map_shape(self) -> tuple[int, int, int, int]:
         """Of the packed map."""
@@ -39,7 +40,7 @@ class PassShape(NamedTuple):
         return (
             f"batch {self.batch}, {self.query_len} queries, {self.kv_len} keys, {self.heads}/{self.kv_heads} heads, "
             f"head_dim {self.head_dim}, {self.dtype}, {self.device}"
-            f"{'' if self.whole_len is None else f', of a sequence of {self.whole_len}'}"
+            f"{'' if self.told_len is None else f', told a length of {self.told_len}'}"
         )
 
 

@@ -111,7 +111,7 @@ class SkipState(MapTable):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        whole_len: int | None,
+        told_len: int | None,
         compiling: bool,
     ) -> Room | None:
         """(slot, stamp) of this branch and shape. None: it has no room yet, and :meth:`remember` will make it.
@@ -121,7 +121,7 @@ class SkipState(MapTable):
         retraces: its stamp is of this slot alone, so that whatever was written since, here or by the same pair
         elsewhere, it sees as a full map.
         """
-        shape = PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device, whole_len)
+        shape = PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device, told_len)
         owner = (branch, shape)
         self.check_export("LiteAttention")
         if self._verbose:

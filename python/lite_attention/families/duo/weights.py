@@ -50,8 +50,9 @@ def reorder_weights(
 
     The heads keep their order within each class, and the query heads of a KV head move with it. What is permuted are
     the rows of the query, key and value projections and of norms over all heads, biases included, and the columns of
-    the output projection. The permutation stays with the attention modules (an attribute that is not saved), which
-    refuse load_state_dict until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
+    the output projection, and their gradients. What an optimizer has gathered stays: make it afterwards. The
+    permutation stays with the attention modules (an attribute that is not saved), which refuse load_state_dict, as
+    their parts do, until :func:`restore_weights`. Save restored weights: nobody could tell the order of others.
 
     Args:
         model: has ``model.model.layers`` or ``model.layers``, each with a ``self_attn`` of ``q_proj``, ``k_proj`` and
@@ -102,7 +103,8 @@ def reorder_weights(
     _permute(plans)
     for attention, order in zip(layers.values(), orders, strict=True):
         setattr(attention, HEAD_ORDER, order)
-        setattr(attention, _LOAD_HOOK, attention.register_load_state_dict_pre_hook(_refuse_load))
+        for part in attention.modules():  # one of them may be loaded alone
+            setattr(part, _LOAD_HOOK, part.register_load_state_dict_pre_hook(_refuse_load))
     full: list[int] = (table.sum(-1) * query_heads.shape[1]).tolist()
     return full
 
@@ -132,15 +134,18 @@ def restore_weights(model: nn.Module) -> None:
     _permute(plans)
     for attention in layers.values():
         delattr(attention, HEAD_ORDER)
-        getattr(attention, _LOAD_HOOK).remove()
-        delattr(attention, _LOAD_HOOK)
+        for part in attention.modules():
+            if hasattr(part, _LOAD_HOOK):
+                getattr(part, _LOAD_HOOK).remove()
+                delattr(part, _LOAD_HOOK)
 
 
-def _refuse_load(attention: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    if hasattr(attention, HEAD_ORDER) and any(name.startswith(prefix) for name in state_dict):
+def _refuse_load(part: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    if hasattr(part, _LOAD_HOOK) and any(name.startswith(prefix) for name in state_dict):
+        name = prefix.removesuffix(".") or type(part).__name__
         raise RuntimeError(
-            f"load_state_dict: the weights of {prefix.removesuffix('.')} are reordered, and the order of those given "
-            "cannot be told, expected duo.restore_weights before, and duo.reorder_weights after"
+            f"load_state_dict: the weights of {name} are reordered, and the order of those given cannot be told, "
+            "expected duo.restore_weights before, and duo.reorder_weights after"
         )
 
 
@@ -226,6 +231,8 @@ def _permutations(
                 f"heads, head_dim {head_dim} and hidden_size {hidden_size}"
             )
         plan.append(_Permutation(f"{where}.{name}", parameter, dim, heads))
+        if parameter.grad is not None:
+            plan.append(_Permutation(f"{where}.{name}.grad", parameter.grad, dim, heads))
     return plan
 
 

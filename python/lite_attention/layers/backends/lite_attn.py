@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from lite_attention.layers.abstract import AttentionImpl, AttentionMetadata, Backend
@@ -9,6 +13,7 @@ from lite_attention.layers.backends._checks import refuse_causal
 from lite_attention.maps.tiles import HEAD_DIMS
 from lite_attention.ops.backends import supported_dtypes
 from lite_attention.skipping.arguments import Threshold
+from lite_attention.skipping.computed_pass import remember
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
 
@@ -26,6 +31,8 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
         threshold: as for LiteAttention; if one value a head, then for all heads of the layer.
         enable_skipping, max_batch_size, policy: as for LiteAttention.
     """
+
+    reads_metadata = False
 
     attention: LiteAttention
     """Holds the state. In a layer on several ranks it has this rank's heads."""
@@ -67,19 +74,26 @@ class LiteAttentionImpl(nn.Module, AttentionImpl[AttentionMetadata]):
     def forward_with_text(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
     ) -> Tensor:
-        """One pass in which no tile with text is skipped."""
-        if text_tokens == 0:
-            return self.forward(query, key, value, attn_metadata)
+        """One pass in which no tile with text is skipped. Another share of text starts over, as another length does."""
+        out, note = self.computed_pass(query, key, value, attn_metadata, text_tokens)
+        note()
+        return out
+
+    def computed_pass(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, text_tokens: int
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The same, remembered when the layer says so: results have yet to reach the ranks of their tokens."""
         keys, queries = key.shape[1], query.shape[1]
-        out: Tensor = self.attention(
+        computed = self.attention.computed_pass(
             query,
             key,
             value,
             self.softmax_scale,
-            must_do_list=[keys - text_tokens, keys],
-            must_do_queries=[queries - text_tokens, queries],
+            must_do_list=[keys - text_tokens, keys] if text_tokens > 0 else None,
+            must_do_queries=[queries - text_tokens, queries] if text_tokens > 0 else None,
+            told_len=operator.index(keys - text_tokens) if text_tokens > 0 else None,
         )
-        return out
+        return computed.out, partial(remember, computed)
 
 
 BACKEND = Backend(_NAME, LiteAttentionImpl, head_sizes=HEAD_DIMS, dtypes=supported_dtypes)

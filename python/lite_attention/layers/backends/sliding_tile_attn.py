@@ -210,6 +210,12 @@ def _window(window: Sequence[int], where: tuple[int, int, int]) -> Size:
     return check_size(name, tuple(window) if isinstance(window, list) else window)
 
 
+def _checked_layer_index(layer_index: int) -> int:
+    if isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 0:
+        raise ValueError(f"{_NAME}: layer_index is {layer_index!r}, expected an int of at least 0")
+    return layer_index
+
+
 class _LayerNumber(OwnState):
     """A tensor: as a number it would make a graph for each layer of a model that is compiled block by block."""
 
@@ -217,11 +223,17 @@ class _LayerNumber(OwnState):
 
     def __init__(self, layer_index: int) -> None:
         super().__init__()
-        self._layer_index = layer_index
+        self.index = layer_index
         self.start_over(torch.device("cpu"))
 
+    def set(self, layer_index: int) -> None:
+        """Another number, in place: compiled and captured code follows."""
+        self.index = layer_index
+        with ordinary_tensors():
+            self.number.fill_(layer_index)
+
     def fresh_buffers(self, device: torch.device) -> dict[str, Tensor]:
-        return {"number": torch.tensor([self._layer_index], dtype=torch.int64, device=device)}
+        return {"number": torch.tensor([self.index], dtype=torch.int64, device=device)}
 
     @property
     def device(self) -> torch.device:
@@ -257,13 +269,19 @@ class SlidingTileAttentionImpl(StateHolder, AttentionImpl[SlidingTileAttentionMe
                     f"{_NAME}: prefix is {prefix!r}, expected 'blocks.<n>' in it, or the argument layer_index"
                 )
             layer_index = int(found[1])
-        elif isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 0:
-            raise ValueError(f"{_NAME}: layer_index is {layer_index!r}, expected an int of at least 0")
         self.softmax_scale = softmax_scale
         self.num_heads = num_heads
-        self.layer_index = layer_index
         self._heads = 0, num_heads
-        hold(self, "_layer", _LayerNumber(layer_index))
+        hold(self, "_layer", _LayerNumber(_checked_layer_index(layer_index)))
+
+    @property
+    def layer_index(self) -> int:
+        """Number of the layer in STA_param; it may be assigned, in a copy of a block for instance."""
+        return self._layer.index
+
+    @layer_index.setter
+    def layer_index(self, layer_index: int) -> None:
+        self._layer.set(_checked_layer_index(layer_index))
 
     def set_local_heads(self, first: int, count: int) -> None:
         """Use the windows of these heads."""
@@ -311,13 +329,17 @@ class SlidingTileAttentionImpl(StateHolder, AttentionImpl[SlidingTileAttentionMe
         self._layer.place(query.device, _NAME, torch.compiler.is_compiling())
         windows = metadata.window_of_head.narrow(1, *self._heads).index_select(0, self._layer.number).flatten()
         sliding = metadata.layout._replace(keep=metadata.windows.index_select(0, windows).unsqueeze(0))
-        text_length = metadata.text_length
+        text_length, batch = metadata.text_length, query.shape[0]
+        if text_length is not None and not equals_any(text_length.shape[0], 1, batch):
+            raise ValueError(
+                f"{_NAME}: text_length has shape {list(text_length.shape)}, expected [{batch}], one a batch entry"
+            )
         out, _ = sliding_tile.attention_in_slots(
             query,
             key,
             value,
             sliding,
-            None if text_length is None else text_length.expand(query.shape[0]),
+            None if text_length is None else text_length.expand(batch),
             scale=self.softmax_scale,
         )
         return sliding.into_tokens(out)

@@ -14,6 +14,8 @@ __all__ = ["BACKEND", "TorchSDPABackend", "TorchSDPAImpl"]
 class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
     """``torch.nn.functional.scaled_dot_product_attention``. Needs no metadata."""
 
+    reads_metadata = False
+
     def __init__(
         self,
         num_heads: int,
