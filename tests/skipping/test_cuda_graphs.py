@@ -360,8 +360,8 @@ a tuple for a list -> ValueError: CapturedStep: the arguments are in other lists
 a gradient -> ValueError: CapturedStep: args[0] requires a gradient, expected none: the step is forward-only. Detach it, or call under torch.no_grad()
 another branch -> RuntimeError: CapturedStep: called in skip_branch(1), expected 0, the branch of the capture. Capture one step for each branch, or one that runs both
 skipping off -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
-threshold per head -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
-state moved -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 1, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again""",
+threshold per head -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 2, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again
+state moved -> RuntimeError: CapturedStep: modules[0].blocks.1.attn has layout version 2, expected 0, the one captured: its state moved or made room for another shape, skipping was switched on or off, or its threshold changed between one number and one per head. Capture the step again""",
     )
     torch.testing.assert_close(state_of(model), before, atol=0, rtol=0)
     replayed(x, text=text, guidance=5.0)

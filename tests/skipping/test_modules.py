@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -515,8 +516,32 @@ def test_the_layout_version_tells_when_a_captured_graph_is_out_of_date() -> None
     assert grows(lambda: layer.set_threshold([-3.0] * 4)), "another shape"
     assert not grows(lambda: layer.set_threshold([-4.0] * 4))
     assert not grows(lambda: layer.enable_skip_optimization(True))
+    enabled = layer.layout_version
     assert grows(lambda: layer.enable_skip_optimization(False))
+    layer.enable_skip_optimization(True)
+    assert layer.layout_version == enabled, "a graph captured before is right again"
     assert grows(lambda: layer.to("meta"))
+
+
+def test_a_forward_that_switches_skipping_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    counter, layer = CompileCounter(), LiteAttention(threshold=THRESHOLD)
+    by_eager = copy.deepcopy(layer)
+
+    def forward(layer: LiteAttention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        layer.enable_skip_optimization(False)
+        dense = layer(q, k, v)
+        layer.enable_skip_optimization(True)
+        return dense, layer(q, k, v)
+
+    compiled = torch.compile(forward, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        counts = []
+        for inputs in passes():
+            for out, expected in zip(compiled(layer, *inputs), forward(by_eager, *inputs), strict=True):
+                assert torch.equal(out, expected)
+            counts.append(counter.frame_count)
+    assert counts[-1] == counts[1], f"compiled {counts} times so far"
 
 
 def test_skipping_every_key_gives_zero_and_minus_infinity() -> None:

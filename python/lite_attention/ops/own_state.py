@@ -106,6 +106,11 @@ class OwnState(nn.Module):
                 "lite_attention.exportable(model)"
             )
 
+    @property
+    def layout(self) -> int:
+        """What a CUDA graph was captured with: of another number it is out of date."""
+        return self.layout_version
+
     def outdate_captured_graphs(self) -> None:
         """Let CUDA graphs captured before refuse to run: something they hold of this state has changed."""
         self.layout_version += 1

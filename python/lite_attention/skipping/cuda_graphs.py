@@ -59,7 +59,7 @@ class CapturedStep(Generic[Result]):
         self._arguments = arguments
         self._read_by_graph = read_by_graph  # held so that its memory is not freed
         self._outputs, self._output_structure = _checked_outputs(outputs)
-        self._layouts = [(name, state, state.layout_version) for name, state in states.items()]
+        self._layouts = [(name, state, state.layout) for name, state in states.items()]
         self._branch = resolved_branch(None, "capture_step")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
@@ -80,10 +80,10 @@ class CapturedStep(Generic[Result]):
         _refuse_open_capture("CapturedStep")
         if backward_pass.running:
             backward_pass.refuse("CapturedStep")
-        for name, state, layout_version in self._layouts:
-            if state.layout_version != layout_version:
+        for name, state, layout in self._layouts:
+            if state.layout != layout:
                 raise RuntimeError(
-                    f"CapturedStep: {name} has layout version {state.layout_version}, expected {layout_version}, "
+                    f"CapturedStep: {name} has layout version {state.layout}, expected {layout}, "
                     "the one captured: its state moved or made room for another shape, skipping was switched on or "
                     "off, or its threshold changed between one number and one per head. Capture the step again"
                 )

@@ -292,8 +292,8 @@ class LiteAttention(StateHolder):
 
     @property
     def layout_version(self) -> int:
-        """Grows whenever a CUDA graph captured before is out of date: a buffer in use replaced, skipping switched."""
-        return self.state.layout_version
+        """Another number where a CUDA graph captured before is out of date: other buffers, or skipping switched."""
+        return self.state.layout
 
     def outdate_captured_graphs(self) -> None:
         """Let CUDA graphs captured before refuse to run: something they hold of this layer has changed."""
@@ -329,7 +329,7 @@ class LiteAttention(StateHolder):
         checked_bool("enable_skip_optimization: enable", enable)
         if self._enabled != enable:
             self._enabled = enable
-            self.outdate_captured_graphs()
+            self.state.is_off = not enable
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
         """Share of tiles that the branch's next pass will skip: fp32, 0-d, on the state's device, without a sync.

@@ -80,10 +80,16 @@ class SkipState(MapTable):
     def __init__(self, policy: SkipPolicy, verbose: bool = False) -> None:
         super().__init__(policy.dense_steps)
         self._set_threshold_values(policy.threshold)
+        self.is_off = not policy.enabled  # as its layer was told last
         self._verbose = verbose
         self._last_shapes: dict[int, PassShape] = {}  # kept for the log alone
         self._shared_room: SharedRoom[SkipState] | None = None
         self.start_over(torch.device("cpu"))
+
+    @property
+    def layout(self) -> int:
+        """As :class:`OwnState` has it; switched off and on again, as a forward may do, it is what it was."""
+        return 2 * self.layout_version + self.is_off
 
     def _set_threshold_values(self, values: float | tuple[float, ...]) -> None:
         self.threshold_values = values
