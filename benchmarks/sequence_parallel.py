@@ -53,6 +53,7 @@ from lite_attention import LiteAttention, merge_attention, ops
 from lite_attention.parallel.distributed import DistributedLiteAttention
 from lite_attention.parallel.mesh import sequence_mesh
 from lite_attention.parallel.shards import shard_sequence
+from lite_attention.skipping.computed_pass import ComputedPass, remember
 from run import DTYPE, Run, parser_of_run, reason
 from sequence_parallel_record import (
     BALANCE,
@@ -321,7 +322,7 @@ def without_attention() -> Iterator[None]:
 
 def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
     """The calls of the rank's own states, one after the other, on inputs of their size that are there already."""
-    calls: list[Callable[[], object]] = []
+    calls: list[Callable[[], ComputedPass]] = []
     inputs: dict[Any, list[Tensor]] = {}
     for state in layer.states.splits:
         if not isinstance(state, LiteAttention):
@@ -333,11 +334,12 @@ def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
                 torch.randn(shape.batch, length, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
                 for length, heads in sizes
             ]
-        calls.append(functools.partial(state, *inputs[shape], return_softmax_lse=True))
+        # As the layer calls it, which tells it the length of the whole sequence: without, the map would be another one.
+        calls.append(functools.partial(state.computed_pass, *inputs[shape], told_len=shape.told_len))
 
     def run() -> None:
         for call in calls:
-            call()
+            remember(call())
 
     return run
 
