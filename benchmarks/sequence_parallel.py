@@ -335,7 +335,8 @@ def attention_alone(layer: DistributedLiteAttention) -> Callable[[], None]:
                 for length, heads in sizes
             ]
         # As the layer calls it, which tells it the length of the whole sequence: without, the map would be another one.
-        calls.append(functools.partial(state.computed_pass, *inputs[shape], told_len=shape.told_len))
+        query, key, value = inputs[shape]
+        calls.append(functools.partial(state.computed_pass, query, key, value, told_len=shape.told_len))
 
     def run() -> None:
         for call in calls:
