@@ -276,6 +276,55 @@ def test_a_sequence_of_another_length_starts_over_on_every_rank(ring: int, ulyss
         assert [fraction > 0 for fraction in fractions] == [False, True, False, True, False]
 
 
+def _a_length_that_leaves_ranks_without_tokens(backend: str | None, dense_steps: int) -> list[list[float]]:
+    """Skipped shares of this rank: in a pass, and told before it and after it."""
+    mesh = mesh_of("cpu", 2, 1)
+    ranks = sequence_mesh(mesh, "test")
+    layer = DistributedLiteAttention(mesh, policy=SkipPolicy(threshold=RING_THRESHOLD, dense_steps=dense_steps))
+    call = layer if backend is None else torch.compile(layer, backend=backend, fullgraph=True)
+    x, fraction, shares = _passes(LONG, "cpu", 1)[0], torch.ones(()), []
+    with torch.no_grad():
+        for length in (1500, 1500, 700, 1500, 1500, 1500):
+            before = float(layer.skip_fraction())
+            call(*_shards(x, ranks), seq_len=length, skip_fraction_out=fraction)
+            shares.append([before, float(fraction), float(layer.skip_fraction())])
+    return shares
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("dense_steps", [0, 2])
+def test_a_length_that_leaves_ranks_without_tokens_starts_over_on_them_too(
+    backend: str | None, dense_steps: int
+) -> None:
+    shares = run_on_ranks(2, "cpu", _a_length_that_leaves_ranks_without_tokens, backend, dense_steps)
+    for of_rank in shares:
+        skips = [skipped > 0 for _, skipped, _ in of_rank]
+        assert skips == ([False, True, False] if dense_steps == 0 else [False] * 3) + [False, dense_steps == 0, True]
+        assert [before for before, _, _ in of_rank[1:]] == [after for _, _, after in of_rank[:-1]]
+    assert shares[1][2] == [shares[1][1][2], 0, 0]  # no token there: nothing of the map of before counts
+
+
+def _told_without_tokens() -> list[list[float]]:
+    mesh = mesh_of("cpu", 2, 1)
+    ranks = sequence_mesh(mesh, "test")
+    x, fraction, shares = _passes(LONG, "cpu", 1)[0], torch.ones(()), []
+    for skipping in (True, False):
+        for told in ({"start_full": torch.tensor(True)}, {"generation": torch.tensor(2)}, {}):
+            layer = DistributedLiteAttention(mesh, threshold=RING_THRESHOLD)
+            layer(*_shards(x, ranks), generation=torch.tensor(1))
+            layer.enable_skip_optimization(skipping)
+            layer(*_shards(x, ranks), seq_len=700, **told)
+            layer.enable_skip_optimization()
+            layer(*_shards(x, ranks), skip_fraction_out=fraction)
+            shares.append(float(fraction))
+    return shares
+
+
+def test_ranks_without_tokens_are_told_as_the_others() -> None:
+    for shares in run_on_ranks(2, "cpu", _told_without_tokens):
+        assert [share > 0 for share in shares] == [False, False, False, False, False, True]
+
+
 def _a_rank_without_tokens() -> None:
     mesh = mesh_of("cpu", 4, 1)
     ranks = sequence_mesh(mesh, "test")

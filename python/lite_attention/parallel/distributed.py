@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,22 +178,23 @@ class DistributedLiteAttention(StateHolder):
         ulysses = UlyssesPass(self._turns, *self._for_ranks(query, key, value))
         skipped = None if skip_fraction_out is None else SkippedShare()
         passes: list[ComputedPass] = []
+        notes: list[Callable[[], None]] = []
         for turn in range(self.head_chunks):
             q, k, v = ulysses.arrived(turn)
-            parts = self._attend(turn, q, k, v, sequence, skipped)
+            parts = self._attend(turn, q, k, v, sequence, skipped, notes)
             passes += parts
             out, lse = merged_parts([(part.out, part.lse) for part in parts], q)
             ulysses.send_home(out, *([lse.transpose(1, 2).unsqueeze(-1)] if return_softmax_lse else []))
         if skipped is not None and skip_fraction_out is not None:
             skipped.write_to(skip_fraction_out)
         out, *lses = (self.head_order.to_model(x) for x in ulysses.returned())
-        remember(*passes)  # last, so that no turn is ahead of another where one of them fails
+        remember(*passes, notes=notes)  # last, so that no turn is ahead of another where one of them fails
         return (out, lses[0].squeeze(-1).transpose(1, 2)) if return_softmax_lse else out
 
     def _for_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads as they are sent: a share of the key heads for each rank and turn, all in the order of the ranks."""
         heads, kv_heads = query.shape[2], key.shape[2]
-        self._check_heads("query", heads)
+        self._turns.check(_NAME, "query", heads)
         if self._told.per_head is not None and self._told.per_head != heads:
             raise ValueError(
                 f"{_NAME}: threshold has {self._told.per_head} values, expected {heads}, one per head of query"
@@ -209,6 +212,7 @@ class DistributedLiteAttention(StateHolder):
         value: Tensor,
         sequence: SequenceArguments,
         skipped: SkippedShare | None,
+        notes: list[Callable[[], None]],
     ) -> list[ComputedPass]:
         """Attention of this rank's block of queries to each block of keys; these come round one after the other."""
         rank, tokens = self.ranks.ring.rank, query.shape[1]
@@ -217,8 +221,9 @@ class DistributedLiteAttention(StateHolder):
         parts = []
         for split, block_key, block_value in blocks_of_ring(key, value, self.ranks.ring):
             keys = block_of(split, tokens, sequence.seq_len)
+            state = self._state(split, turn)
             if rows.length > 0 and keys.length > 0:
-                part = self._state(split, turn).computed_pass(
+                part = state.computed_pass(
                     own,
                     block_key[:, : keys.length],
                     block_value[:, : keys.length],
@@ -226,17 +231,13 @@ class DistributedLiteAttention(StateHolder):
                     **sequence.of_split(rows, keys),
                 )
                 parts.append(part)
-            elif split == rank:  # no token of its own: refuse here, too, what the operator refuses on the others
+                continue
+            # Padding alone: nothing to compute, and a state that has to know of the pass all the same.
+            told = sequence.branch, query, sequence.start_full, sequence.generation
+            notes.append(partial(state.state.note_pass_elsewhere, *told))
+            if split == rank:  # no token of its own: refuse here, too, what the operator refuses on the others
                 ops.attention(query[:, :1], key[:, :1], value[:, :1], scale=sequence.scale)
         return parts
-
-    def _check_heads(self, what: str, heads: int) -> None:
-        if heads < self._turns.shares:
-            raise ValueError(
-                f"{_NAME}: {what} has {heads} {'values' if what == 'threshold' else 'heads'}, expected at least "
-                f"{self._turns.shares}: {self.ranks.ulysses.size} ranks along 'ulysses' times {self.head_chunks} "
-                "head_chunks"
-            )
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold: one number, or one for each query head of the whole model.
@@ -246,7 +247,7 @@ class DistributedLiteAttention(StateHolder):
         values = checked_threshold(f"{_NAME}: threshold", threshold, self._state(0, 0).allows_positive_threshold)
         per_head = len(values) if isinstance(values, tuple) else None
         if per_head is not None:
-            self._check_heads("threshold", per_head)
+            self._turns.check(_NAME, "threshold", per_head)
             ordered = self.head_order.meant_for
             if ordered is not None and per_head != ordered[0]:
                 raise ValueError(
@@ -286,7 +287,7 @@ class DistributedLiteAttention(StateHolder):
 
     def local_heads(self, heads: int) -> list[int]:
         """Which of the model's so many query heads this rank computes, in the order of its keep maps."""
-        self._check_heads("the model", heads)
+        self._turns.check(_NAME, "the model", heads)
         return list(self.head_order.heads(heads)[self._turns.of_rank(heads)])
 
     def keep_map(self, split_idx: int = 0, branch: int | None = None) -> Tensor:

@@ -28,6 +28,18 @@ class HeadTurns(NamedTuple):
         """In how many the heads are cut."""
         return self.group.size * self.turns
 
+    def check(self, name: str, what: str, heads: int) -> None:
+        """That every share has a head; ``what`` has so many heads, or a threshold's values. Errors begin with ``name``.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        if heads < self.shares:
+            raise ValueError(
+                f"{name}: {what} has {heads} {'values' if what == 'threshold' else 'heads'}, expected at least "
+                f"{self.shares}: {self.group.size} ranks along 'ulysses' times {self.turns} head_chunks"
+            )
+
     def of_rank(self, heads: int) -> slice:
         """The heads of this rank."""
         return slice(*_shares(heads, self.group.size)[self.group.rank])

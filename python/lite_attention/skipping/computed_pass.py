@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,11 @@ class ComputedPass(NamedTuple):
     """Writes the state. None: the pass is not remembered."""
 
 
-def remember(*passes: ComputedPass) -> None:
-    """Let the layers remember the passes of one call: all of them or, where memory is wanting, none."""
+def remember(*passes: ComputedPass, notes: Sequence[Callable[[], None]] = ()) -> None:
+    """Let the layers remember the passes of one call: all of them or, where memory is wanting, none.
+
+    ``notes`` are written with them: what states of the call that computed nothing are to note.
+    """
     if not torch.compiler.is_compiling():  # the trace has made the room
         for each in passes:
             if each.make_room is not None:
@@ -31,3 +34,5 @@ def remember(*passes: ComputedPass) -> None:
     for each in passes:
         if each.write is not None:
             each.write()
+    for note in notes:
+        note()

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
@@ -221,6 +222,26 @@ class SkipState(MapTable):
         live.copy_(torch.where(begins, -live.abs(), live))  # type: ignore[arg-type]
         if generation is not None:
             self.generations[branch].copy_(generation)
+
+    def note_pass_elsewhere(
+        self, branch: int, query: Tensor, start_full: Tensor | None, generation: Tensor | None
+    ) -> None:
+        """Let the branch be as before its first pass, after one that computes nothing here and leaves no map.
+
+        Others compute it in a shape of their own, and so start over in the next; where skipping is off, it is a dense
+        pass here as there. One of FakeTensors is not noted.
+
+        Args:
+            query: a tensor of the pass, for its device.
+            start_full, generation: as :meth:`recall` has them.
+        """
+        if not torch.compiler.is_compiling() and is_fake(query):
+            return
+        if self.is_off:
+            self.note_dense_pass(branch, query.device, start_full, generation)
+            return
+        self.place(query.device, "LiteAttention", torch.compiler.is_compiling())
+        self.live[branch].zero_()
 
     def _is_of_another(self, branch: int, generation: Tensor) -> Tensor:
         """Whether the branch's map is of another generation: bool, 0-d."""
