@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite_attention import exportable
+from lite_attention import LiteAttention, exportable
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
+from lite_attention.skipping.map_table import MAP_SLOTS
 from support.models import Model, noise, same_state
 from support.packages import run_in_another_process
 from support.video_models import CASES, make_latents, make_transformer
@@ -82,6 +83,31 @@ def test_a_program_shares_its_state_with_the_model_and_copies_of_it_have_their_o
         runners = (program.module(), model, program.module(), model)
         outs = [runner(noise(i % 2)) for i, runner in enumerate(runners)]
     torch.testing.assert_close(outs, expected, atol=1e-5, rtol=1e-5)
+
+
+def lengths_of(layer: LiteAttention) -> list[int]:
+    return sorted(shape.query_len for _, shape in layer.state.owners())
+
+
+def test_a_program_and_its_model_share_maps_however_many_other_shapes_the_model_has_met() -> None:
+    model = prepared_model()
+    twin = copy.deepcopy(model)
+    exported = noise(0).shape[1]
+    with torch.no_grad():
+        with exportable(model):
+            program = torch.export.export(model, (noise(0),)).module()
+        for index in range(3):
+            program(noise(index))  # a video whose map is no other's
+        for length in (*range(exported - 64, exported - 136, -8), exported - 64):
+            model(noise(0)[:, :length])
+        first = next(model.layers())
+        assert exported in lengths_of(first)
+        assert len(lengths_of(first)) == MAP_SLOTS + 1, "beside it there is room for as many as before"
+        for layer in model.layers():
+            layer.reset_skip_state()
+        for index, runner in enumerate((model, program, model, program)):
+            torch.testing.assert_close(runner(noise(index % 2)), twin(noise(index % 2)), atol=1e-5, rtol=1e-5)
+    assert same_state(model, twin)
 
 
 def prepared_from(model: Model) -> Model:

@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, share_room, skip_branch
+from lite_attention import LiteAttention, SeqParallelLiteAttention, SkipPolicy, attention, share_room, skip_branch
 from lite_attention.skipping.map_table import MAP_SLOTS
 from support.models import HEAD_DIM, HEADS, Model, noise, same_state
 
@@ -196,6 +196,42 @@ def test_both_branches_and_two_shapes_inside_one_graph() -> None:
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
         assert same_state(model, eager, range(2))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("lengths", [range(64, 640, 64), range(640, 631, -1)], ids=["sizes", "one size"])
+def test_a_graph_with_more_shapes_than_slots_computes_those_beyond_them_full(
+    lengths: range, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(layer: LiteAttention, q: Tensor) -> list[Tensor]:
+        return [layer(part, part, part) for part in split(q, lengths)]
+
+    layer = LiteAttention()
+    compiled = torch.compile(step, fullgraph=True, backend=CompileCounter())
+    for index in range(3):
+        q = torch.randn(1, 640, 1, 32, generator=torch.Generator().manual_seed(index))
+        torch.testing.assert_close(compiled(layer, q), [attention(part, part, part)[0] for part in split(q, lengths)])
+        assert layer.skip_fraction() == 0, "the last pass left no map"
+    texts = [record.getMessage().partition(":")[0] for record in caplog.records if record.name == "lite_attention"]
+    assert texts == ["a graph has passes of a layer in more than 8 pairs of branch and shape"]
+
+
+def test_a_new_shape_takes_no_slot_that_the_same_graph_uses() -> None:
+    def step(layer: LiteAttention, q: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(q, q, q, branch=1), layer(q[:, :100], q[:, :100], q[:, :100], branch=1)
+
+    layer, eager = LiteAttention(), LiteAttention()
+    compiled = torch.compile(step, fullgraph=True, backend=CompileCounter())
+    q = torch.randn(1, 640, 1, 32)
+    for other in (layer, eager):
+        for length in (640, 600, 560, 520, 480, 440, 400, 360):
+            other(q[:, :length], q[:, :length], q[:, :length], branch=int(length == 640))
+    for _ in range(3):
+        torch.testing.assert_close(compiled(layer, q), step(eager, q))
+    assert len(layer.state.owners()) == 8
+
+
+def split(q: Tensor, lengths: range) -> list[Tensor]:
+    return [q[:, :length] for length in lengths]
 
 
 def test_switching_skipping_off_and_on_costs_one_compile() -> None:

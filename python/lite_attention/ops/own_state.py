@@ -106,6 +106,9 @@ class OwnState(nn.Module):
                 "lite_attention.exportable(model)"
             )
 
+    def after_export(self) -> None:
+        """Called where :func:`exportable` ends."""
+
     @property
     def layout(self) -> int:
         """What a CUDA graph was captured with: of another number it is out of date."""
@@ -233,3 +236,4 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             del each.owner._modules[each.attribute]
             object.__setattr__(each.owner, each.attribute, each.state)
             each.state.is_exportable = False
+            each.state.after_export()

@@ -77,9 +77,9 @@ class SeqParallelLiteAttention(nn.Module):
             split_idx: which split ``key`` and ``value`` are, 0 to ``num_nodes - 1``; not the rank of this process.
 
         The other arguments, results and errors are those of :meth:`LiteAttention.forward`; key positions in the lists
-        and ``kv_lens`` count within the split. A split that a pass leaves out, as there are no keys in it, knows nothing of
-        that pass and goes on from its own latest one: give every call its ``generation``, or reset where the length of
-        the sequence changes.
+        and ``kv_lens`` count within the split. A split that a pass leaves out, as there are no keys in it, knows
+        nothing of that pass and goes on from its own latest one: give every call its ``generation``, or reset where
+        the length of the sequence changes.
         """
         result: Tensor | tuple[Tensor, Tensor] = self._split(split_idx)(
             query,

@@ -29,7 +29,7 @@ NO_GENERATION = ANY_GENERATION + 1
 
 
 class MapTable(OwnState):
-    """``MAP_SLOTS`` slots, who owns them, and which of their maps count.
+    """``MAP_SLOTS`` slots, one more for each exported pair, who owns them, and which of their maps count.
 
     Branches are numbers from 0 to ``MAX_BRANCHES - 1``; who calls has checked them.
 
@@ -57,6 +57,8 @@ class MapTable(OwnState):
         self._rooms: dict[Owner, Room] = {}
         # Those that compiled code goes on to use, also after another pair was given the slot.
         self._traced_rooms: dict[Room, Owner] = {}
+        # Those whose memory a program shares: they keep their slots, and others have as many beside them as before.
+        self._exported: set[Owner] = set()
         with real_tensors():
             self.slots = nn.ModuleList(MapSlot(torch.device("cpu")) for _ in range(MAP_SLOTS))
 
@@ -75,14 +77,21 @@ class MapTable(OwnState):
         super().start_over(device)
         self._rooms.clear()
         self._traced_rooms.clear()
+        self._exported.clear()
         for slot, buffers in zip(self.slots, blank, strict=True):
             for name, buffer in buffers.items():
                 setattr(slot, name, buffer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._exported = set()  # a copy shares nothing with a program
         if any(shape.device != self.device for _, shape in self._rooms):  # loaded to another device
             self.start_over(self.device)
+
+    def after_export(self) -> None:
+        with real_tensors():
+            while len(self.slots) < MAP_SLOTS + len(self._exported):
+                self.slots.append(MapSlot(self.device))
 
     @property
     def device(self) -> torch.device:

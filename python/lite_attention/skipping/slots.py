@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from lite_attention.maps.keep_map import keep_map_shape, tile_counts
 
-__all__ = ["MapSlot", "Owner", "PassShape", "Room", "stamp_of"]
+__all__ = ["MapSlot", "Owner", "PassShape", "Room", "slots_of_this_graph", "stamp_of"]
 
 
 class PassShape(NamedTuple):
@@ -92,3 +94,12 @@ class MapSlot(nn.Module):
         """Take this memory, on the slot's device, for a map that counts as never written."""
         self.words = words
         self.stamp.zero_()
+
+
+_of_graphs: weakref.WeakKeyDictionary[TracingContext, weakref.WeakSet[MapSlot]] = weakref.WeakKeyDictionary()
+
+
+def slots_of_this_graph() -> weakref.WeakSet[MapSlot]:
+    """Those that the graph that is being traced uses: it is guarded on their sizes. Empty where none is traced."""
+    graph = TracingContext.try_get()
+    return weakref.WeakSet() if graph is None else _of_graphs.setdefault(graph, weakref.WeakSet())

@@ -38,11 +38,11 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
 from lite_attention.ops.own_state import held_states, running_model
-from lite_attention.skipping.map_table import ANY_GENERATION, MAP_SLOTS, NO_GENERATION, MapTable, follows
+from lite_attention.skipping.map_table import ANY_GENERATION, NO_GENERATION, MapTable, follows
 from lite_attention.skipping.policy import SkipPolicy
 from lite_attention.skipping.recalled_map import recalled_map
 from lite_attention.skipping.shared_room import SharedRoom, note_lonely_trace
-from lite_attention.skipping.slots import Owner, PassShape, Room, stamp_of
+from lite_attention.skipping.slots import Owner, PassShape, Room, slots_of_this_graph, stamp_of
 
 __all__ = ["Recalled", "SkipState", "share_room"]
 
@@ -121,18 +121,18 @@ class SkipState(MapTable):
         told_len: int | None,
         compiling: bool,
     ) -> Room | None:
-        """(slot, stamp) of this branch and shape. None: it has no room yet, and :meth:`remember` will make it.
+        """(slot, stamp) of this branch and shape. None: it has no room yet, and :meth:`remember` will make it, or the
+        graph that is traced uses every slot already.
 
         Under torch.compile room is made here: this runs while the graph is traced, and its result is a constant of the
         graph. The graph may go on with it when the slot is another pair's, unless that has another size, which
         retraces: its stamp is of this slot alone, so that whatever was written since, here or by the same pair
         elsewhere, it sees as a full map.
         """
-        shape = PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device, told_len)
-        owner = (branch, shape)
+        owner = branch, PassShape(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device, told_len)
         self.check_export("LiteAttention")
         if self._verbose:
-            self._log_change(branch, shape)
+            self._log_change(*owner)
         if not compiling:
             return self._rooms.get(owner)
         with _making_room, real_tensors():
@@ -179,6 +179,9 @@ class SkipState(MapTable):
             start_full, generation: as :meth:`recall` had them.
         """
         branch, _ = owner
+        if recalled.room is None and torch.compiler.is_compiling():
+            self.live[branch].zero_()  # as before the first pass: what others left is no longer of the pass before
+            return
         room, live = recalled.room, recalled.live
         # Another thread's pair may have been given the slot since. Code that is traced has none but that one.
         if room is None or not (torch.compiler.is_compiling() or self._rooms.get(owner) == room):
@@ -250,7 +253,7 @@ class SkipState(MapTable):
 
     # Room
 
-    def _room_for_trace(self, owner: Owner) -> Room:
+    def _room_for_trace(self, owner: Owner) -> Room | None:
         """The owner's, made if need be: also in the sisters that so far made the same, as one code serves them all."""
         model = running_model(self)
         sisters = set() if model is None else set(_states_in(model))
@@ -265,10 +268,21 @@ class SkipState(MapTable):
             if self._shared_room is None and sisters <= {self}:
                 note_lonely_trace(self, model, owner)
             rooms = [*self._rooms.items()]
-            alike = (state for state in sisters - {self} if [*state._rooms.items()] == rooms)
+            alike = [state for state in sisters - {self} if [*state._rooms.items()] == rooms]
             for state in (self, *[state for state in alike if state.device == self.device]):
                 state._make_room(owner)
-        room = self._rooms[owner]
+        room = self._rooms.get(owner)
+        if room is None:
+            _logger.warning(
+                "a graph has passes of a layer in more than %d pairs of branch and shape: those of branch %d and (%s) "
+                "compute every tile in it",
+                len(self.slots),
+                *owner,
+            )
+            return None
+        slots_of_this_graph().add(self.slot(room[0]))
+        if torch.compiler.is_exporting():
+            self._exported.add(owner)
         for state in {self, *sisters}:
             if state._rooms.get(owner) == room:
                 state._traced_rooms[room] = owner
@@ -286,12 +300,17 @@ class SkipState(MapTable):
             return self._rooms[owner]
 
     def _make_room(self, owner: Owner) -> None:
+        """Not where the graph that is traced uses every slot that is to be had."""
         branch, shape = owner
         if owner in self._rooms:
             return  # another thread was faster
         is_moving = self.device != shape.device
         taken = 0 if is_moving else len(self._rooms)
-        given_away = self._owner_to_give_way(branch) if taken == MAP_SLOTS else None
+        given_away = None
+        if taken == len(self.slots):
+            given_away = self._owner_to_give_way(branch)
+            if given_away is None:
+                return
         index = taken if given_away is None else self._rooms[given_away][0]
         words = self.slot(index).memory_for(shape)
         if is_moving:
@@ -303,11 +322,20 @@ class SkipState(MapTable):
         self.slot(index).hold(words)
         self._rooms[owner] = index, stamp_of(owner, index)
 
-    def _owner_to_give_way(self, branch: int) -> Owner:
-        """The oldest of the same branch, whose map of another shape is out of date; else the oldest of all."""
-        owner = next((owner for owner in self._rooms if owner[0] == branch), next(iter(self._rooms)))
-        if self._verbose:
-            _logger.info("all %d slots are taken: the map of branch %d and (%s) makes room", MAP_SLOTS, *owner)
+    def _owner_to_give_way(self, branch: int) -> Owner | None:
+        """The oldest of the same branch, whose map of another shape is out of date; else the oldest of all.
+
+        Neither one whose memory a program shares, nor one of the graph that is traced.
+        """
+        fixed = slots_of_this_graph()
+        free = [
+            owner
+            for owner, room in self._rooms.items()
+            if owner not in self._exported and self.slot(room[0]) not in fixed
+        ]
+        owner = next((owner for owner in free if owner[0] == branch), next(iter(free), None))
+        if self._verbose and owner is not None:
+            _logger.info("all %d slots are taken: the map of branch %d and (%s) makes room", len(self.slots), *owner)
         return owner
 
     def _log_change(self, branch: int, shape: PassShape) -> None:
