@@ -158,7 +158,10 @@ class AttentionImpl(ABC, Generic[MetadataT]):
     def computed_pass(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: MetadataT, text_tokens: int
     ) -> tuple[Tensor, Callable[[], None] | None]:
-        """As forward_with_text, and what notes the pass, if anything: called last, when nothing can fail any more."""
+        """As forward_with_text, and what notes the pass, if anything: called last, when nothing can fail any more.
+
+        By DistributedAttention; other layers call forward.
+        """
         return self.forward_with_text(query, key, value, attn_metadata, text_tokens), None
 
 

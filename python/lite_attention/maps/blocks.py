@@ -40,6 +40,8 @@ GRAIN = FINE_TILE_N
 def topk_of_sparsity(sparsity: float, blocks: int) -> int:
     """Blocks of keys that a block of queries keeps at a sparsity between 0 and 1: all but that share, at least one.
 
+    Rounded up in floating point, as FastVideo does: a sparsity of 0.7 keeps 4 blocks of 10, as 1 - 0.7 is above 0.3.
+
     Raises:
         TypeError, ValueError: ``sparsity`` is not in [0, 1], or there is no block.
     """

@@ -28,6 +28,7 @@ def refuse(caller: str) -> None:
     raise RuntimeError(
         f"{caller}: called inside a backward pass, as torch.utils.checkpoint does to compute a segment again: it would "
         "skip by another map than in the forward, and so give another gradient. Expected the layer outside of "
-        "checkpointed segments, or skipping off in forward and backward (enable_skip_optimization(False)), or "
-        "lite_attention.attention with a map of your own"
+        "checkpointed segments, or skipping off (enable_skip_optimization(False)) before the forward and until the "
+        "backward is done, as off for the backward alone gives wrong gradients, or lite_attention.attention with a map "
+        "of your own"
     )

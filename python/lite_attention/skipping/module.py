@@ -126,7 +126,7 @@ class LiteAttention(StateHolder):
             generation: int64, 0-d, on query's device: a number that is another for each video. The pass starts from the
                 full map where the branch's latest pass had another one, however many passes were dense or left out
                 since. A :class:`lite_attention.skipping.dense_steps.GenerationClock` makes both.
-            skip_fraction_out: fp32, 0-d, on query's device; receives the share of the tiles that this pass skips.
+            skip_fraction_out: fp32, 0-d, on query's device; receives the share that this pass skips of all tiles.
 
         Returns:
             out, of query's shape and dtype (autocast's where it is on); with ``return_softmax_lse`` also lse, fp32
@@ -332,7 +332,7 @@ class LiteAttention(StateHolder):
             self.state.is_off = not enable
 
     def skip_fraction(self, branch: int | None = None) -> Tensor:
-        """Share of tiles that the branch's next pass will skip: fp32, 0-d, on the state's device, without a sync.
+        """Share of tiles that the branch's next skipping pass will skip: fp32, 0-d, on its device, without a sync.
 
         0 before the first pass and after a reset. ``branch`` None means the one of :class:`skip_branch`, or 0.
         """
@@ -341,14 +341,14 @@ class LiteAttention(StateHolder):
         return fraction
 
     def skipped_tiles(self, branch: int | None = None) -> Tensor:
-        """Tiles that the branch's next pass will skip, and all tiles: fp32 ``[2]``, as :meth:`skip_fraction`.
+        """Tiles that the branch's next skipping pass will skip, and all tiles: fp32 ``[2]``, as :meth:`skip_fraction`.
 
         Both are 0 before the first pass and after a reset.
         """
         return self.state.skipped_tiles(resolved_branch(branch, "skipped_tiles"))
 
     def keep_map(self, branch: int | None = None) -> Tensor:
-        """The map that the branch's next pass will use: bool ``[batch, heads, query_tiles, kv_tiles]``.
+        """The map that the branch's next skipping pass will use: bool ``[batch, heads, query_tiles, kv_tiles]``.
 
         Waits for the device. After a reset, all True. ``branch`` as for :meth:`skip_fraction`.
 
@@ -361,8 +361,8 @@ class LiteAttention(StateHolder):
         """Choose the map of the branch's next pass, for instance one saved with :meth:`keep_map`. Waits for the device.
 
         Later passes drop more of it, unless the threshold is -inf, which drops nothing. Dense steps that the layer
-        counts itself end with it, until the next reset. The next pass uses it whatever ``generation`` it is told, and
-        the map is of that one from then on; a ``start_full`` that is True still starts from the full map.
+        counts itself end with it, until a reset or a pass told ``start_full``. The next pass uses it whatever
+        ``generation`` it is told, and it is of that one then; a ``start_full`` that is True still starts full.
 
         Args:
             keep_map: bool ``[batch, heads, query_tiles, kv_tiles]``, True for a tile to compute; sizes of 1 broadcast.
