@@ -247,6 +247,31 @@ def test_switching_skipping_off_and_on_costs_one_compile() -> None:
     assert counter.frame_count == 2
 
 
+def test_code_without_guards_on_globals_still_knows_its_branch() -> None:
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    counter = CompileCounter()
+    model = Model(2)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=counter, options=options)
+    for step in range(6):
+        with skip_branch(step % 2):
+            torch.testing.assert_close(compiled(noise(step)), eager(noise(step)), atol=1e-5, rtol=1e-5)
+    assert same_state(model, eager, range(2))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_program_of_aot_compile_refuses_another_branch() -> None:
+    model = Model(1)
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        program = torch.compile(model, fullgraph=True).forward.aot_compile(((noise(0),), {}))
+        torch.testing.assert_close(program(model, noise(0)), eager(noise(0)), atol=1e-5, rtol=1e-5)
+        with skip_branch(1), pytest.raises(RuntimeError, match="GuardManager check failed"):
+            program(model, noise(1))
+    assert next(model.layers()).used_branches() == [0]
+
+
 def test_settings_may_be_changed_inside_the_graph() -> None:
     def video(layer: LiteAttention, q: Tensor) -> tuple[Tensor, Tensor]:
         layer.reset_skip_state()

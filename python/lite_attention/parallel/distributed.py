@@ -24,7 +24,7 @@ from lite_attention import ops
 from lite_attention.ops import backward_pass
 from lite_attention.ops.call import check_tensors
 from lite_attention.ops.checks import checked_bool, checked_int
-from lite_attention.ops.own_state import StateHolder, hold
+from lite_attention.ops.own_state import hold
 from lite_attention.parallel.collectives import all_gather, all_reduce, check_sendable
 from lite_attention.parallel.head_balance import HeadBalance, rebalanced
 from lite_attention.parallel.head_order import HeadOrder
@@ -42,6 +42,7 @@ from lite_attention.skipping.arguments import (
     checked_inputs,
     checked_threshold,
 )
+from lite_attention.skipping.branches import BranchHolder, resolved_branch
 from lite_attention.skipping.computed_pass import ComputedPass, remember
 from lite_attention.skipping.module import LiteAttention
 from lite_attention.skipping.policy import SkipPolicy
@@ -60,7 +61,7 @@ class _ToldThreshold:
     """How many values, if one for each head: all that compiled code depends on."""
 
 
-class DistributedLiteAttention(StateHolder):
+class DistributedLiteAttention(BranchHolder):
     """:class:`lite_attention.LiteAttention` whose tokens lie on several ranks.
 
     Every rank calls it with its shard of the tokens, at the same time and with the same other arguments, and gets the
@@ -167,7 +168,7 @@ class DistributedLiteAttention(StateHolder):
             must_skip_list,
             must_do_queries,
             kv_lens,
-            branch,
+            resolved_branch(branch, _NAME, self.chosen_branch),
             start_full,
             generation,
         )

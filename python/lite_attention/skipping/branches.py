@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import ClassVar
 
 from lite_attention.ops.checks import checked_int
 from lite_attention.ops.context import Scoped
+from lite_attention.ops.own_state import StateHolder
 
-__all__ = ["MAX_BRANCHES", "branch_is_chosen", "resolved_branch", "skip_branch"]
+__all__ = ["MAX_BRANCHES", "BranchHolder", "branch_is_chosen", "resolved_branch", "skip_branch"]
 
 MAX_BRANCHES = 8
 
@@ -48,8 +50,21 @@ def branch_is_chosen() -> bool:
     return _branch.current is not None
 
 
-def resolved_branch(branch: int | None, name: str) -> int:
-    """``branch`` checked, or for None the one of the surrounding :class:`skip_branch`. Errors begin with ``name``."""
+class BranchHolder(StateHolder):
+    """A module whose calls belong to a branch.
+
+    It reads which as an attribute of its class: torch's ``aot_compile`` leaves out the guards on globals, and would go
+    on with the branch of the trace in every other.
+    """
+
+    chosen_branch: ClassVar[Scoped[int]] = _branch
+
+
+def resolved_branch(branch: int | None, name: str, chosen: Scoped[int] | None = None) -> int:
+    """``branch`` checked, or for None the one of the surrounding :class:`skip_branch`. Errors begin with ``name``.
+
+    ``chosen`` is a holder's ``chosen_branch``.
+    """
     if branch is None:
-        return _branch.current or 0
+        return (_branch if chosen is None else chosen).current or 0
     return checked_int(f"{name}: branch", branch, 0, MAX_BRANCHES - 1)

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lite_attention.ops.checks import checked_bool, checked_int, checked_number
 from lite_attention.ops.modes import ordinary_tensors, real_tensors
-from lite_attention.ops.own_state import OwnState, StateHolder, hold
+from lite_attention.ops.own_state import OwnState, hold
 from lite_attention.skipping.arguments import check_no_transform
-from lite_attention.skipping.branches import MAX_BRANCHES, resolved_branch
+from lite_attention.skipping.branches import MAX_BRANCHES, BranchHolder, resolved_branch
 
 __all__ = ["ClockState", "GenerationClock"]
 
@@ -141,7 +141,7 @@ class ClockState(OwnState):
         return self.start_full.device
 
 
-class GenerationClock(StateHolder):
+class GenerationClock(BranchHolder):
     """Counts the denoising steps of each guidance branch and notices when a new generation starts.
 
     Call :meth:`tick` once before each model call, with its timestep. Calls with the same timestep belong to one step
@@ -208,7 +208,7 @@ class GenerationClock(StateHolder):
             TypeError, ValueError: an argument does not fit; the text names it.
             NotImplementedError: inside a transform of torch.func.
         """
-        branch = resolved_branch(branch, "GenerationClock")
+        branch = resolved_branch(branch, "GenerationClock", self.chosen_branch)
         if not isinstance(timestep, Tensor):
             raise TypeError(f"GenerationClock: timestep has type {type(timestep).__name__}, expected a tensor")
         if timestep.is_complex():

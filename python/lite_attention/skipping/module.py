@@ -16,7 +16,7 @@ from lite_attention.maps.keep_map import density, tile_counts
 from lite_attention.ops import backward_pass
 from lite_attention.ops.checks import checked_bool, checked_int
 from lite_attention.ops.modes import real_tensors
-from lite_attention.ops.own_state import StateHolder, hold
+from lite_attention.ops.own_state import hold
 from lite_attention.skipping.arguments import (
     CheckedRanges,
     Ranges,
@@ -31,7 +31,7 @@ from lite_attention.skipping.arguments import (
     checked_ranges,
     checked_threshold,
 )
-from lite_attention.skipping.branches import resolved_branch
+from lite_attention.skipping.branches import BranchHolder, resolved_branch
 from lite_attention.skipping.computed_pass import ComputedPass, remember
 from lite_attention.skipping.must_words import must_words
 from lite_attention.skipping.policy import SkipPolicy, environment_flag, verbose_by_environment
@@ -41,7 +41,7 @@ from lite_attention.skipping.state import SkipState
 __all__ = ["LiteAttention"]
 
 
-class LiteAttention(StateHolder):
+class LiteAttention(BranchHolder):
     """Self-attention that skips the tiles which an earlier pass found not to matter.
 
     Give every attention layer its own instance and call it once per pass (per denoising step and branch). The first
@@ -181,7 +181,7 @@ class LiteAttention(StateHolder):
         :class:`PassShape`.
         """
         query, key, value = checked_inputs(self.caller, query, key, value, self.max_batch_size)
-        branch = resolved_branch(branch, self.caller)
+        branch = resolved_branch(branch, self.caller, self.chosen_branch)
         check_scale(self.caller, scale)
         must_do = checked_ranges(self.caller, "must_do_list", must_do_list, query, key.shape[1], "keys")
         must_skip = checked_ranges(self.caller, "must_skip_list", must_skip_list, query, key.shape[1], "keys")
