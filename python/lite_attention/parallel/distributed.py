@@ -234,8 +234,7 @@ class DistributedLiteAttention(BranchHolder):
                 parts.append(part)
                 continue
             # Padding alone: nothing to compute, and a state that has to know of the pass all the same.
-            told = sequence.branch, query, sequence.start_full, sequence.generation
-            notes.append(partial(state.state.note_pass_elsewhere, *told))
+            notes.append(partial(state.state.note_pass_elsewhere, sequence.branch, query, *sequence.of_pass))
             if split == rank:  # no token of its own: refuse here, too, what the operator refuses on the others
                 ops.attention(query[:, :1], key[:, :1], value[:, :1], scale=sequence.scale)
         return parts

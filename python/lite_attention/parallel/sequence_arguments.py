@@ -18,7 +18,6 @@ from lite_attention.skipping.arguments import (
     check_scale,
     checked_ranges,
 )
-from lite_attention.skipping.branches import resolved_branch
 
 __all__ = ["SequenceArguments"]
 
@@ -48,7 +47,7 @@ class SequenceArguments(NamedTuple):
         must_skip_list: Ranges | None,
         must_do_queries: Ranges | None,
         kv_lens: Tensor | None,
-        branch: int | None,
+        branch: int,
         start_full: Tensor | None,
         generation: Tensor | None,
     ) -> SequenceArguments:
@@ -74,10 +73,15 @@ class SequenceArguments(NamedTuple):
             checked_ranges(name, "must_skip_list", must_skip_list, query, seq_len, "keys"),
             checked_ranges(name, "must_do_queries", must_do_queries, query, seq_len, "queries"),
             kv_lens,
-            resolved_branch(branch, name),
+            branch,
             start_full,
             generation,
         )
+
+    @property
+    def of_pass(self) -> tuple[Tensor | None, Tensor | None]:
+        """start_full and generation."""
+        return self.start_full, self.generation
 
     def of_split(self, rows: Block, keys: Block) -> dict[str, Any]:
         """The same for one block of queries and one split of the keys, which count from their own start."""
