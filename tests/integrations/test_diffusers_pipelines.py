@@ -15,6 +15,8 @@ from diffusers import (
     WanPipeline,
 )
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounter
 
 from lite_attention.integrations.diffusers import LiteAttentionHandle, enable_lite_attention
 from support.video_models import CASES, make_latents, run
@@ -257,3 +259,125 @@ def test_a_transformer_copied_alone_looks_at_the_scheduler_that_it_shares() -> N
     other.scheduler.set_timesteps(STEPS)
     outs = calls(other.transformer, BELOW, 1, ("cond",))
     assert all(map(torch.equal, outs, calls(fresh.transformer, BELOW, 1, ("cond",))))
+
+
+# Steps that are compiled, and where nobody sees the scheduler
+
+
+def named_step(transformer: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """A step function of the user's own."""
+    with transformer.cache_context("cond"):
+        out: Tensor = transformer(**inputs)[0]
+    return out
+
+
+def unnamed_step(transformer: Any, inputs: dict[str, Tensor]) -> Tensor:
+    out: Tensor = transformer(**inputs)[0]
+    return out
+
+
+def steps(step: Callable[..., Tensor], transformer: Any, timesteps: tuple[float, ...], seed: int) -> list[Tensor]:
+    case = CASES["wan"]
+    with torch.no_grad():
+        return [step(transformer, case.inputs(make_latents(case, at, seed=seed), t)) for at, t in enumerate(timesteps)]
+
+
+def test_a_compiled_step_that_names_its_branch_sees_the_scheduler() -> None:
+    torch._dynamo.reset()
+    pipeline, fresh = wan(), wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    enable_lite_attention(fresh, threshold=THRESHOLD)
+    compiled = torch.compile(named_step, backend="eager")
+    pipeline.scheduler.set_timesteps(STEPS)
+    steps(compiled, pipeline.transformer, BROKEN_OFF, 0)
+    pipeline.scheduler.set_timesteps(STEPS + 1)
+    outs = steps(compiled, pipeline.transformer, BELOW, 1)
+    assert all(map(torch.equal, outs, steps(named_step, fresh.transformer, BELOW, 1)))
+    assert (handle.skip_fraction("cond")[:, 1] > 0).all()
+
+
+def test_a_step_in_one_graph_names_its_branch_where_there_is_no_scheduler_to_look_at() -> None:
+    torch._dynamo.reset()
+    transformer, eager = wan().transformer, wan().transformer
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    other = enable_lite_attention(eager, threshold=THRESHOLD)
+    counter = CompileCounter()
+    compiled = torch.compile(named_step, backend=counter, fullgraph=True)
+    for seed in range(2):
+        outs = steps(compiled, transformer, BROKEN_OFF, seed)
+        assert all(map(torch.equal, outs, steps(named_step, eager, BROKEN_OFF, seed)))
+    assert counter.frame_count == 2, "once more for what diffusers and BranchNames note in the first call"
+    assert torch.equal(handle.skip_fraction("cond"), other.skip_fraction("cond"))
+
+
+def test_a_step_in_one_graph_that_would_have_to_look_at_a_scheduler_is_refused() -> None:
+    torch._dynamo.reset()
+    pipeline = wan()
+    enable_lite_attention(pipeline, threshold=THRESHOLD)
+    compiled = torch.compile(named_step, backend="eager", fullgraph=True)
+    with pytest.raises(
+        Unsupported, match="LiteAttention: the cache_context of a transformer that was enabled with its"
+    ):
+        steps(compiled, pipeline.transformer, BROKEN_OFF, 0)
+
+
+@pytest.mark.parametrize("compiled", ["transformer", "step"])
+def test_the_log_says_once_where_the_scheduler_is_not_seen(compiled: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    pipeline = wan()
+    handle = enable_lite_attention(pipeline, threshold=THRESHOLD)
+    transformer: Any = pipeline.transformer
+    step: Callable[..., Tensor] = unnamed_step
+    if compiled == "transformer":
+        transformer = torch.compile(transformer, backend="eager", fullgraph=True)
+    else:
+        step = torch.compile(unnamed_step, backend="eager")
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "lite_attention"]
+
+    steps(named_step, transformer, BROKEN_OFF, 0)  # in a name it is seen
+    assert not said()
+    for _ in range(2):
+        steps(step, transformer, BROKEN_OFF, 0)
+    (text,) = said()
+    assert "nothing there sees the pipeline's scheduler" in text
+    handle.disable()
+    bare = enable_lite_attention(pipeline.transformer, threshold=THRESHOLD)
+    steps(step, transformer, BROKEN_OFF, 0)
+    assert len(said()) == 1, "a bare transformer never sees one"
+    bare.disable()
+
+
+@pytest.mark.parametrize(
+    "videos",
+    [
+        ((900.0, 700.0), (700.0, 500.0)),
+        ((999.0, 937.0, 833.0, 625.0), (556.0, 400.0)),
+        ((0.0, 200.0, 450.0, 700.0), (950.0, 700.0, 450.0), (0.0, 200.0, 450.0)),
+        ((200.0,), (400.0,), (600.0,), (800.0,)),
+    ],
+    ids=["same timestep", "starts lower", "inversion", "single steps that start higher"],
+)
+def test_a_reset_tells_of_videos_that_timesteps_do_not(videos: tuple[tuple[float, ...], ...]) -> None:
+    transformer = wan().transformer
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    for seed, video in enumerate(videos):
+        handle.reset()
+        first, *_ = steps(unnamed_step, transformer, video, seed)
+        fresh = wan().transformer
+        enable_lite_attention(fresh, threshold=THRESHOLD)
+        assert torch.equal(first, steps(unnamed_step, fresh, video[:1], seed)[0])
+    assert handle.mixed_calls() == 0
+
+
+def test_a_reset_lets_batch_entries_of_one_text_change_places() -> None:
+    transformer, dense = wan().transformer, wan().transformer
+    handle = enable_lite_attention(transformer, threshold=THRESHOLD)
+    case = CASES["wan"]
+    with torch.no_grad():
+        for step, (timestep, seeds) in enumerate(((900.0, (0, 1)), (700.0, (1, 0)), (500.0, (1, 1)))):
+            latents = torch.cat([make_latents(case, step, seed=seed) for seed in seeds])
+            handle.reset()
+            torch.testing.assert_close(run(transformer, case, latents, timestep), run(dense, case, latents, timestep))
+    assert handle.mixed_calls() == 0

@@ -150,8 +150,9 @@ class GenerationClock(BranchHolder):
     left out while another went on to the next timestep. All branches denoise one video: each of the others starts over
     at its next call, whatever its timestep. Timesteps that rise are taken for a turn too, until two rises in a row have
     shown that this is how they go here; then so are those that fall. Where the timesteps cannot tell (generations of a
-    single step for each branch, one that starts with the timestep that the last one ended with, or one broken off and
-    followed by one that starts lower), call :meth:`reset`. The time is kept where the timesteps are: on another device
+    single step for each branch, one that starts with the timestep that the last one ended with, or that goes on in its
+    direction: one that starts lower than where the last, broken off or complete, ended, or higher after timesteps that
+    rose), call :meth:`reset` before each. The time is kept where the timesteps are: on another device
     it starts with a new generation.
 
     A caller that cannot know whether the calls of a branch follow each other or belong to two streams that would share

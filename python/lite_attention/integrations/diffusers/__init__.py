@@ -12,9 +12,9 @@ ends, and layers that are left alone exchange theirs in diffusers' way. A layer 
 call of a single process, with this rank's tokens, and :class:`lite_attention.DistributedLiteAttention` takes it over.
 
 ``handle`` is what users call; it goes through ``patching`` (one transformer) to ``processor`` (one layer) and
-``wrapped`` (methods in place of the transformer's and the scheduler's). ``models`` holds what is known about diffusers'
-classes, ``guidance`` how branches are told apart, ``context_parallel`` splits tokens among ranks, and ``_internals``
-alone touches names that diffusers and accelerate keep to themselves.
+``wrapped`` (methods in place of the transformer's). ``models`` holds what is known about diffusers' classes,
+``guidance`` how branches are told apart, ``schedule`` looks at the pipeline's scheduler, ``context_parallel`` splits
+tokens among ranks, and ``_internals`` alone touches names that diffusers and accelerate keep to themselves.
 """
 
 from lite_attention.integrations.diffusers.generation import MAX_MUST_DO_RANGES

@@ -74,6 +74,7 @@ class Generation(StateHolder):
         self.call = Call()
         self._watched = watched
         self._told = False
+        self._told_unseen = False
         self._told_modes: set[str] = set()
         hold(self, "must_do", MustDo())
 
@@ -108,6 +109,18 @@ class Generation(StateHolder):
                 "A torch function mode, %s, is active around attention layers. It may replace the attention call, so "
                 "their own attention runs inside of it, and nothing is skipped there",
                 mode,
+            )
+
+    @torch.compiler.assume_constant_result
+    def say_unseen(self) -> None:
+        """Say, the first time, that the scheduler of the pipeline cannot be looked at."""
+        if not self._told_unseen:
+            self._told_unseen = True
+            _logger.warning(
+                "A transformer with LiteAttention is compiled as a whole, exported or captured, without a "
+                "cache_context around it: nothing there sees the pipeline's scheduler, and a video that starts at or "
+                "below the timestep of the last call is taken for more of the same. Call reset() on the handle before "
+                "such a video, or compile the blocks one by one (compile_repeated_blocks)",
             )
 
     def start(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lite_attention.ops.context import Scoped
 from lite_attention.skipping.branches import MAX_BRANCHES, branch_is_chosen, resolved_branch, skip_branch
 
-__all__ = ["BranchNames", "Guidance", "check_guidance", "named_branch", "stream_number"]
+__all__ = ["BranchNames", "Guidance", "check_guidance", "is_named", "named_branch", "stream_number"]
 
 Guidance = Literal["named", "batched"]
 
@@ -84,6 +84,11 @@ class named_branch(skip_branch):  # noqa: N801 - as skip_branch
         _named.leave(self.branch)
 
 
+def is_named() -> bool:
+    """Whether a :class:`named_branch` chose the branch of a call that begins here."""
+    return _named.current is not None and _named.current == resolved_branch(None, "LiteAttention")
+
+
 def stream_number(conditioning: Tensor | None, device: torch.device) -> Tensor:
     """A number that differs for calls that cannot be of one stream of a branch: int64, 0-d. Waits for nothing.
 
@@ -94,8 +99,7 @@ def stream_number(conditioning: Tensor | None, device: torch.device) -> Tensor:
         conditioning: what the model is told beside the video and the time, or None. Its bits and its shape count.
         device: where the number is made if there is no conditioning that has one.
     """
-    is_named = _named.current is not None and _named.current == resolved_branch(None, "LiteAttention")
-    choice = 2 if is_named else int(branch_is_chosen())
+    choice = 2 if is_named() else int(branch_is_chosen())
     if conditioning is None or conditioning.element_size() not in _INTEGERS:
         return torch.full((), choice * _PER_CHOICE, dtype=torch.int64, device=device)
     shape = choice

@@ -44,11 +44,13 @@ def enable_lite_attention(
 
     Guidance branches are kept apart, whether they are batched or run one after the other inside
     ``transformer.cache_context``, as pipelines run them. A new generation is noticed by its timesteps, in a pipeline
-    also by those that its scheduler is given.
+    also by those that its scheduler is given. Timesteps alone do not tell of each: where nobody sees the scheduler, see
+    :meth:`LiteAttentionHandle.reset`.
 
     Args:
         transformer_or_pipeline: a transformer of a class that diffusers or :func:`register_video_model` brings, or a
-            pipeline with one or two of them (``transformer``, ``transformer_2``). May be compiled.
+            pipeline with one or two of them (``transformer``, ``transformer_2``), whose scheduler is looked at. May be
+            compiled.
         threshold: in powers of two, at most 0, one number or one per head: see :class:`lite_attention.SkipPolicy`.
             -10 if None.
         dense_steps: compute every tile in so many steps at the start of a generation (of the first transformer).
@@ -149,7 +151,10 @@ class LiteAttentionHandle:
     def reset(self) -> None:
         """Start a new generation: the next call of every branch computes every tile.
 
-        Needed only where nothing else tells: see the page on diffusers. Never recompiles.
+        To be called before every video where nobody sees a pipeline's scheduler: in a loop of your own, where a
+        pipeline's bare transformer was enabled, and where one is compiled as a whole, captured or exported without a
+        ``cache_context`` around it. Also after batch entries of one text have changed places (resampling). Never
+        recompiles.
         """
         for patched in self._patched:
             patched.generation.start()

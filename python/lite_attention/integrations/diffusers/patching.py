@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lite_attention.integrations.diffusers import _internals
@@ -19,7 +20,7 @@ from lite_attention.integrations.diffusers.context_parallel import (
     splits_tokens,
 )
 from lite_attention.integrations.diffusers.generation import Generation
-from lite_attention.integrations.diffusers.guidance import BranchNames
+from lite_attention.integrations.diffusers.guidance import BranchNames, is_named
 from lite_attention.integrations.diffusers.models import (
     VideoModel,
     check_threshold_count,
@@ -40,6 +41,13 @@ __all__ = ["PatchedTransformer"]
 
 # The name under which a transformer registers what its layers share.
 GENERATION = "lite_attention_generation"
+
+LOOKS_AT_THE_SCHEDULER = (
+    "LiteAttention: the cache_context of a transformer that was enabled with its pipeline looks at the pipeline's "
+    "scheduler, in Python, to notice a new video; expected a step that is compiled without fullgraph=True, or whose "
+    "transformer is compiled alone. Else enable_lite_attention(pipeline.transformer), and call reset() on the handle "
+    "before each video"
+)
 
 
 class PatchedTransformer:
@@ -141,15 +149,27 @@ class PatchedTransformer:
         present.look_up_again()
         self.ticking = present
 
-    def look_at_schedule(self) -> None:
-        """Begin a generation where the pipeline's scheduler tells of one, in plain Python."""
-        if is_plain_call() and self._schedule.video_begins():
-            self.generation.start()
+    def begin_named_call(self) -> None:
+        """Do what is to be done before a call whose branch has a name; in a pipeline never as a part of a graph."""
+        if self._schedule.is_empty and torch.compiler.is_compiling():
+            return
+        self._begin_named_call()
 
-    def tell_schedule_step(self) -> None:
-        """Tell the clock which step of the scheduler comes, in plain Python."""
-        if is_plain_call():  # compiled, each number would be a graph of its own
+    # The reason is part of the error where no graph break is allowed.
+    @torch.compiler.disable(reason=LOOKS_AT_THE_SCHEDULER)
+    def _begin_named_call(self) -> None:
+        self.keep_ticking()
+        self.look_at_schedule()
+        if is_plain_call():
             self.generation.clock.at_schedule_step(*self._schedule.step())
+
+    def look_at_schedule(self) -> None:
+        """Begin a generation where the pipeline's scheduler tells of one, in plain Python; else the log says so."""
+        if is_plain_call():
+            if self._schedule.video_begins():
+                self.generation.start()
+        elif not self._schedule.is_empty and not is_named():
+            self.generation.say_unseen()
 
     def check_forward(self, layer: str) -> None:
         """Refuse a call of a layer whose transformer lost the forward that tells the time."""

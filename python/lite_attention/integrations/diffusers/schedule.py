@@ -31,7 +31,11 @@ class PipelineSchedule:
         scheduler: what is looked at without a pipeline.
     """
 
+    is_empty: bool
+    """Whether there never was a pipeline or a scheduler to look at."""
+
     def __init__(self, pipeline: object | None, scheduler: object | None = None) -> None:
+        self.is_empty = pipeline is None and scheduler is None
         self._pipeline = _reference(pipeline)
         self._scheduler = scheduler
         self._copied: tuple[PipelineSchedule, ...] = ()

@@ -105,16 +105,12 @@ class Timed(Protocol):
     ticking: TickingForward
     """Of the forwards that it was given, the one that ticks."""
 
-    def keep_ticking(self) -> None:
-        """Put one on, where hooks that were removed took it away."""
+    def begin_named_call(self) -> None:
+        """Do what is to be done before a call whose branch has a name."""
         ...
 
     def look_at_schedule(self) -> None:
         """Begin a generation where the pipeline's scheduler tells of one, in plain Python."""
-        ...
-
-    def tell_schedule_step(self) -> None:
-        """Tell the clock which step of the scheduler comes, in plain Python."""
         ...
 
 
@@ -179,8 +175,6 @@ class NamedContext(_Wrapped):
             with self.inner(name, **kwargs):
                 yield
             return
-        patched.keep_ticking()
-        patched.look_at_schedule()
-        patched.tell_schedule_step()
+        patched.begin_named_call()
         with named_branch(self._branches.number(name)), self.inner(name, **kwargs):
             yield
